@@ -1,0 +1,52 @@
+"""Errors for the person who reads them: what went wrong, where, and what would work.
+
+The command line prints the message of a `KvistError` on one line and exits with `exit_code`; anything else is
+a defect of ours and keeps its traceback.
+"""
+
+
+class KvistError(Exception):
+    """A mistake or a limit that the user can act on. The message is one line."""
+
+    exit_code = 1
+
+
+class ConfigError(KvistError):
+    """A model configuration that Kvist does not know how to run exactly."""
+
+
+class WeightsError(KvistError):
+    """A weight file that is missing, truncated, or does not fit its configuration."""
+
+
+class ModelNotFound(KvistError):
+    """A model name that resolves to nothing."""
+
+
+class TextError(KvistError):
+    """Text that cannot be tokenized, or a corpus that cannot be trained on."""
+
+
+class RequestError(KvistError):
+    """A request that can never run: an empty prompt, one longer than the context, a bad sampling value."""
+
+
+class OutOfBlocks(KvistError):
+    """The pool has fewer free blocks than a reservation needs. Nothing was changed."""
+
+    def __init__(self, needed: int, free: int) -> None:
+        super().__init__(f"the KV pool has {free} free blocks and this step needs {needed}")
+        self.needed = needed
+        self.free = free
+
+
+class NumericsError(KvistError):
+    """A model produced logits that are not numbers."""
+
+
+class BackendError(KvistError):
+    """An operator implementation that was asked for cannot run here."""
+
+
+class InvariantError(AssertionError):
+    """A `check()` found a structure in a state that it must never be in: a defect of ours, never a user's."""

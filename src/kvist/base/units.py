@@ -1,0 +1,29 @@
+"""Numbers as people read them."""
+
+
+def format_bytes(count: float) -> str:
+    """`1536` → `1.5 KiB`. Binary units; one decimal below 100, none above."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            break
+        value /= 1024
+    else:
+        unit = "TiB"
+    if unit == "B" or value >= 100:
+        return f"{value:.0f} {unit}"
+    return f"{value:.1f} {unit}"
+
+
+def format_duration(seconds: float) -> str:
+    """`75.2` → `1m15s`; below a minute one decimal: `8.4s`."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def plural(count: int, noun: str) -> str:
+    """`(1, "token")` → `1 token`; `(2048, "token")` → `2,048 tokens`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

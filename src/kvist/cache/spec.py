@@ -1,0 +1,93 @@
+"""What a model's layers keep, described before anything is allocated.
+
+Three of the four axes of a cache stand here: streams x retention x source. The fourth, the codec, belongs to the
+layout. A combination is a value of these types, never a class of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kvist.base.errors import ConfigError
+
+
+class Role(StrEnum):
+    """How attention reads a stream; it decides how a codec arranges the stream's bytes."""
+
+    KEYS = "keys"  # multiplied with the query: tokens run along the vector lanes
+    VALUES = "values"  # weighted and summed: dimensions run along the vector lanes
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One sequence of vectors that a layer stores per token: `heads` vectors of `dim` numbers."""
+
+    name: str
+    role: Role
+    heads: int
+    dim: int
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.dim < 1:
+            raise ConfigError(f"stream {self.name!r} needs at least one head and one dimension, got {self}")
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every token is kept."""
+
+    def kept(self, tokens: int) -> int:
+        return tokens
+
+
+@dataclass(frozen=True)
+class Window:
+    """The last `size` tokens are kept, and the first `sinks`."""
+
+    size: int
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.sinks < 0:
+            raise ConfigError(f"a window keeps at least one token and no negative number of sinks, got {self}")
+
+    def kept(self, tokens: int) -> int:
+        return min(tokens, self.size + self.sinks)
+
+
+Retention = Full | Window
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer keeps. A layer with a `source` reads that earlier layer's streams and owns none."""
+
+    streams: tuple[Stream, ...]
+    retention: Retention = Full()
+    source: int | None = None
+
+    def __post_init__(self) -> None:
+        names = [stream.name for stream in self.streams]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"a layer's streams need different names, got {', '.join(names)}")
+        if (self.source is None) == (not self.streams):
+            raise ConfigError("a layer either owns streams or reads a source layer's, never both or neither")
+
+
+def key_value(heads: int, dim: int, retention: Retention = Full()) -> LayerSpec:
+    """The usual layer: one key and one value stream, `heads` KV heads of `dim` numbers each."""
+    return LayerSpec((Stream("k", Role.KEYS, heads, dim), Stream("v", Role.VALUES, heads, dim)), retention)
+
+
+def check_sources(layers: Sequence[LayerSpec]) -> None:
+    """Raises `ConfigError` unless every source is an earlier layer that owns streams of the same retention."""
+    for index, layer in enumerate(layers):
+        if layer.source is None:
+            continue
+        if not 0 <= layer.source < index:
+            raise ConfigError(f"layer {index} reads the cache of layer {layer.source}, which is not before it")
+        owner = layers[layer.source]
+        if owner.source is not None:
+            raise ConfigError(f"layer {index} reads layer {layer.source}, which owns no cache itself")
+        if owner.retention != layer.retention:
+            raise ConfigError(f"layer {index} and its source, layer {layer.source}, keep different tokens")

@@ -1,0 +1,48 @@
+"""The only tensors that hold KV."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from kvist.cache.layout import Layout
+from kvist.cache.manager import Copy
+
+
+class Store:
+    """Planes for `blocks` blocks of a layout: one tensor per layer and plane, `[blocks, *plane.shape]`.
+
+    Memory comes zeroed from the operating system page by page as blocks are first written, so a large pool costs
+    what is used of it.
+    """
+
+    def __init__(self, layout: Layout, blocks: int) -> None:
+        self.layout = layout
+        self.blocks = blocks
+        self._layers = [tuple(_zeros((blocks, *p.shape), p.dtype) for p in layer.planes) for layer in layout.layers]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all planes, read from the tensors themselves."""
+        return sum(plane.nbytes for planes in self._layers for plane in planes)
+
+    def planes(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """The planes that `layer` reads: its own, or those of its source."""
+        source = self.layout.layers[layer].spec.source
+        return self._layers[layer if source is None else source]
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Carry out what a reservation asked for: whole blocks, every plane."""
+        if not copies:
+            return
+        sources = torch.tensor([copy.source for copy in copies])
+        targets = torch.tensor([copy.target for copy in copies])
+        for planes in self._layers:
+            for plane in planes:
+                plane[targets] = plane[sources]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    # numpy's zeros are calloc's: untouched pages cost nothing, and large arrays ask for huge pages.
+    count = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(count, np.uint8)).view(dtype).view(shape)

@@ -1,0 +1,66 @@
+"""What every decoder offers to the runtime, the loader and the trainer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from kvist.cache.view import LayerView
+from kvist.models.config import ModelConfig
+
+
+class Activations(Protocol):
+    """The element-wise operators of a backend whose bits do not depend on a row's place."""
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """`[T, 2 I]` → silu(first half) * second half, `[T, I]`."""
+        ...
+
+    def gelu(self, x: Tensor, tanh: bool) -> Tensor:
+        """Gaussian error linear unit of `x`, exact or by its tanh approximation."""
+        ...
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor of a checkpoint goes: rows `start .. start + rows` of a parameter.
+
+    `transposed`: the checkpoint stores `[in, out]` where the parameter is `[out, in]`.
+    """
+
+    name: str
+    parameter: str
+    start: int
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
+Product = tuple[Tensor, Tensor | None]  # a weight [out, in] and its bias [out]
+
+
+class Decoder(nn.Module, ABC):
+    """Token ids in, logits out. A row is one token; rows of many sequences stand in one step."""
+
+    config: ModelConfig
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerView]) -> Tensor:
+        """`tokens`, `positions` `[T]` int64 → the last hidden states `[T, hidden_size]`, normed."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[R, hidden_size]` → `[R, vocab_size]` float32."""
+
+    @abstractmethod
+    def slots(self) -> list[Slot]:
+        """Every tensor of a Hugging Face checkpoint of this family, and where it goes. Covers each parameter."""
+
+    @abstractmethod
+    def linears(self) -> list[Product]:
+        """Every matrix product of a step but the head's: what the width probe tests."""
+
+    @abstractmethod
+    def head_weight(self) -> Tensor:
+        """`[vocab_size, hidden_size]`: the weight that `logits` multiplies with."""

@@ -1,0 +1,105 @@
+"""GPT-2, and so nanoGPT's shape: learned positions, LayerNorm, biases, GELU, one KV head per query head."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvist.cache.view import LayerView
+from kvist.models.config import Activation, ModelConfig
+from kvist.models.decoder import Activations, Decoder, Product, Slot
+
+
+class Attention(nn.Module):
+    """Multi-head attention; q, k and v come from one product."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, layer: LayerView) -> Tensor:
+        """`x` `[T, hidden]` → `[T, hidden]`."""
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).chunk(3, dim=1)  # each [T, heads, head_dim]
+        layer.write(k, v)
+        return self.out(layer.attend(q, self.scale).flatten(1))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: ModelConfig, activations: Activations) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self._tanh = config.activation is Activation.GELU_TANH
+        self._activations = activations
+
+    def forward(self, x: Tensor, layer: LayerView) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), layer)
+        return x + self.down(self._activations.gelu(self.up(self.mlp_norm(x)), self._tanh))
+
+
+class GPT2(Decoder):
+    """See `Decoder`."""
+
+    def __init__(self, config: ModelConfig, activations: Activations) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(config.max_positions, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, activations) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerView]) -> Tensor:
+        x = self.embed(tokens) + self.positions(positions)
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x = block(x, layer)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.head_weight()).float()
+
+    def linears(self) -> list[Product]:
+        return [(m.weight, m.bias) for m in self.blocks.modules() if isinstance(m, nn.Linear)]
+
+    def head_weight(self) -> Tensor:
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def slots(self) -> list[Slot]:
+        config = self.config
+        embedding = (config.vocab_size, config.hidden_size)
+        slots = [
+            Slot("transformer.wte.weight", "embed.weight", 0, embedding),
+            Slot("transformer.wpe.weight", "positions.weight", 0, (config.max_positions, config.hidden_size)),
+        ]
+        for index in range(config.layers):
+            slots += self._block_slots(f"transformer.h.{index}.", f"blocks.{index}.")
+        for kind in ("weight", "bias"):
+            slots.append(Slot(f"transformer.ln_f.{kind}", f"norm.{kind}", 0, (config.hidden_size,)))
+        if not config.tied:
+            slots.append(Slot("lm_head.weight", "head.weight", 0, embedding))
+        return slots
+
+    def _block_slots(self, theirs: str, ours: str) -> list[Slot]:
+        """GPT-2's checkpoints store linear weights as `[in, out]`."""
+        hidden, inner = self.config.hidden_size, self.config.intermediate_size
+        slots = []
+        for name, parameter in (("ln_1", "attention_norm"), ("ln_2", "mlp_norm")):
+            for kind in ("weight", "bias"):
+                slots.append(Slot(f"{theirs}{name}.{kind}", f"{ours}{parameter}.{kind}", 0, (hidden,)))
+        for name, parameter, columns, rows in (
+            ("attn.c_attn", "attention.qkv", hidden, 3 * hidden),
+            ("attn.c_proj", "attention.out", hidden, hidden),
+            ("mlp.c_fc", "up", hidden, inner),
+            ("mlp.c_proj", "down", inner, hidden),
+        ):
+            slots.append(Slot(f"{theirs}{name}.weight", f"{ours}{parameter}.weight", 0, (columns, rows), True))
+            slots.append(Slot(f"{theirs}{name}.bias", f"{ours}{parameter}.bias", 0, (rows,)))
+        return slots

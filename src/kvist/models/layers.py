@@ -1,0 +1,79 @@
+"""The pieces that decoders are made of, and the context that they run in."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvist.models.config import Rope
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * weight` over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """`cos` and `sin` of one step's positions, `[T, 1, head_dim]`, in the model's dtype."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Rotate `x` `[T, heads, head_dim]`: dimension i pairs with i + head_dim / 2."""
+        first, second = x.chunk(2, dim=-1)
+        return x * self.cos + torch.cat((-second, first), dim=-1) * self.sin
+
+
+class RopeTable:
+    """Rotations by position, computed in chunks of fixed size so that a position's bits never depend on the rest."""
+
+    CHUNK = 256  # positions
+
+    def __init__(self, rope: Rope, head_dim: int, dtype: torch.dtype) -> None:
+        self._frequencies = inverse_frequencies(rope, head_dim)
+        self._dtype = dtype
+        self._cos = torch.empty(0, 1, head_dim, dtype=dtype)
+        self._sin = torch.empty(0, 1, head_dim, dtype=dtype)
+
+    def at(self, positions: Tensor) -> Rotation:
+        """The rotation of each of `positions` `[T]` int64."""
+        needed = int(positions.max()) + 1
+        while self._cos.shape[0] < needed:
+            self._grow(needed)
+        return Rotation(self._cos[positions], self._sin[positions])
+
+    def _grow(self, needed: int) -> None:
+        cos, sin = [self._cos], [self._sin]
+        for start in range(self._cos.shape[0], needed, self.CHUNK):
+            angles = torch.outer(torch.arange(start, start + self.CHUNK, dtype=torch.float32), self._frequencies)
+            angles = torch.cat((angles, angles), dim=-1)[:, None]
+            cos.append(angles.cos().to(self._dtype))
+            sin.append(angles.sin().to(self._dtype))
+        self._cos, self._sin = torch.cat(cos), torch.cat(sin)
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
+    """`[head_dim / 2]` float32 radians per token, scaling included."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / (rope.theta**exponents) / rope.linear_factor
+    if rope.llama3 is None:
+        return frequencies
+    scaling = rope.llama3
+    wavelengths = 2 * math.pi / frequencies
+    # 0 where the wavelength is long (divided by the factor), 1 where it is short (kept), a ramp between.
+    ramp = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    ramp = ramp.clamp(0, 1)
+    return frequencies / scaling.factor * (1 - ramp) + frequencies * ramp

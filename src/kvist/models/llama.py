@@ -1,0 +1,121 @@
+"""Llama, Mistral, Qwen2 and Qwen3: rotary positions, RMSNorm, gated SiLU, grouped KV heads."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvist.cache.view import LayerView
+from kvist.models.config import ModelConfig
+from kvist.models.decoder import Activations, Decoder, Product, Slot
+from kvist.models.layers import RMSNorm, RopeTable, Rotation
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; q, k and v come from one product. Qwen3 norms q and k per head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.scale = config.head_dim**-0.5
+        rows = (config.heads + 2 * config.kv_heads) * config.head_dim
+        self.qkv = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
+        self.out = nn.Linear(config.heads * config.head_dim, config.hidden_size, bias=config.out_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, rotation: Rotation, layer: LayerView) -> Tensor:
+        """`x` `[T, hidden]` → `[T, hidden]`."""
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [T, heads + 2 kv_heads, head_dim]
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        layer.write(rotation.apply(k), v)
+        return self.out(layer.attend(rotation.apply(q), self.scale).flatten(1))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: ModelConfig, activations: Activations) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self._activations = activations
+
+    def forward(self, x: Tensor, rotation: Rotation, layer: LayerView) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, layer)
+        return x + self.down(self._activations.silu_mul(self.gate_up(self.mlp_norm(x))))
+
+
+class Llama(Decoder):
+    """See `Decoder`."""
+
+    def __init__(self, config: ModelConfig, activations: Activations) -> None:
+        super().__init__()
+        assert config.rope is not None
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, activations) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._rope: RopeTable | None = None
+
+    def forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerView]) -> Tensor:
+        x = self.embed(tokens)
+        if self._rope is None:
+            assert self.config.rope is not None
+            self._rope = RopeTable(self.config.rope, self.config.head_dim, x.dtype)
+        rotation = self._rope.at(positions)
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x = block(x, rotation, layer)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.head_weight()).float()
+
+    def linears(self) -> list[Product]:
+        return [(m.weight, m.bias) for m in self.blocks.modules() if isinstance(m, nn.Linear)]
+
+    def head_weight(self) -> Tensor:
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def slots(self) -> list[Slot]:
+        config = self.config
+        embedding = (config.vocab_size, config.hidden_size)
+        slots = [Slot("model.embed_tokens.weight", "embed.weight", 0, embedding)]
+        for index in range(config.layers):
+            slots += self._block_slots(f"model.layers.{index}.", f"blocks.{index}.")
+        slots.append(Slot("model.norm.weight", "norm.weight", 0, (config.hidden_size,)))
+        if not config.tied:
+            slots.append(Slot("lm_head.weight", "head.weight", 0, embedding))
+        return slots
+
+    def _block_slots(self, theirs: str, ours: str) -> list[Slot]:
+        config = self.config
+        hidden, inner = config.hidden_size, config.intermediate_size
+        q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        slots: list[Slot] = []
+
+        def linear(name: str, parameter: str, start: int, rows: int, columns: int, bias: bool) -> None:
+            slots.append(Slot(f"{theirs}{name}.weight", f"{ours}{parameter}.weight", start, (rows, columns)))
+            if bias:
+                slots.append(Slot(f"{theirs}{name}.bias", f"{ours}{parameter}.bias", start, (rows,)))
+
+        slots.append(Slot(f"{theirs}input_layernorm.weight", f"{ours}attention_norm.weight", 0, (hidden,)))
+        linear("self_attn.q_proj", "attention.qkv", 0, q, hidden, config.qkv_bias)
+        linear("self_attn.k_proj", "attention.qkv", q, kv, hidden, config.qkv_bias)
+        linear("self_attn.v_proj", "attention.qkv", q + kv, kv, hidden, config.qkv_bias)
+        linear("self_attn.o_proj", "attention.out", 0, hidden, q, config.out_bias)
+        if config.qk_norm:
+            for side in ("q", "k"):
+                name = f"{side}_norm.weight"
+                slots.append(Slot(f"{theirs}self_attn.{name}", f"{ours}attention.{name}", 0, (config.head_dim,)))
+        slots.append(Slot(f"{theirs}post_attention_layernorm.weight", f"{ours}mlp_norm.weight", 0, (hidden,)))
+        linear("mlp.gate_proj", "gate_up", 0, inner, hidden, config.mlp_bias)
+        linear("mlp.up_proj", "gate_up", inner, inner, hidden, config.mlp_bias)
+        linear("mlp.down_proj", "down", 0, hidden, inner, config.mlp_bias)
+        return slots

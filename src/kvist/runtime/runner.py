@@ -1,0 +1,73 @@
+"""Carries out one step: reserve, run, commit. Owns the store and the only path by which it is written."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvist.base.errors import ConfigError, NumericsError
+from kvist.base.events import Listener
+from kvist.cache.layout import Layout
+from kvist.cache.manager import CacheManager
+from kvist.cache.pool import BlockPool
+from kvist.cache.store import Store
+from kvist.cache.view import paged_views
+from kvist.models.decoder import Decoder
+from kvist.ops.backend import Backend
+from kvist.runtime.batch import Batch, Work, build_batch, pad_rows
+from kvist.runtime.widths import HEAD_LADDER, probe
+
+
+class Runner:
+    """A model and its cache of `blocks` blocks."""
+
+    def __init__(
+        self, model: Decoder, layout: Layout, blocks: int, backend: Backend, listener: Listener | None = None
+    ) -> None:
+        if len(layout.groups) != 1:
+            raise ConfigError("all layers must keep the same tokens: caches of several groups are not supported yet")
+        self.model = model
+        self.layout = layout
+        self.backend = backend
+        self.manager = CacheManager(BlockPool(blocks), layout.block_size, listener)
+        self.store = Store(layout, blocks)
+        self.widths = probe(model.linears())
+        self._head_widths = probe([(model.head_weight(), None)], HEAD_LADDER)
+
+    def run(self, works: Sequence[Work]) -> list[Tensor]:
+        """One step. Returns each work's logits `[work.logits, vocab_size]` float32 and commits its tokens.
+
+        At most `widths.most` tokens in all. Raises `OutOfBlocks` or `NumericsError`; whatever is raised, every
+        lease is left as it was before the call.
+        """
+        try:
+            for work in works:
+                # Copied at once: a lease never holds a fresh block without the tokens it stands for.
+                self.store.copy(self.manager.reserve(work.lease, len(work.tokens)))
+            batch = build_batch(works, self.layout.block_size, self.widths)
+            logits = self._forward(batch)
+        except BaseException:
+            for work in works:
+                self.manager.rollback(work.lease, work.lease.length)
+            raise
+        for work in works:
+            self.manager.commit(work.lease, len(work.tokens))
+        return list(logits.split([work.logits for work in works]))
+
+    @torch.inference_mode()
+    def _forward(self, batch: Batch) -> Tensor:
+        """The wanted logits, finite, `[rows, vocab_size]` float32."""
+        views = paged_views(self.store, batch.step, self.backend)
+        hidden = self.model(batch.tokens, batch.positions, views)
+        most = self._head_widths.most
+        parts = [torch.empty(0, self.model.config.vocab_size)]
+        for start in range(0, len(batch.logit_rows), most):
+            rows = batch.logit_rows[start : start + most]
+            parts.append(self.model.logits(hidden[pad_rows(rows, self._head_widths)])[: len(rows)])
+        logits = torch.cat(parts)
+        if not bool(torch.isfinite(logits).all()):
+            raise NumericsError(
+                "the model's logits are not finite numbers: its weights are damaged, or overflow in this dtype "
+                "(try --dtype fp32)"
+            )
+        return logits
