@@ -1,0 +1,21 @@
+"""The command line: verbs. Heavy imports stand inside the commands, so that `kvist --help` is quick."""
+
+import os
+import sys
+
+from kvist.base.errors import KvistError
+
+
+def main() -> None:
+    """Run a verb. A `KvistError` is one line on stderr and its exit code; a reader that went away is no error."""
+    from kvist.cli.app import app
+
+    try:
+        app()
+    except KvistError as error:
+        print(f"kvist: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # Nobody reads any more: keep the interpreter from failing again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -45,7 +45,7 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def load(directory: Path, config: ModelConfig, activations: Activations, dtype: torch.dtype | None = None) -> Decoder:
-    """The decoder of `directory` in `dtype` (default: as stored). Peak memory is the weights and one read buffer.
+    """The decoder of `directory` in `dtype` (default: as stored). Peak memory is the weights and two read windows.
 
     Raises `WeightsError` for a tensor that is missing, left over, of another shape, or that cannot be read.
     """
@@ -54,17 +54,15 @@ def load(directory: Path, config: ModelConfig, activations: Activations, dtype: 
     slots = {_stored_name(checkpoint, slot): slot for slot in model.slots()}
     _check_names(checkpoint, slots, config)
     parameters = dict(model.named_parameters())
-    missing_rows = {name: parameter.shape[0] for name, parameter in parameters.items()}
-    for name, tensor in checkpoint.stream(list(slots)):
-        slot = slots[name]
-        if tuple(tensor.shape) != slot.shape:
-            raise WeightsError(
-                f"{directory}: tensor {name!r} has shape {list(tensor.shape)}, config.json says {list(slot.shape)}"
-            )
-        tensor = tensor.T if slot.transposed else tensor
-        parameters[slot.parameter][slot.start : slot.start + tensor.shape[0]].copy_(tensor)
-        missing_rows[slot.parameter] -= tensor.shape[0]
-    assert not any(missing_rows.values()), f"parameters left unfilled: {missing_rows}"
+    targets = {}
+    unfilled = {name: parameter.shape[0] for name, parameter in parameters.items()}
+    for name, slot in slots.items():
+        rows = slot.shape[1] if slot.transposed else slot.shape[0]
+        target = parameters[slot.parameter][slot.start : slot.start + rows]
+        targets[name] = target.T if slot.transposed else target
+        unfilled[slot.parameter] -= rows
+    assert not any(unfilled.values()), f"parameters that no tensor fills: {unfilled}"
+    checkpoint.copy_into(targets)
     return model
 
 

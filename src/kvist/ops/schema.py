@@ -29,6 +29,7 @@ SCHEMAS = {
     ),
     "silu_mul": "(Tensor gate_up) -> Tensor",
     "gelu": "(Tensor x, bool tanh) -> Tensor",
+    "instruction_set": "() -> str",
 }
 REFERENCE, CPU, PORTABLE = "kvist_reference", "kvist_cpu", "kvist_portable"
 

@@ -1,1 +1,1 @@
-"""Weights on disk: reading and writing safetensors, finding a model by name, importing llama2.c checkpoints."""
+"""Weights on disk: safetensors in and out, finding a model by name, importing llama2.c checkpoints."""

@@ -1,12 +1,13 @@
 """A checkpoint directory in safetensors form: one file, or shards with an index. Read in bounded memory.
 
 The safetensors library maps a file into memory, and every page that was touched stays resident until the file
-is unmapped. Copying all tensors of one mapping would hold the weights twice, so a file is mapped anew after each
-`WINDOW_BYTES` read.
+is unmapped. Copying all tensors of one mapping would hold the weights twice, so a file is mapped anew after
+each `WINDOW_BYTES` read.
 """
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -26,6 +27,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")  # no separator: a shard lies beside its index
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -39,10 +41,10 @@ class _Stored:
 
 
 class Checkpoint:
-    """The tensors of a checkpoint directory, by name. Opening it reads and checks every header, and no weights.
+    """The tensors of a checkpoint directory, by name. Opening it reads and checks every header, no weights.
 
-    Raises `WeightsError` when no safetensors file is there, when a shard is missing, truncated or corrupt, when
-    the index and the shards disagree, or when a tensor is stored twice.
+    Raises `WeightsError` when no safetensors file is there, when one is missing, truncated or corrupt, when
+    index and shards disagree, or when a tensor is stored twice.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -75,9 +77,9 @@ class Checkpoint:
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of `names` in file order, each in its stored dtype.
 
-        A tensor is a view of the mapped file: it is there to be copied, and lets go of before the next is asked
-        for. Memory above the copies: the largest tensor and `WINDOW_BYTES`. Raises `WeightsError`, before the
-        first tensor, for a missing name or an unsupported dtype.
+        Each is a view of the mapped file: copy it, and let go of it before asking for the next. Memory above
+        the copies is then `WINDOW_BYTES` and the largest tensor. Raises `WeightsError`, before the first
+        tensor, for a missing name or an unsupported dtype.
         """
         pieces = self._pieces(self._in_file_order(names), None)
         return ((name, tensor) for name, _, tensor in pieces)
@@ -85,9 +87,9 @@ class Checkpoint:
     def copy_into(self, targets: Mapping[str, Tensor]) -> None:
         """Copy each named tensor into its target, which may be a view and of another floating dtype.
 
-        Tensors larger than `WINDOW_BYTES` are copied by rows, so memory above the targets stays below two windows.
-        Raises `WeightsError`, before anything is copied, for a missing name, an unsupported dtype, or a shape
-        that differs from the target's.
+        Tensors larger than `WINDOW_BYTES` are copied by rows, so memory above the targets stays below two
+        windows. Raises `WeightsError`, before anything is copied, for a missing name, an unsupported dtype or
+        a shape that differs from the target's.
         """
         ordered = self._in_file_order(targets)
         for name in ordered:
@@ -114,7 +116,7 @@ class Checkpoint:
         wanted = set(names)
         if missing := sorted(wanted - set(self._stored)):
             shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
-            raise WeightsError(f"{self.directory}: the weights lack {len(missing)} of {len(wanted)} tensors: {shown}")
+            raise WeightsError(f"{self.directory} lacks {len(missing)} of {len(wanted)} tensors: {shown}")
         for name in wanted:
             self.dtype(name)
         return [name for name in self._stored if name in wanted]
@@ -140,8 +142,9 @@ class Checkpoint:
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write `tensors` to the safetensors file `path`: whole, or not at all.
 
-    Tensors that share memory are written once each. `metadata` is added to `{"format": "pt"}`, which transformers
-    asks for. Raises `WeightsError` when the file cannot be written; an older file at `path` is then unchanged.
+    Tensors that share memory are written once each. `metadata` is added to `{"format": "pt"}`, which
+    transformers asks for. Raises `WeightsError` when the file cannot be written; an older file at `path` is
+    then unchanged.
     """
     whole: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -177,7 +180,7 @@ def _read_header(path: Path) -> dict[str, _Stored]:
 
 
 def _read_shards(index: Path) -> dict[str, _Stored]:
-    """The tensors of all shards that the index names. Raises `WeightsError` where index and shards disagree."""
+    """The tensors of all shards that the index names, in the shards' order."""
     try:
         weight_map = read_json(index).get("weight_map")
     except KvistError as error:
@@ -185,20 +188,20 @@ def _read_shards(index: Path) -> dict[str, _Stored]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{index}: 'weight_map' should be an object from tensor names to file names")
     for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-            raise WeightsError(f"{index}: {file!r} is not the plain name of a .safetensors file in this folder")
+        if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
+            raise WeightsError(f"{index}: {file!r} is not the plain name of a .safetensors file beside it")
     found: dict[str, _Stored] = {}
     for file in sorted(set(weight_map.values())):
         shard = index.parent / file
         if not shard.is_file():
-            raise WeightsError(f"{shard} is missing, and {INDEX_FILE} names it; download the checkpoint again")
+            raise WeightsError(f"{shard} is missing; download the checkpoint again")
         for name, stored in _read_header(shard).items():
             if name in found:
                 raise WeightsError(f"tensor {name!r} is stored twice: in {found[name].file} and in {shard}")
             found[name] = stored
     for name, file in weight_map.items():
         if name not in found or found[name].file.name != file:
-            raise WeightsError(f"{index.parent / file} lacks tensor {name!r}, which {INDEX_FILE} places there")
+            raise WeightsError(f"{index.parent / file} lacks tensor {name!r}, which its index places there")
     return found
 
 
@@ -208,8 +211,8 @@ def _nothing_to_read(directory: Path) -> WeightsError:
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
     if pickles:
         return WeightsError(
-            f"{directory} holds {pickles[0]} and no {SINGLE_FILE}; pickled weights can run code when they are read "
-            "and are refused: convert to safetensors (transformers: save_pretrained)"
+            f"{directory} holds {pickles[0]} and no {SINGLE_FILE}; pickled weights can run code when read: "
+            "convert to safetensors (with transformers: save_pretrained)"
         )
     return WeightsError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
 
@@ -222,8 +225,9 @@ def _reading(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         with path.open("rb") as raw:
             if raw.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise WeightsError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`") from None
-        raise WeightsError(f"{path} is truncated or corrupt ({_one_line(error)}); download it again") from error
+                raise WeightsError(f"{path} is a Git LFS pointer; run `git lfs pull`") from error
+        reason = _one_line(error)
+        raise WeightsError(f"{path} is truncated or corrupt ({reason}); download it again") from error
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {_one_line(error)}") from error
 

@@ -1,0 +1,49 @@
+# The two commands that matter: `make demo` and `make test`. Each sets up what it needs; the second run is quick.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  \1 · /p' $(MAKEFILE_LIST) | awk -F' · ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.run ## text from the bundled model, with a report of what its cache did, then the proof
+	@$(BIN)/kvist run --prompt "ROMEO:" --max-tokens 300 --temperature 0.7 --seed 1
+	@$(BIN)/kvist verify
+
+test: $(VENV)/.dev ## the whole suite, offline
+	@$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/.dev ## the tests that take minutes
+	@$(BIN)/pytest -m slow
+
+check: $(VENV)/.dev ## lint, format, types, layers
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.dev ## apply the formatter and the safe fixes
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/.run ## the figures of the README
+	@$(BIN)/kvist bench attention
+	@$(BIN)/kvist bench cache
+
+clean: ## remove the environment and what tools left behind
+	@rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+# A virtual environment with the pinned run-time dependencies and the package itself, editable.
+$(VENV)/.run: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("kvist needs Python 3.11 to 3.13, and $(PYTHON) is " + sys.version.split()[0] + "; choose another with make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned dependencies into $(VENV) (once)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[plots]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "installing the pinned test dependencies into $(VENV) (once)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[plots,dev]'
+	@touch $@

@@ -1,0 +1,60 @@
+"""Options that several verbs share, and the ways they print."""
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="A directory or a hub id; the bundled model when left out.")
+]
+Dtype = Annotated[
+    str | None, typer.Option(metavar="fp32|bf16|fp16", help="Compute in this type; by default as the weights are stored.")
+]
+Kv = Annotated[
+    str | None, typer.Option("--kv", metavar="CODEC", help="Codec of the cache; by default the model's own type.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
+
+
+def print_json(value: Any) -> None:
+    """One line, so that it can be read line by line."""
+    print(json.dumps(value, allow_nan=False))
+
+
+def note(text: str) -> None:
+    """A quiet line beside the output: dimmed on a terminal, plain otherwise, always on stderr."""
+    print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr)
+
+
+@dataclass
+class Interrupt:
+    """Set by Ctrl-C; asked between two steps, so that no step is torn in the middle."""
+
+    asked: bool = False
+
+    def __call__(self) -> bool:
+        return self.asked
+
+
+@contextmanager
+def graceful_interrupt() -> Iterator[Interrupt]:
+    """Within it the first Ctrl-C (or SIGTERM) only asks to stop; a second Ctrl-C interrupts at once."""
+    interrupt = Interrupt()
+
+    def ask(signum: int, frame: object) -> None:
+        if interrupt.asked:
+            raise KeyboardInterrupt
+        interrupt.asked = True
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,129 @@
+"""`kvist run`: continue a prompt."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvist.base.errors import KvistError
+from kvist.base.units import format_bytes, plural
+from kvist.cli.options import Dtype, Json, Kv, Model, graceful_interrupt, note, print_json
+
+if TYPE_CHECKING:
+    from kvist.runtime.request import Sampling
+    from kvist.service.generation import Result
+    from kvist.service.loaded import Loaded
+
+INTERRUPTED = 130
+
+
+def run(
+    model: Model = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue; '-' reads stdin.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="The most new tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw among the k likeliest; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest that together reach p.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Leave out what is less likely than this part of the likeliest.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text; by default a new one.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    dtype: Dtype = None,
+    kv: Kv = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, streaming; without --prompt, each line you type is a prompt of its own."""
+    import secrets
+
+    from kvist.runtime.request import Sampling
+    from kvist.service.loaded import open_model
+
+    if prompt is None and as_json:
+        raise KvistError("--json needs a prompt: give one with --prompt")
+    if prompt == "-":
+        prompt = _read_stdin()
+    sampling = Sampling(temperature, top_k, top_p, min_p, secrets.randbits(32) if seed is None else seed)
+    loaded = open_model(model, dtype=dtype, kv=kv)
+    stops = tuple(stop or ())
+    if prompt is not None:
+        _once(loaded, prompt, max_tokens, sampling, stops, as_json)
+        return
+    while (line := _ask()) is not None:
+        if line:
+            try:
+                _once(loaded, line, max_tokens, sampling, stops, as_json=False)
+            except KvistError as error:
+                note(f"kvist: {error}")
+
+
+def _once(
+    loaded: "Loaded", prompt: str, max_tokens: int, sampling: "Sampling", stops: tuple[str, ...], as_json: bool
+) -> None:
+    """One prompt, streamed; raises `typer.Exit` when it was interrupted in one-shot use."""
+    from kvist.runtime.request import FinishReason
+    from kvist.service.generation import generate
+
+    with graceful_interrupt() as interrupt:
+        generation = generate(loaded, prompt, max_tokens=max_tokens, sampling=sampling, stops=stops, cancelled=interrupt)
+        if not as_json:
+            print(prompt, end="", flush=True)
+        for piece in generation:
+            if not as_json:
+                print(piece, end="", flush=True)
+    result = generation.result()
+    if as_json:
+        print_json(_as_json(loaded, result, sampling))
+    else:
+        print(flush=True)
+        note(_summary(result, sampling))
+    if result.finish_reason is FinishReason.CANCELLED:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _ask() -> str | None:
+    """A line from the user; None at the end of input or on Ctrl-C."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        if sys.stdin.isatty():
+            print()
+        return None
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise KvistError(f"the prompt on stdin is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _summary(result: "Result", sampling: "Sampling") -> str:
+    seeded = f" · seed {sampling.seed}" if sampling.temperature else ""
+    return (
+        f"{plural(result.prompt_tokens, 'prompt token')} at {result.prefill_rate:,.0f}/s · "
+        f"{len(result.tokens):,} new at {result.decode_rate:,.1f}/s · "
+        f"KV {result.kv_codec}: {plural(result.kv_blocks, 'block')}, {format_bytes(result.kv_bytes)} "
+        f"({format_bytes(result.kv_bytes_per_token)} a token){seeded}"
+    )
+
+
+def _as_json(loaded: "Loaded", result: "Result", sampling: "Sampling") -> dict[str, object]:
+    return {
+        "model": loaded.name,
+        "prompt_tokens": result.prompt_tokens,
+        "tokens": result.tokens,
+        "text": result.text,
+        "finish_reason": result.finish_reason.value,
+        "seed": sampling.seed,
+        "timings": {
+            "prefill_s": result.prefill_seconds,
+            "decode_s": result.decode_seconds,
+            "prefill_tokens_per_s": result.prefill_rate,
+            "decode_tokens_per_s": result.decode_rate,
+        },
+        "kv": {
+            "codec": result.kv_codec,
+            "blocks": result.kv_blocks,
+            "bytes": result.kv_bytes,
+            "bytes_per_token": result.kv_bytes_per_token,
+        },
+    }

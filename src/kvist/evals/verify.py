@@ -1,0 +1,258 @@
+"""Is a run with the cache, bit for bit, a run without it? Generates both ways, and tries to break it.
+
+Every check compares the float32 logits of our paged runs with those of a run from nothing: a fresh lease, the whole
+sequence, as few steps as possible. `plain attention` then compares that run itself with an implementation that has
+no pages, no tiles and no cache; those bits may differ, so it has a tolerance.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from kvist.base.errors import RequestError
+from kvist.base.events import CacheEvent, Reserved
+from kvist.cache.manager import Lease
+from kvist.cache.plain import PlainView
+from kvist.runtime.batch import Work
+from kvist.runtime.engine import Engine
+from kvist.runtime.request import Request, Sampling
+from kvist.runtime.runner import Runner
+from kvist.runtime.sampler import sample
+from kvist.service.loaded import Loaded
+
+# Of the largest logit: what rounding alone may do to logits computed, or cached, in that type.
+PLAIN_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim. `compared`: logit rows (or tokens) held against each other; `evidence`: proof that the feature
+    under test was in use, as counts, and where the first difference stands if there is one."""
+
+    name: str
+    passed: bool
+    compared: int
+    evidence: dict[str, int | float | str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """`to_json` is documented in docs/json.md."""
+
+    checks: list[Check]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, object]:
+        return {"passed": self.passed, "checks": [asdict(check) for check in self.checks]}
+
+
+class Comparison:
+    """Counts rows held against each other and remembers the first pair that is not the same."""
+
+    def __init__(self) -> None:
+        self.compared = 0
+        self.difference: dict[str, int | float | str] = {}
+
+    def rows(self, ours: Tensor, expected: Tensor, where: str) -> None:
+        """Bit for bit. `ours`, `expected`: `[rows, vocab]`."""
+        self.compared += len(expected)
+        if not self.difference and not torch.equal(ours, expected):
+            delta = (ours - expected).abs().amax(-1)
+            row = int(delta.nonzero()[0]) if bool(delta.any()) else 0
+            self.difference = {"differs_at": f"{where}, row {row}", "largest": float(delta.max())}
+
+    def tokens(self, ours: Sequence[int], expected: Sequence[int], where: str) -> None:
+        self.compared += len(expected)
+        if not self.difference and list(ours) != list(expected):
+            first = next((i for i, pair in enumerate(zip(ours, expected, strict=False)) if pair[0] != pair[1]), 0)
+            self.difference = {"differs_at": f"{where}, token {first}"}
+
+    def check(self, name: str, evidence: dict[str, int | float | str]) -> Check:
+        return Check(name, not self.difference, self.compared, evidence | self.difference)
+
+
+class Verifier:
+    """The checks of one model. `length` prompt tokens and `steps` generated ones, random ids from `seed`."""
+
+    def __init__(self, loaded: Loaded, length: int = 560, steps: int = 24, trials: int = 6, seed: int = 0) -> None:
+        context = loaded.config.max_positions
+        if context < 8:
+            raise RequestError(f"a context of {context} tokens is too short to verify anything (8 are needed)")
+        self.steps = min(steps, context // 2)
+        self.length = min(length, context - self.steps)
+        self.trials = trials
+        self.loaded = loaded
+        self.random = random.Random(seed)
+        self.copies = 0
+        self.engine = loaded.engine(self.length + self.steps, sequences=6, listener=self._count)
+        self.runner: Runner = self.engine.runner
+
+    def run(self) -> Iterator[Check]:
+        """The checks, one by one as they end."""
+        yield self.generation("greedy: cached = recomputed", Sampling())
+        yield self.generation("seeded: cached = recomputed", Sampling(temperature=0.8, top_p=0.95, seed=7))
+        yield self.chunkings()
+        yield self.batches()
+        yield self.engine_beside_others()
+        yield self.rollbacks()
+        yield self.forks()
+        yield self.plain_attention()
+        self.runner.manager.check()
+
+    def generation(self, name: str, sampling: Sampling) -> Check:
+        """Draw `steps` tokens with the cache; at each one, compute everything again from nothing."""
+        comparison, tokens = Comparison(), self._tokens(self.length)
+        lease = self.runner.manager.open()
+        logits = self._feed(lease, tokens)[-1:]
+        for step in range(self.steps):
+            again = self._fresh(tokens)[-1:]
+            comparison.rows(logits, again, f"step {step}")
+            token, expected = (sample(row[0], sampling, len(tokens)) for row in (logits, again))
+            comparison.tokens([token], [expected], f"step {step}")
+            tokens.append(token)
+            logits = self._feed(lease, [token])
+        evidence = {"prompt": self.length, "steps": self.steps, "blocks_read_from_cache": len(lease.table)}
+        self.runner.manager.release(lease)
+        return comparison.check(name, evidence)
+
+    def chunkings(self) -> Check:
+        """The same tokens in random chunks, from single tokens up."""
+        comparison, tokens = Comparison(), self._tokens(self.length)
+        expected, chunks = self._fresh(tokens), 0
+        for trial in range(self.trials):
+            lease, parts = self.runner.manager.open(), []
+            while lease.length < len(tokens):
+                # Sizes from one token to the widest step, small ones as often as large ones.
+                size = int(self.runner.widths.most ** self.random.random())
+                parts.append(self._feed(lease, tokens[lease.length : lease.length + size]))
+            comparison.rows(torch.cat(parts), expected, f"chunking {trial}")
+            chunks += len(parts)
+            self.runner.manager.release(lease)
+        return comparison.check("chunked = whole", {"trials": self.trials, "chunks": chunks})
+
+    def batches(self) -> Check:
+        """Several sequences of random lengths grow side by side, in random strides; each equals itself alone."""
+        comparison = Comparison()
+        most = self.runner.widths.most
+        texts = [self._tokens(self.random.randint(1, self.length)) for _ in range(5)]
+        leases = [self.runner.manager.open() for _ in texts]
+        parts: list[list[Tensor]] = [[] for _ in texts]
+        steps = widest = 0
+        while pending := [i for i, text in enumerate(texts) if leases[i].length < len(text)]:
+            works = []
+            for index in pending:
+                stride = self.random.randint(1, max(1, most // len(pending)))
+                tokens = texts[index][leases[index].length :][:stride]
+                works.append(Work(leases[index], tokens, len(tokens)))
+            for index, logits in zip(pending, self.runner.run(works), strict=True):
+                parts[index].append(logits)
+            steps, widest = steps + 1, max(widest, len(works))
+        for index, text in enumerate(texts):
+            self.runner.manager.release(leases[index])
+            comparison.rows(torch.cat(parts[index]), self._fresh(text), f"sequence {index}")
+        return comparison.check("batched = alone", {"sequences": len(texts), "steps": steps, "side_by_side": widest})
+
+    def engine_beside_others(self) -> Check:
+        """Seeded requests arriving at random on one engine draw the tokens that they draw alone."""
+        comparison = Comparison()
+        requests = []
+        for seed in range(5):
+            prompt = tuple(self._tokens(self.random.randint(1, self.length)))
+            requests.append(Request(prompt, self.steps, Sampling(temperature=1.0, seed=seed)))
+        alone = [_run_to_end(self.engine, [request])[0] for request in requests]
+        together = _run_to_end(self.engine, requests, arrivals=lambda: self.random.random() < 0.5)
+        for index, (ours, expected) in enumerate(zip(together, alone, strict=True)):
+            comparison.tokens(ours, expected, f"request {index}")
+        return comparison.check("seeded requests: together = alone", {"requests": len(requests)})
+
+    def rollbacks(self) -> Check:
+        """Wrong tokens are written, then taken back, at random places: nothing of them remains."""
+        comparison, tokens = Comparison(), self._tokens(self.length)
+        expected, taken_back = self._fresh(tokens), 0
+        for trial in range(self.trials):
+            lease, kept = self.runner.manager.open(), self.random.randint(0, self.length - 1)
+            if kept:
+                self._feed(lease, tokens[:kept])
+            wrong = self.random.randint(1, self.length - kept)
+            self._feed(lease, self._tokens(wrong))
+            back = self.random.randint(0, kept)
+            taken_back += lease.length - back
+            self.runner.manager.rollback(lease, back)
+            comparison.rows(self._feed(lease, tokens[back:]), expected[back:], f"trial {trial}")
+            self.runner.manager.release(lease)
+        return comparison.check("rolled back = never written", {"trials": self.trials, "tokens_taken_back": taken_back})
+
+    def forks(self) -> Check:
+        """Two sequences share a prefix and part in the middle of a block: neither sees the other's tokens."""
+        comparison = Comparison()
+        copies = self.copies
+        for trial in range(self.trials):
+            shared = self.random.randint(1, self.length - 2)
+            one, two = self._tokens(self.length), self._tokens(self.length)
+            two[:shared] = one[:shared]
+            lease = self.runner.manager.open()
+            self._feed(lease, one[:shared])
+            twin = self.runner.manager.fork(lease)
+            # In turns: each writes again after the other has written the same positions.
+            middle = self.random.randint(shared + 1, self.length - 1)
+            parts: dict[Lease, list[Tensor]] = {twin: [], lease: []}
+            for start, end in ((shared, middle), (middle, self.length)):
+                for holder, text in ((twin, two), (lease, one)):
+                    parts[holder].append(self._feed(holder, text[start:end]))
+            for holder, text in ((twin, two), (lease, one)):
+                comparison.rows(torch.cat(parts[holder]), self._fresh(text)[shared:], f"trial {trial}")
+                self.runner.manager.release(holder)
+        evidence = {"trials": self.trials, "blocks_copied_on_write": self.copies - copies}
+        return comparison.check("forked = alone", evidence)
+
+    @torch.inference_mode()
+    def plain_attention(self) -> Check:
+        """A run from nothing against attention written out plainly, without pages."""
+        tokens = self._tokens(self.length)
+        ours = self._fresh(tokens)
+        views = [PlainView() for _ in range(self.loaded.config.layers)]
+        ids = torch.tensor(tokens)
+        theirs = self.loaded.model.logits(self.loaded.model(ids, torch.arange(len(tokens)), views))
+        error = float((ours - theirs).abs().max() / theirs.abs().max())
+        cached_as = self.loaded.layout.layers[0].planes[0].dtype
+        computed_as = next(self.loaded.model.parameters()).dtype
+        tolerance = max(PLAIN_TOLERANCE[computed_as], PLAIN_TOLERANCE[cached_as])
+        evidence: dict[str, int | float | str] = {"largest_relative_error": error, "tolerance": tolerance}
+        return Check("paged = plain attention, nearly", error <= tolerance, len(ours), evidence)
+
+    def _fresh(self, tokens: Sequence[int]) -> Tensor:
+        """All logits `[len(tokens), vocab]` of a run from nothing, in the widest steps."""
+        lease = self.runner.manager.open()
+        try:
+            return self._feed(lease, tokens)
+        finally:
+            self.runner.manager.release(lease)
+
+    def _feed(self, lease: Lease, tokens: Sequence[int]) -> Tensor:
+        """Append `tokens` to a lease; all their logits."""
+        most = self.runner.widths.most
+        parts = (tokens[start : start + most] for start in range(0, len(tokens), most))
+        return torch.cat([self.runner.run([Work(lease, part, len(part))])[0] for part in parts])
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self.random.randrange(self.loaded.config.vocab_size) for _ in range(count)]
+
+    def _count(self, event: CacheEvent) -> None:
+        if isinstance(event, Reserved):
+            self.copies += event.copies
+
+
+def _run_to_end(engine: Engine, requests: Sequence[Request], arrivals: Callable[[], bool] = lambda: True) -> list[list[int]]:
+    """The new tokens of each request; before each step the next one arrives when `arrivals` says so."""
+    waiting, sequences = list(requests), []
+    while waiting or not engine.idle:
+        if waiting and (engine.idle or arrivals()):
+            sequences.append(engine.add(waiting.pop(0)))
+        engine.step()
+    return [sequence.new_tokens for sequence in sequences]

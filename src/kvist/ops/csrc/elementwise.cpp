@@ -1,0 +1,78 @@
+// Each number's result depends on it alone, not on its place: the last few go through the same sixteen lanes.
+#include "elementwise.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "vec.h"
+
+namespace kvist {
+namespace {
+
+constexpr int64_t kGrain = 1 << 14;  // numbers that pay for waking one more thread
+
+// Calls f(first, count) for chunks of at most sixteen of [0, size).
+template <class F>
+void in_chunks(int64_t size, F f) {
+  for (int64_t i = 0; i < size; i += kLanes) f(i, static_cast<int>(std::min<int64_t>(kLanes, size - i)));
+}
+
+template <class T>
+Vec load_up_to(const T* from, int count) {
+  return count == kLanes ? load(from) : load_first(from, count);
+}
+
+template <class T>
+void store_up_to(T* to, Vec x, int count) {
+  if (count == kLanes) store(to, x);
+  else store_first(to, x, count);
+}
+
+inline Vec silu(Vec x) { return x / (set1(1.0f) + exp(zero() - x)); }
+
+// 0.5 x (1 + tanh u) = x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3); arXiv 1606.08415.
+inline Vec gelu_tanh(Vec x) {
+  const Vec u = set1(0.797884561f) * fma(set1(0.044715f), x * x * x, x);
+  return x / (set1(1.0f) + exp(set1(-2.0f) * u));
+}
+
+// 0.5 x (1 + erf(x / sqrt 2)) = 0.5 x erfc(-x / sqrt 2), and erfc(-a) = 2 - erfc(a).
+inline Vec gelu_exact(Vec x) {
+  const Vec tail = erfc_positive(absolute(x) * set1(0.707106781f));
+  return set1(0.5f) * x * by_sign(x, tail, set1(2.0f) - tail);
+}
+
+}  // namespace
+
+void silu_mul(Number type, const void* gate_up, void* out, int64_t rows, int64_t width) {
+  with_type(type, [&](auto kind) {
+    using T = decltype(kind);
+    const T* from = static_cast<const T*>(gate_up);
+    T* to = static_cast<T*>(out);
+    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; row++) {
+        const T *gate = from + row * 2 * width, *up = gate + width;
+        in_chunks(width, [&](int64_t i, int count) {
+          store_up_to(to + row * width + i, silu(load_up_to(gate + i, count)) * load_up_to(up + i, count), count);
+        });
+      }
+    });
+  });
+}
+
+void gelu(Number type, const void* x, void* out, int64_t count, bool tanh) {
+  with_type(type, [&](auto kind) {
+    using T = decltype(kind);
+    at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+      const T* from = static_cast<const T*>(x) + begin;
+      T* to = static_cast<T*>(out) + begin;
+      in_chunks(end - begin, [&](int64_t i, int lanes) {
+        const Vec number = load_up_to(from + i, lanes);
+        store_up_to(to + i, tanh ? gelu_tanh(number) : gelu_exact(number), lanes);
+      });
+    });
+  });
+}
+
+}  // namespace kvist

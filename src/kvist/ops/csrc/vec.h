@@ -1,0 +1,105 @@
+// Sixteen floats at a time: the primitives of the machine, and the functions built from them alone.
+//
+// Every kernel is written against this interface. vec_avx512.h gives it one 512-bit register; vec_portable.h gives it
+// whatever vectors the compiler has. KVIST_PORTABLE chooses the latter on any machine, so that it can be tested there.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "number.h"
+
+namespace kvist {
+
+constexpr int kLanes = 16;
+
+}  // namespace kvist
+
+// A loop over an array of vectors must be unrolled, or the array lives in memory.
+#if defined(__clang__)
+#define KVIST_UNROLL _Pragma("unroll")
+#else
+#define KVIST_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#if !defined(KVIST_PORTABLE) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
+    defined(__AVX512VL__)
+#include "vec_avx512.h"
+#else
+#include "vec_portable.h"
+#endif
+
+namespace kvist {
+
+// Sum of the lanes by halves: 16 to 8 to 4 to 2 to 1.
+inline float sum(Vec x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// Largest lane; NaN when any lane is NaN.
+inline float maximum(Vec x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  float best = lanes[0];
+  for (int i = 1; i < kLanes; i++) best = lanes[i] > best || lanes[i] != lanes[i] ? lanes[i] : best;
+  return best;
+}
+
+// The first `count` numbers, zeros after them; reads nothing beyond.
+template <class T>
+inline Vec load_first(const T* from, int count) {
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, from, count * sizeof(T));
+  return load(lanes);
+}
+
+template <class T>
+inline void store_first(T* to, Vec x, int count) {
+  T lanes[kLanes];
+  store(lanes, x);
+  std::memcpy(to, lanes, count * sizeof(T));
+}
+
+// 2^f for f in [0, 1], minimax (relative error 2e-9), exactly 1 at 0.
+inline Vec exp2_of_fraction(Vec f) {
+  Vec p = set1(2.16129192e-4f);
+  p = fma(p, f, set1(1.24678458e-3f));
+  p = fma(p, f, set1(9.67545155e-3f));
+  p = fma(p, f, set1(5.54852821e-2f));
+  p = fma(p, f, set1(2.40229309e-1f));
+  p = fma(p, f, set1(6.93147063e-1f));
+  return fma(p, f, set1(1.0f));
+}
+
+// 2^x to 2 ulp; exp2(-inf) = 0, NaN stays NaN.
+inline Vec exp2(Vec x) { return times_power_of_two(exp2_of_fraction(fraction(x)), x); }
+
+// e^x to 2 ulp; exp(-inf) = 0, exp(inf) = inf, NaN stays NaN.
+inline Vec exp(Vec x) {
+  x = smaller(set1(89.0f), larger(set1(-105.0f), x));
+  const Vec y = x * set1(1.44269504f), n = y - fraction(y);
+  const Vec r = fma(n, set1(2.12194440e-4f), fma(n, set1(-0.693359375f), x));  // x - n ln 2, in two exact steps
+  return times_power_of_two(exp2_of_fraction(r * set1(1.44269504f)), n);
+}
+
+// erfc(x) for x >= 0, NaN for NaN: t exp(P(t) - x^2) with t = 1 / (1 + x / 2), P minimax (error 7e-8).
+inline Vec erfc_positive(Vec x) {
+  const Vec t = set1(1.0f) / fma(x, set1(0.5f), set1(1.0f));
+  Vec p = set1(1.70288235e-1f);
+  p = fma(p, t, set1(-8.17278624e-1f));
+  p = fma(p, t, set1(1.47328734f));
+  p = fma(p, t, set1(-1.11042023f));
+  p = fma(p, t, set1(2.55252242e-1f));
+  p = fma(p, t, set1(-1.72551945e-1f));
+  p = fma(p, t, set1(9.19202864e-2f));
+  p = fma(p, t, set1(3.75094444e-1f));
+  p = fma(p, t, set1(9.99916017e-1f));
+  p = fma(p, t, set1(-1.26550770f));
+  return t * exp(p - x * x);
+}
+
+}  // namespace kvist

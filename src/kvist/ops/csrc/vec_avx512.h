@@ -1,0 +1,113 @@
+// One 512-bit register. bf16 products use vdpbf16ps where the machine has it.
+#pragma once
+
+#include <immintrin.h>
+
+namespace kvist {
+
+using Vec = __m512;
+using Pairs = __m512i;  // sixteen pairs of bf16, the first of a pair in the low half
+
+#if defined(__AVX512BF16__)
+inline const char* instruction_set() { return "avx512_bf16"; }
+#else
+inline const char* instruction_set() { return "avx512"; }
+#endif
+
+// Rows x columns of accumulators that the registers hold beside the operands.
+constexpr int kTileRows = 6;
+constexpr int kTileColumns = 4;
+
+// Keeps an operand in a register for all its uses; left alone, GCC loads it again for each.
+template <class T>
+inline T in_register(T x) {
+  asm("" : "+v"(x));
+  return x;
+}
+
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec set1(float x) { return _mm512_set1_ps(x); }
+inline Vec load(const float* from) { return _mm512_loadu_ps(from); }
+inline Vec load_half(const float* from) { return _mm512_maskz_loadu_ps(0xff, from); }
+inline void store(float* to, Vec x) { _mm512_storeu_ps(to, x); }
+
+// a * b + c, rounded once.
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+
+// The larger and the smaller of the two; b when either is NaN.
+inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+
+// x - floor(x); 0 for an infinite x.
+inline Vec fraction(Vec x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+
+// x * 2^floor(n); 0 for n = -inf.
+inline Vec times_power_of_two(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
+
+// The first `count` lanes of x, the others from `rest`.
+inline Vec first_lanes(Vec x, int count, Vec rest) {
+  return _mm512_mask_blend_ps(static_cast<__mmask16>((1u << count) - 1), rest, x);
+}
+
+// Negative lanes of `sign` take `negative`, the others `positive`.
+inline Vec by_sign(Vec sign, Vec negative, Vec positive) {
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(sign)), positive, negative);
+}
+
+inline Vec absolute(Vec x) { return _mm512_abs_ps(x); }
+
+inline Vec load(const BFloat16* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// Rounds to nearest even, as PyTorch does; every NaN becomes the quiet one.
+inline void store(BFloat16* to, Vec x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  rounded = _mm512_srli_epi32(rounded, 16);
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
+}
+
+inline Vec load(const Float16* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+inline Vec load_half(const Float16* from) {
+  return _mm512_cvtph_ps(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+
+inline void store(Float16* to, Vec x) {
+  const __m256i bits = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+}
+
+// As the operands of dot_pairs, which takes subnormal numbers for zero.
+inline void store_as_pairs(uint32_t* to, Vec x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
+#else
+  store(reinterpret_cast<BFloat16*>(to), x);
+#endif
+}
+
+inline Pairs load_pairs(const BFloat16* from) { return _mm512_loadu_si512(from); }
+inline Pairs load_half_pairs(const BFloat16* from) { return _mm512_maskz_loadu_epi32(0xff, from); }
+inline Pairs spread_pair(uint32_t pair) { return _mm512_set1_epi32(static_cast<int>(pair)); }
+inline Pairs first_of_pairs(Pairs x) { return _mm512_and_si512(x, _mm512_set1_epi32(0xffff)); }
+
+// acc + both products of each pair.
+inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+#else
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  const Vec a0 = _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), a1 = _mm512_castsi512_ps(_mm512_and_si512(a, high));
+  const Vec b0 = _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), b1 = _mm512_castsi512_ps(_mm512_and_si512(b, high));
+  return fma(a1, b1, fma(a0, b0, acc));
+#endif
+}
+
+}  // namespace kvist

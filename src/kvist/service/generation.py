@@ -1,0 +1,132 @@
+"""One prompt's way through an engine: text in, pieces of text out, then what it took."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from kvist.cache.layout import Layout
+from kvist.runtime.engine import Engine
+from kvist.runtime.request import FinishReason, Request, Sampling
+from kvist.service.loaded import Loaded
+from kvist.text.detokenizer import Detokenizer
+from kvist.text.stops import StopMatcher
+from kvist.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a generation came to. Times in seconds; `kv_bytes` is what its blocks took, whole blocks."""
+
+    prompt_tokens: int
+    tokens: list[int]
+    text: str
+    finish_reason: FinishReason
+    prefill_seconds: float
+    decode_seconds: float
+    kv_codec: str
+    kv_blocks: int
+    kv_bytes: int
+    kv_bytes_per_token: float
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second until the first new token."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens per second after the first."""
+        return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Generation:
+    """Iterate over it for the pieces of text; then `result()` says what it took.
+
+    Other requests may run on the same engine: `engine.step` serves them too, and changes nothing here.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        request: Request,
+        stops: Sequence[str] = (),
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._engine = engine
+        self._sequence = engine.add(request)
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = StopMatcher(stops)
+        self._cancelled = cancelled
+        self._pieces: list[str] = []
+        self._started = self._first = self._last = time.perf_counter()
+
+    def __iter__(self) -> Iterator[str]:
+        sequence = self._sequence
+        while sequence.finish_reason is None:
+            if self._cancelled():
+                self._engine.finish(sequence, FinishReason.CANCELLED)
+                break
+            for drawn in self._engine.step():
+                if drawn.sequence is sequence:
+                    self._time_token()
+                    yield from self._emit(self._push(drawn.token))
+        if not self._stops.matched:
+            yield from self._emit(self._stops.push(self._detokenizer.finish()))
+        if not self._stops.matched:
+            yield from self._emit(self._stops.finish())
+
+    def result(self) -> Result:
+        """Raises `RuntimeError` before the iteration has ended."""
+        sequence = self._sequence
+        if sequence.finish_reason is None:
+            raise RuntimeError("the generation has not ended yet")
+        layout: Layout = self._engine.runner.layout
+        return Result(
+            prompt_tokens=len(sequence.request.prompt),
+            tokens=sequence.new_tokens,
+            text="".join(self._pieces),
+            # A stop string may complete in the very token that exhausts the length.
+            finish_reason=FinishReason.STOP if self._stops.matched else sequence.finish_reason,
+            prefill_seconds=self._first - self._started,
+            decode_seconds=self._last - self._first,
+            kv_codec=layout.codec.name,
+            kv_blocks=sequence.kv_blocks,
+            kv_bytes=sequence.kv_blocks * layout.block_bytes,
+            kv_bytes_per_token=layout.bytes_per_token,
+        )
+
+    def _push(self, token: int) -> str:
+        """The text that a token makes certain. An end-of-text token is no text."""
+        if token in self._sequence.request.stop_ids:
+            return ""
+        text = self._stops.push(self._detokenizer.push(token))
+        if self._stops.matched:
+            self._engine.finish(self._sequence, FinishReason.STOP)
+        return text
+
+    def _emit(self, text: str) -> Iterator[str]:
+        if text:
+            self._pieces.append(text)
+            yield text
+
+    def _time_token(self) -> None:
+        self._last = time.perf_counter()
+        if len(self._sequence.tokens) == len(self._sequence.request.prompt) + 1:
+            self._first = self._last
+
+
+def generate(
+    loaded: Loaded,
+    prompt: str,
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    stops: Sequence[str] = (),
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Generation:
+    """A generation on an engine of its own, whose cache is just large enough for it."""
+    tokenizer = loaded.tokenizer()
+    request = Request(tuple(tokenizer.encode(prompt)), max_tokens, sampling, tokenizer.eos_ids)
+    engine = loaded.engine(len(request.prompt) + max_tokens)
+    return Generation(engine, tokenizer, request, stops, cancelled)

@@ -1,0 +1,69 @@
+"""A model in memory with its tokenizer: what engines are made from."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kvist.base.errors import ConfigError
+from kvist.base.events import Listener
+from kvist.cache.codecs import codec
+from kvist.cache.layout import Layout, plan_layout
+from kvist.models.config import ModelConfig
+from kvist.models.decoder import Decoder
+from kvist.models.load import DTYPES, load, load_config, stored_dtype
+from kvist.ops.backend import Backend, select
+from kvist.runtime.engine import Engine
+from kvist.runtime.runner import Runner
+from kvist.text.tokenizer import Tokenizer
+from kvist.weights.checkpoint import Checkpoint
+from kvist.weights.hub import resolve
+
+BUNDLED = Path(__file__).parent.parent / "bundled"
+_KV_OF = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A decoder, its cache's layout and the operators that it runs on; any number of engines may share it."""
+
+    name: str
+    config: ModelConfig
+    model: Decoder
+    layout: Layout
+    backend: Backend
+    directory: Path
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer beside the weights, read afresh. Raises `TextError` when there is none."""
+        return Tokenizer.load(self.directory)
+
+    def engine(self, tokens: int, sequences: int = 1, listener: Listener | None = None) -> Engine:
+        """An engine whose cache holds `sequences` sequences of `tokens` tokens each, at most the context's."""
+        tokens = min(tokens, self.config.max_positions)
+        blocks = sequences * -(-tokens // self.layout.block_size)
+        return Engine(Runner(self.model, self.layout, blocks, self.backend, listener))
+
+
+def open_model(name: str | None, *, dtype: str | None = None, kv: str | None = None) -> Loaded:
+    """Load a directory or a hub id; without a name the bundled model.
+
+    `dtype`: fp32, bf16 or fp16, by default as stored. `kv`: the cache's codec, by default the one of the same type,
+    which loses nothing. The environment's KVIST_OPS forces an operator implementation (cpu, portable, reference).
+    """
+    directory = BUNDLED if name is None else resolve(name, progress=True)
+    config = load_config(directory)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    compute = DTYPES[dtype] if dtype else stored_dtype(Checkpoint(directory))
+    layout = plan_layout(config.layer_specs(), codec(kv or _KV_OF[compute]))
+    backend = select_backend(config, layout)
+    model = load(directory, config, backend, compute)
+    return Loaded(name or "kvist-shakespeare", config, model, layout, backend, directory)
+
+
+def select_backend(config: ModelConfig, layout: Layout) -> Backend:
+    """The best operators for this cache on this machine, or those that KVIST_OPS names."""
+    plane_dtype: torch.dtype = layout.layers[0].planes[0].dtype
+    return select("cpu", plane_dtype, config.head_dim, layout.block_size, os.environ.get("KVIST_OPS") or None)

@@ -1,0 +1,137 @@
+"""A checkpoint's tokenizer: text to token ids and back, and which ids end a text."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from kvist.base.errors import KvistError, TextError
+from kvist.base.files import read_json
+
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's
+_SHOWN_CHARACTERS = 100
+
+
+class Tokenizer:
+    """Text and token ids, by the rules of a `tokenizers.Tokenizer`.
+
+    `eos_ids` are the ids that end a text (a chat model may have several), `bos_id` the one that begins it, if
+    any. Padding and truncation that the file asks for are switched off: a text is encoded whole and as it is.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, eos_ids: Iterable[int] = (), bos_id: int | None = None
+    ) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self.eos_ids = frozenset(eos_ids)
+        self.bos_id = bos_id
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(index for index, token in added.items() if token.special)
+
+    @classmethod
+    def load(cls, directory: Path) -> "Tokenizer":
+        """Reads tokenizer.json, or a GPT-2's vocab.json and merges.txt, and the configurations beside it.
+
+        The end-of-text ids are those of generation_config.json, config.json, tokenizer_config.json and
+        special_tokens_map.json together. Raises `TextError` for a missing or unreadable file.
+        """
+        named = _optional(directory / "special_tokens_map.json") | _optional(
+            directory / "tokenizer_config.json"
+        )
+        bos, eos = (_content(named.get(key)) for key in ("bos_token", "eos_token"))
+        if (directory / "tokenizer.json").is_file():
+            backend = _read_backend(directory / "tokenizer.json")
+        elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+            backend = _read_gpt2(directory, (bos, eos, END_OF_TEXT))
+        else:
+            raise TextError(f"{directory} holds neither tokenizer.json nor vocab.json with merges.txt")
+        eos_ids = _eos_ids(directory / "generation_config.json") | _eos_ids(directory / "config.json")
+        eos_id = None if eos is None else backend.token_to_id(eos)
+        bos_id = None if bos is None else backend.token_to_id(bos)
+        return cls(backend, eos_ids if eos_id is None else eos_ids | {eos_id}, bos_id)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with the special tokens that the file's post-processor adds.
+
+        Raises `TextError` for a lone surrogate, and for a character that a vocabulary of characters lacks.
+        """
+        try:
+            return self._backend.encode(text).ids
+        except Exception as error:  # the library raises plain Exception
+            raise TextError(self._refusal(text, error)) from error
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special)
+
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary's entry for an id, as it is spelled there; None for an id without one."""
+        return self._backend.id_to_token(token_id)
+
+    def _refusal(self, text: str, error: Exception) -> str:
+        surrogate = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+        if surrogate is not None:
+            return f"the text holds the lone surrogate U+{ord(surrogate):04X}, which is no character"
+        vocabulary = self._backend.get_vocab()
+        missing = next((character for character in text if character not in vocabulary), None)
+        if missing is None or not isinstance(self._backend.model, models.WordLevel):
+            return f"the text cannot be tokenized: {error}"
+        known = "".join(sorted(token for token in vocabulary if len(token) == 1))
+        shown = known if len(known) <= _SHOWN_CHARACTERS else f"{known[:_SHOWN_CHARACTERS]}..."
+        return f"{missing!r} is not among the {len(known)} characters of this model's vocabulary: {shown!r}"
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise TextError(f"{path} is not a tokenizer that can be read: {error}") from error
+
+
+def _read_gpt2(directory: Path, special: Iterable[str | None]) -> tokenizers.Tokenizer:
+    """GPT-2's byte-level BPE from its two files, with those of `special` that its vocabulary has."""
+    try:
+        model = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
+    except Exception as error:  # the library raises plain Exception
+        raise TextError(f"{directory}: vocab.json and merges.txt cannot be read: {error}") from error
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    known = sorted(
+        {token for token in special if token is not None and backend.token_to_id(token) is not None}
+    )
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in known])
+    return backend
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; empty when there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        return read_json(path)
+    except KvistError as error:
+        raise TextError(str(error)) from error
+
+
+def _content(token: Any) -> str | None:
+    """A special token's text, which configurations write as a string or as an object with `content`."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _eos_ids(path: Path) -> frozenset[int]:
+    """`eos_token_id` in `path`: an id, a list of ids, or absent."""
+    value = _optional(path).get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token_id in ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+            raise TextError(f"{path}: eos_token_id should be a token id or a list of them, got {value!r}")
+    return frozenset(ids)

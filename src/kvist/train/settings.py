@@ -1,0 +1,131 @@
+"""What decides a training run, as one frozen value; the presets; and the `config.json` that follows from them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+from kvist.base.errors import KvistError
+
+
+class TrainError(KvistError):
+    """A training run that cannot start or cannot go on. The message is one line."""
+
+
+class Vocabulary(StrEnum):
+    CHARACTERS = "characters"  # one token per character of the corpus
+    BYTES = "bytes"  # byte-level BPE, trained on the training part of the corpus
+
+
+class Method(StrEnum):
+    ADAMW = "adamw"  # arXiv 1711.05101
+    MUON = "muon"  # AdamW, with orthogonalized momentum for the matrices of the blocks
+
+
+FAMILIES = ("gpt2", "llama", "qwen3")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """One run. Lengths in tokens, `rows` in sequences per step.
+
+    The first `short_steps` steps use rows of `short_context` tokens, as many more of them as keeps the tokens of a
+    step the same. The learning rate rises over `warmup_steps` and falls along a cosine to `final_learning_rate`.
+    Raises `TrainError` for values that make no run.
+    """
+
+    family: str
+    layers: int
+    heads: int
+    kv_heads: int
+    hidden_size: int
+    intermediate_size: int
+    context: int
+    rows: int
+    steps: int
+    learning_rate: float
+    final_learning_rate: float
+    warmup_steps: int
+    method: Method = Method.ADAMW
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 0.1
+    gradient_clip: float = 1.0
+    dropout: float = 0.0
+    short_context: int = 0
+    short_steps: int = 0
+    vocabulary: Vocabulary = Vocabulary.CHARACTERS
+    vocab_size: int = 512  # byte-level BPE only
+    evaluate_every: int = 250
+    save_every: int = 250
+    seed: int = 1337
+
+    def __post_init__(self) -> None:
+        self._check_model()
+        self._check_run()
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.heads
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows * self.context
+
+    def context_at(self, step: int) -> int:
+        """The length of the rows of step `step`, counted from 0."""
+        return self.short_context if step < self.short_steps else self.context
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        share = 0.5 * (1 + math.cos(math.pi * done))
+        return self.final_learning_rate + share * (self.learning_rate - self.final_learning_rate)
+
+    def _check_model(self) -> None:
+        if self.family not in FAMILIES:
+            raise TrainError(f"the family {self.family!r} cannot be trained ({', '.join(FAMILIES)} can)")
+        for name in ("layers", "heads", "kv_heads", "hidden_size", "intermediate_size", "context"):
+            if getattr(self, name) < 1:
+                raise TrainError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.heads:
+            raise TrainError(f"hidden_size {self.hidden_size} does not divide among {self.heads} heads")
+        if self.heads % self.kv_heads:
+            raise TrainError(f"{self.heads} heads do not divide among {self.kv_heads} KV heads")
+        if self.head_dim % 8:
+            raise TrainError(
+                f"the engine's attention needs heads of a multiple of 8, and hidden_size {self.hidden_size} over "
+                f"{self.heads} heads gives {self.head_dim}"
+            )
+        if self.family == "gpt2" and self.kv_heads != self.heads:
+            raise TrainError(f"GPT-2 has a KV head for each of its {self.heads} heads, not {self.kv_heads}")
+        if self.vocabulary is Vocabulary.BYTES and not 257 <= self.vocab_size <= 65536:
+            raise TrainError(f"a byte-level vocabulary has 257 to 65,536 tokens, got {self.vocab_size:,}")
+
+    def _check_run(self) -> None:
+        for name in ("rows", "steps", "evaluate_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise TrainError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < 1 or not 0 <= self.final_learning_rate <= self.learning_rate:
+            raise TrainError(
+                "the learning rate must be between 0 and 1 and fall, got "
+                f"{self.learning_rate:g} falling to {self.final_learning_rate:g}"
+            )
+        for name in ("beta1", "beta2", "dropout", "weight_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise TrainError(f"{name} must be at least 0 and below 1, got {getattr(self, name):g}")
+        if self.gradient_clip <= 0:
+            raise TrainError(f"gradient_clip must be above 0, got {self.gradient_clip:g}")
+        if not 0 <= self.warmup_steps < self.steps or not 0 <= self.short_steps < self.steps:
+            raise TrainError(
+                f"warmup_steps {self.warmup_steps} and short_steps {self.short_steps} must be at least 0 and below "
+                f"the {self.steps} steps"
+            )
+        if self.short_steps and (self.short_context < 1 or self.context % self.short_context):
+            raise TrainError(f"short_context {self.short_context} must divide the context of {self.context}")
+        if not 0 <= self.seed < 2**31:
+            raise TrainError(f"a seed is a number from 0 to 2^31 - 1, got {self.seed}")
