@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -29,18 +30,18 @@ FILES = {
 
 
 class StandInHub(BaseHTTPRequestHandler):
-    """The endpoints of the hub that a snapshot needs: a revision's commit, its files, and each file's content."""
+    """The hub's endpoints that a snapshot needs: a revision's commit, its files, each file's content."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         self.server.requests.append(self.path)  # type: ignore[attr-defined]
-        path = self.path.split("?")[0]
-        if path == "/api/models/org/gated/revision/main":
+        path = self.path.split("?")[0].removesuffix("/revision/main")
+        if path == "/api/models/org/gated":
             self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
         elif path == "/api/models/org/small/revision/absent":
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        elif path in ("/api/models/org/small/revision/main", f"/api/models/org/small/revision/{COMMIT}"):
+        elif path in ("/api/models/org/small", f"/api/models/org/small/revision/{COMMIT}"):
             self._send(200, json.dumps({"id": "org/small", "sha": COMMIT, "siblings": []}).encode(), {})
         elif path == f"/api/models/org/small/tree/{COMMIT}":
             self._send(200, json.dumps([self._entry(name) for name in FILES]).encode(), {})
@@ -94,18 +95,25 @@ for name in sys.argv[1:]:
 """
 
 
+def environment(home: Path, endpoint: str, offline: bool = False) -> dict[str, str]:
+    """This process's, without proxies, with the hub at `endpoint` and its cache under `home`."""
+    kept = {key: value for key, value in os.environ.items() if not key.upper().endswith("_PROXY")}
+    kept = {key: value for key, value in kept.items() if not key.startswith("HF_")}
+    kept |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
+    return kept | ({"HF_HUB_OFFLINE": "1"} if offline else {})
+
+
 def resolve_elsewhere(home: Path, endpoint: str, *names: str, offline: bool = False) -> list[list[str]]:
-    """Resolve `names` in a process of its own, since the library reads its environment when it is imported."""
-    environment = {key: value for key, value in os.environ.items() if not key.upper().endswith("_PROXY")}
-    environment |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
-    environment.pop("HF_HUB_CACHE", None)
-    environment.pop("HF_HUB_OFFLINE", None)
-    if offline:
-        environment["HF_HUB_OFFLINE"] = "1"
+    """Resolve `names` in a process of its own: the library reads its environment when it is imported."""
     done = subprocess.run(
         [sys.executable, "-c", RESOLVE_PROGRAM, *names],
-        env=environment, cwd=home, capture_output=True, text=True, check=True, timeout=60,
-    )  # fmt: skip
+        env=environment(home, endpoint, offline),
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
     assert "%|" not in done.stderr  # stderr is a pipe here: no progress bar
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -138,6 +146,27 @@ def test_a_model_is_downloaded_once_and_then_read_offline(hub: ThreadingHTTPServ
     assert absent[0] == "refused"
     assert absent[1].endswith(f"it is not in {tmp_path / 'hub'}; unset HF_HUB_OFFLINE to download it")
     assert hub.requests == []
+
+    unreachable = resolve_elsewhere(tmp_path, "http://127.0.0.1:9", "org/small")
+    assert unreachable == [["found", str(folder)]]
+
+
+def test_progress_is_shown_on_a_terminal(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    controller, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
+    subprocess.run(
+        [sys.executable, "-c", RESOLVE_PROGRAM, "org/small"],
+        env=environment(tmp_path, f"http://127.0.0.1:{hub.server_port}"),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=terminal,
+        check=True,
+        timeout=60,
+    )
+    os.close(terminal)
+    shown = os.read(controller, 1 << 16)
+    os.close(controller)
+    assert b"%|" in shown
 
 
 def test_a_hub_out_of_reach_is_said_quickly_and_in_one_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A text as training and validation tokens, and which rows a step takes: a function of seed and step alone."""
+"""A text as training and validation tokens, and the rows of a step: a function of seed and step alone."""
 
 import hashlib
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Corpus:
 
 
 def read_corpus(path: Path, settings: TrainSettings) -> Corpus:
-    """Read `path` and tokenize it. Raises `TextError` when it is no UTF-8 text or too short for the context."""
+    """Read and tokenize `path`. Raises `TextError` when it is no UTF-8 text or too short for the context."""
     try:
         raw = path.read_bytes()
         text = raw.decode()
@@ -43,7 +43,9 @@ def read_corpus(path: Path, settings: TrainSettings) -> Corpus:
     except OSError as error:
         raise TextError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text: byte {error.start:,} is 0x{raw[error.start]:02x}") from None
+        raise TextError(
+            f"{path} is not UTF-8 text: byte {error.start:,} is 0x{raw[error.start]:02x}"
+        ) from None
     if not text:
         raise TextError(f"{path} is empty; a corpus needs text to learn from")
     cut = int(len(text) * (1 - VALIDATION_SHARE))
@@ -78,13 +80,15 @@ def training_rows(tokens: Tensor, settings: TrainSettings, step: int) -> Tensor:
     starts: list[int] = []
     while len(starts) < rows:
         epoch, place = divmod(first + len(starts), windows)
-        starts += _epoch(len(tokens), context, windows, settings.seed, epoch)[place : place + rows - len(starts)]
+        starts += _epoch(len(tokens), context, windows, settings.seed, epoch)[
+            place : place + rows - len(starts)
+        ]
     return torch.stack([tokens[start : start + context + 1] for start in starts])
 
 
 def _epoch(length: int, context: int, windows: int, seed: int, epoch: int) -> list[int]:
     """Where each window of an epoch starts, in the order in which they are taken."""
-    # Philox is counter-based; its low counter words advance with each draw, the high ones are free to name a stream.
+    # Philox counts its draws in the low words of the counter; the high ones are free to name a stream.
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, epoch, context]))
     offset = int(generator.integers(length - windows * context))
     return [offset + int(window) * context for window in generator.permutation(windows)]

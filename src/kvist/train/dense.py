@@ -1,7 +1,7 @@
 """How training runs a decoder: differentiable activations, and views that attend over whole rows at once.
 
-Nothing is paged here. Every row of a step starts at position 0, so a view needs no cache: what `write` receives
-is all that `attend` may see. The decoder is the one that the engine runs.
+Nothing is paged here. Every row of a step starts at position 0, so a view needs no cache: what `write`
+receives is all that `attend` may see. The decoder is the one that the engine runs.
 """
 
 from dataclasses import dataclass
@@ -14,31 +14,36 @@ from kvist.models.decoder import Decoder
 
 
 class Dropout:
-    """Zeroes each number with probability `rate` and scales the rest by 1 / (1 - rate) (Srivastava et al. 2014).
+    """Zeroes a number with probability `rate`, scales others by 1 / (1 - rate) (Srivastava et al. 2014).
 
-    The masks of a step come from `reseed(seed, step)` alone, so a resumed run draws those of an uninterrupted one.
+    It falls between `begin` and `end` only, and a step's masks come from its seed and number alone, so that a
+    resumed run draws those of an uninterrupted one.
     """
 
     def __init__(self, rate: float) -> None:
-        self.rate = rate
-        self.active = False
+        self._rate = rate
+        self._active = False
         self._generator = torch.Generator()
 
-    def reseed(self, seed: int, step: int) -> None:
+    def begin(self, seed: int, step: int) -> None:
         self._generator.manual_seed((seed << 32) + step)
+        self._active = self._rate > 0
+
+    def end(self) -> None:
+        self._active = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`x` with dropout while `active`, else `x` itself."""
-        if not self.active or self.rate == 0:
+        """`x` with dropout applied, or `x` itself outside of `begin` and `end`."""
+        if not self._active:
             return x
-        keep = 1 - self.rate
+        keep = 1 - self._rate
         mask = torch.empty_like(x).bernoulli_(keep, generator=self._generator)
         return x * mask.div_(keep)
 
 
 @dataclass(frozen=True)
 class DenseActivations:
-    """PyTorch's own activations, which have gradients; dropout falls on what enters the MLP's last product."""
+    """PyTorch's activations, which have gradients; dropout falls on what enters the MLP's last product."""
 
     dropout: Dropout
 
@@ -53,7 +58,7 @@ class DenseActivations:
 
 
 class DenseView:
-    """A `LayerView` over `rows` sequences of equal length that lie one after the other in a step of `T` tokens."""
+    """A `LayerView` over `rows` sequences of equal length, one after the other in a step of `T` tokens."""
 
     def __init__(self, rows: int, dropout: Dropout) -> None:
         self._rows = rows
@@ -67,7 +72,8 @@ class DenseView:
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
         """Causal attention of `q` `[T, heads, head_dim]` within each row. Same shape out."""
-        assert self._k is not None and self._v is not None
+        assert self._k is not None
+        assert self._v is not None
         grouped = q.shape[1] != self._k.shape[1]
         out = F.scaled_dot_product_attention(
             self._by_row(q), self._k, self._v, is_causal=True, scale=scale, enable_gqa=grouped
@@ -81,7 +87,7 @@ class DenseView:
 
 
 def row_logits(model: Decoder, tokens: Tensor, dropout: Dropout) -> Tensor:
-    """Logits `[rows, length, vocab_size]` float32 of `tokens` `[rows, length]` int64, each row from position 0."""
+    """Logits `[rows, length, vocab_size]` float32 of `tokens` `[rows, length]`; rows start at position 0."""
     rows, length = tokens.shape
     views = [DenseView(rows, dropout) for _ in range(model.config.layers)]
     positions = torch.arange(length).repeat(rows)

@@ -29,7 +29,7 @@ def initialize(model: Decoder, seed: int) -> None:
 class Optimizer:
     """Decay on matrices and embeddings only. One learning rate: Muon's steps are scaled to AdamW's size.
 
-    Muon (Jordan et al. 2024) orthogonalizes the momentum of a matrix; its scale is that of arXiv 2502.16982, 2.2.
+    Muon (Jordan et al. 2024) orthogonalizes a matrix's momentum; its scale is that of arXiv 2502.16982, 2.2.
     """
 
     def __init__(self, model: Decoder, settings: TrainSettings) -> None:
@@ -38,7 +38,9 @@ class Optimizer:
         self._parts: list[torch.optim.Optimizer] = []
         if settings.method is Method.MUON:
             blocks = [weight for weight, _ in model.linears()]
-            matrices = [parameter for parameter in matrices if all(parameter is not weight for weight in blocks)]
+            matrices = [
+                parameter for parameter in matrices if all(parameter is not weight for weight in blocks)
+            ]
             decay = settings.weight_decay
             self._parts.append(torch.optim.Muon(blocks, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
         groups = [

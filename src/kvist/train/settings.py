@@ -1,4 +1,4 @@
-"""What decides a training run, as one frozen value; the presets; and the `config.json` that follows from them."""
+"""What decides a training run, as one frozen value; the `config.json` that follows; and the presets."""
 
 import math
 from collections.abc import Mapping
@@ -31,8 +31,8 @@ FAMILIES = ("gpt2", "llama", "qwen3")
 class TrainSettings:
     """One run. Lengths in tokens, `rows` in sequences per step.
 
-    The first `short_steps` steps use rows of `short_context` tokens, as many more of them as keeps the tokens of a
-    step the same. The learning rate rises over `warmup_steps` and falls along a cosine to `final_learning_rate`.
+    The first `short_steps` steps use rows of `short_context` tokens, so many that a step has as many tokens
+    as later. The learning rate rises over `warmup_steps` and falls along a cosine to `final_learning_rate`.
     Raises `TrainError` for values that make no run.
     """
 
@@ -98,7 +98,7 @@ class TrainSettings:
             raise TrainError(f"{self.heads} heads do not divide among {self.kv_heads} KV heads")
         if self.head_dim % 8:
             raise TrainError(
-                f"the engine's attention needs heads of a multiple of 8, and hidden_size {self.hidden_size} over "
+                f"a head needs a multiple of 8 dimensions, and hidden_size {self.hidden_size} over "
                 f"{self.heads} heads gives {self.head_dim}"
             )
         if self.family == "gpt2" and self.kv_heads != self.heads:
@@ -122,10 +122,75 @@ class TrainSettings:
             raise TrainError(f"gradient_clip must be above 0, got {self.gradient_clip:g}")
         if not 0 <= self.warmup_steps < self.steps or not 0 <= self.short_steps < self.steps:
             raise TrainError(
-                f"warmup_steps {self.warmup_steps} and short_steps {self.short_steps} must be at least 0 and below "
-                f"the {self.steps} steps"
+                f"warmup_steps {self.warmup_steps} and short_steps {self.short_steps} must be at least 0 and "
+                f"below the {self.steps} steps"
             )
         if self.short_steps and (self.short_context < 1 or self.context % self.short_context):
             raise TrainError(f"short_context {self.short_context} must divide the context of {self.context}")
         if not 0 <= self.seed < 2**31:
             raise TrainError(f"a seed is a number from 0 to 2^31 - 1, got {self.seed}")
+
+    def config_json(self, vocab_size: int) -> dict[str, Any]:
+        """The `config.json` of the model that is trained, with the keys of its Hugging Face family."""
+        if self.family == "gpt2":
+            return self._gpt2_json(vocab_size)
+        architecture = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[self.family]
+        return {
+            "architectures": [architecture],
+            "model_type": self.family,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": vocab_size,
+            "max_position_embeddings": self.context,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10_000.0,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "torch_dtype": "float32",
+        }
+
+    def _gpt2_json(self, vocab_size: int) -> dict[str, Any]:
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "n_embd": self.hidden_size,
+            "n_inner": self.intermediate_size,
+            "n_layer": self.layers,
+            "n_head": self.heads,
+            "vocab_size": vocab_size,
+            "n_positions": self.context,
+            "layer_norm_epsilon": 1e-5,
+            "activation_function": "gelu",
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "torch_dtype": "float32",
+        }
+
+
+PRESETS: Mapping[str, TrainSettings] = MappingProxyType(
+    {
+        # nanoGPT's recipe for a CPU (its README, "i only have a macbook"), with GPT-2's biases.
+        "nanogpt": TrainSettings(
+            family="gpt2",
+            layers=4,
+            heads=4,
+            kv_heads=4,
+            hidden_size=128,
+            intermediate_size=512,
+            context=64,
+            rows=12,
+            steps=2000,
+            learning_rate=1e-3,
+            final_learning_rate=1e-4,
+            warmup_steps=100,
+        ),
+    }
+)

@@ -27,6 +27,7 @@ WANTED = (
 )
 # The same weights once more, in other forms: subfolders (original/, onnx/) and Mistral's own naming.
 UNWANTED = ("*/*", "consolidated*.safetensors")
+ANSWER_SECONDS = 10.0
 
 _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
@@ -56,14 +57,12 @@ def resolve(name: str, *, progress: bool) -> Path:
 
 
 def _download(name: str, repository: str, revision: str | None, progress: bool) -> Path:
-    from huggingface_hub import constants, errors, snapshot_download  # here, for it takes a while to import
+    from huggingface_hub import constants, errors  # here, for it takes a while to import
 
     tried = f"{name} is no directory here, and"
     try:
         with _progress_bars(progress):
-            folder = snapshot_download(
-                repository, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
-            )
+            return _snapshot(repository, revision)
     except errors.GatedRepoError as error:
         raise ModelNotFound(
             f"{name} is gated: accept its terms at {constants.ENDPOINT}/{repository} and set HF_TOKEN"
@@ -82,6 +81,32 @@ def _download(name: str, repository: str, revision: str | None, progress: bool) 
         raise _failed(tried, constants.ENDPOINT, error.__cause__ or error) from error
     except Exception as error:  # the errors of the HTTP client, which differs between versions of the library
         raise _failed(tried, constants.ENDPOINT, error) from error
+
+
+def _snapshot(repository: str, revision: str | None) -> Path:
+    """The cached snapshot of a repository, brought up to date where the hub answers.
+
+    The library waits for its first answer without limit, so the hub is asked beforehand, with one.
+    """
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    silence: Exception | None = None
+    try:
+        HfApi().model_info(repository, revision=revision, timeout=ANSWER_SECONDS)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise
+    except Exception as error:  # no answer of use: what is in the cache will do
+        silence = error
+    try:
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=list(WANTED),
+            ignore_patterns=list(UNWANTED),
+            local_files_only=silence is not None,
+        )
+    except errors.LocalEntryNotFoundError as error:
+        raise error from silence
     return Path(folder)
 
 

@@ -250,6 +250,8 @@ void Attention<Plane>::multiply_keys(const Group& group, int64_t split, int64_t 
     product.columns = (std::min(call_.block_size, seen - key) + kLanes - 1) / kLanes;
     product.steps = dims / Plane::kPack;
     product.fresh = true;
+    product.upcoming = key + call_.block_size < seen ? block(call_.keys, group, split * kSplit + key + call_.block_size)
+                                                     : block(call_.values, group, split * kSplit);
     multiply(product, false);
   }
 }
@@ -295,6 +297,8 @@ void Attention<Plane>::multiply_values(const Group& group, int64_t start, int64_
     product.columns = dims / kLanes;
     product.steps = count / Plane::kPack;
     product.fresh = key == 0;
+    product.upcoming = key + count < to ? block(call_.values, group, start + key + count)
+                       : start + kSplit < call_.lengths[group.sequence] ? block(call_.keys, group, start + kSplit) : product.vectors;
     const bool half = dims % kLanes != 0;
     if (product.steps) multiply(product, half);
     if constexpr (Plane::kPack == 2) {

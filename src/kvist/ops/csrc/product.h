@@ -20,11 +20,13 @@ struct Product {
   float* out;             // columns stand side by side
   int64_t out_stride;     // from row to row
   int64_t rows, columns, steps;
-  bool fresh;  // sums start from zero, not from `out`
+  bool fresh;                           // sums start from zero, not from `out`
+  const typename Plane::Unit* upcoming;  // what is wanted after this, in one piece: fetched meanwhile
 };
 
 template <class Plane, int kRows, int kColumns, bool kHalf>
 inline void product_tile(const Product<Plane>& p, int64_t row, int64_t column) {
+  constexpr int64_t kUnits = kLanes * Plane::kPack;  // of a vector
   Vec acc[kRows][kColumns];
   float* out = p.out + row * p.out_stride + column * kLanes;
   KVIST_UNROLL for (int r = 0; r < kRows; r++)
@@ -32,11 +34,16 @@ inline void product_tile(const Product<Plane>& p, int64_t row, int64_t column) {
       acc[r][c] = p.fresh ? zero() : load(out + r * p.out_stride + c * kLanes);
   const auto* vectors = p.vectors + column * p.column_stride;
   const auto* scalars = p.scalars + row * p.scalar_stride;
+  const auto* upcoming = row == 0 ? p.upcoming + column * p.steps * kUnits : nullptr;
   for (int64_t step = 0; step < p.steps; step++, vectors += p.step_stride, scalars++) {
     typename Plane::Operand loaded[kColumns];
     KVIST_UNROLL for (int c = 0; c < kColumns; c++) {
       const auto* from = vectors + c * p.column_stride;
       loaded[c] = in_register(kHalf ? Plane::load_half(from) : Plane::load(from));
+    }
+    if (upcoming) {
+      KVIST_UNROLL for (int c = 0; c < kColumns; c++) prefetch(upcoming + c * kUnits);
+      upcoming += kColumns * kUnits;
     }
     KVIST_UNROLL for (int r = 0; r < kRows; r++) {
       const auto spread = in_register(Plane::spread(scalars[r * p.scalar_stride]));
@@ -88,7 +95,8 @@ Product<FirstOnly<Plane>> last_step(const Product<Plane>& p) {
           p.rows,
           p.columns,
           1,
-          p.fresh && p.steps == 0};
+          p.fresh && p.steps == 0,
+          p.upcoming};
 }
 
 }  // namespace kvist
