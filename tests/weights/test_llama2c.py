@@ -3,6 +3,8 @@
 import json
 import math
 import struct
+import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -79,7 +81,7 @@ def refusal(source: Path, out: Path) -> str:
 
 
 def llama2c_logits(weights: dict[str, torch.Tensor], ids: list[int], head: torch.Tensor) -> torch.Tensor:
-    """What llama2.c computes, written as it computes it: RoPE rotates neighbours 2i and 2i+1. [tokens, vocab]"""
+    """What llama2.c computes, [tokens, vocab], as it computes it: RoPE rotates neighbours 2i and 2i+1."""
 
     def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return weight * x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-5)
@@ -116,14 +118,14 @@ def llama2c_logits(weights: dict[str, torch.Tensor], ids: list[int], head: torch
 
 
 def piecewise_bpe(vocabulary: list[tuple[bytes, float]], text: str) -> list[int]:
-    """llama2.c's encoder: of all neighbours, merge the pair whose union scores best, until none is a piece."""
+    """llama2.c's encoder: merge the neighbours whose union scores best, until no union is a piece."""
     ids = {piece: index for index, (piece, _) in enumerate(vocabulary)}
     out = [ids[b" "]] if text else []
     for character in text:
         raw = character.encode()
         out += [ids[raw]] if raw in ids else [byte + 3 for byte in raw]
     while True:
-        unions = [ids.get(vocabulary[a][0] + vocabulary[b][0]) for a, b in zip(out, out[1:], strict=False)]
+        unions = [ids.get(vocabulary[a][0] + vocabulary[b][0]) for a, b in pairwise(out)]
         known = [
             (vocabulary[union][1], -place, union) for place, union in enumerate(unions) if union is not None
         ]
@@ -196,9 +198,10 @@ def test_a_conversion_writes_whole_directories_only_where_there_is_none(source: 
     out.mkdir()
     convert(source, out)
     names = {path.name for path in out.iterdir()}
-    assert names == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
-    }  # fmt: skip
+    assert names == {"model.safetensors", "config.json", "generation_config.json"} | {
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert "is not an empty directory" in refusal(source, out)
     assert {path.name for path in out.iterdir()} == names
     (tmp_path / "file").write_text("kept")
@@ -270,7 +273,12 @@ def test_a_damaged_vocabulary_is_refused(source: Path, tmp_path: Path, damage, r
     assert reason in message
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
 def test_no_damage_gives_anything_but_one_line(source: Path, tmp_path: Path, data: st.DataObject) -> None:
     write_vocabulary(source / "tok270.bin")
@@ -278,11 +286,11 @@ def test_no_damage_gives_anything_but_one_line(source: Path, tmp_path: Path, dat
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     (source / "tok270.bin").write_bytes(content)
-    with_output = tmp_path / data.draw(st.uuids()).hex
+    out = Path(tempfile.mkdtemp(dir=tmp_path)) / "out"
     message = ""
     try:
-        convert(source, with_output)
+        convert(source, out)
     except WeightsError as error:
         message = str(error)
     assert "\n" not in message
-    assert with_output.exists() is not bool(message)
+    assert out.exists() is not bool(message)

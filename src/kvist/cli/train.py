@@ -1,3 +1,129 @@
+"""`kvist train`: a model of one's own, from a text file."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
-app = typer.Typer()
-def train() -> None: ...
+
+from kvist.base.errors import KvistError
+from kvist.base.units import format_duration
+from kvist.cli.options import Json, graceful_interrupt, note, print_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvist.train.loop import Progress
+    from kvist.train.report import TrainReport
+    from kvist.train.settings import TrainSettings
+
+SAMPLE_TOKENS = 300
+
+
+def train(
+    corpus: Annotated[Path, typer.Argument(help="A text file in UTF-8.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint directory to make.")],
+    preset: Annotated[str, typer.Option(help="The recipe to start from; `kvist train --help` lists them.")] = "default",
+    steps: Annotated[int | None, typer.Option(help="Another number of steps than the preset's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first weights and the order of the text.")] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of the preset; may be given several times."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a small model on a text; Ctrl-C stops after the current step, and --resume goes on.
+
+    Presets: nanogpt (its published CPU recipe), default (a better one over as many tokens), bundled (the model that
+    comes with kvist).
+    """
+    from kvist.train.loop import train as run
+
+    settings = _settings(preset, steps, seed, change or [])
+    with graceful_interrupt() as interrupt, _progress_bar() as observe:
+        report = run(corpus, out, settings, resume=resume, observe=observe, stop=interrupt)
+    if as_json:
+        print_json(_as_json(report, preset))
+    else:
+        _print_sample(report)
+
+
+def _settings(preset: str, steps: int | None, seed: int | None, changes: list[str]) -> "TrainSettings":
+    """The preset with what the command line changes. Raises `KvistError` naming a setting that does not exist."""
+    from kvist.train.settings import PRESETS
+
+    if preset not in PRESETS:
+        raise KvistError(f"there is no preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    settings = PRESETS[preset]
+    kinds = {field.name: type(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
+    values: dict[str, Any] = {}
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name not in kinds:
+            raise KvistError(f"there is no setting {name!r}; choose among {', '.join(kinds)}")
+        try:
+            values[name] = kinds[name](value)
+        except ValueError:
+            raise KvistError(f"{name} should be of type {kinds[name].__name__}, got {value!r}") from None
+    values |= {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
+    return dataclasses.replace(settings, **values)
+
+
+@contextmanager
+def _progress_bar() -> "Iterator[Callable[[Progress], None]]":
+    """A live bar with losses, tokens per second and time left on a terminal; a line per validation elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    def lines(progress: "Progress") -> None:
+        if progress.validation_loss is not None:
+            note(
+                f"step {progress.step:,} of {progress.steps:,} · loss {progress.loss:.4f} · "
+                f"validation {progress.validation_loss:.4f} · {progress.tokens_per_second:,.0f} tokens/s"
+            )
+
+    if not sys.stderr.isatty():
+        yield lines
+        return
+    with Bar(
+        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), console=Console(stderr=True)
+    ) as bar:
+        task = bar.add_task("training", said="", total=None)
+        validation = ""
+
+        def observe(progress: "Progress") -> None:
+            nonlocal validation
+            if progress.validation_loss is not None:
+                validation = f" · validation {progress.validation_loss:.4f}"
+            said = (
+                f"loss {progress.loss:.4f}{validation} · {progress.tokens_per_second:,.0f} tokens/s · "
+                f"{format_duration(progress.seconds_left)} left"
+            )
+            bar.update(task, completed=progress.step, total=progress.steps, said=said)
+
+        yield observe
+
+
+def _print_sample(report: "TrainReport") -> None:
+    from kvist.runtime.request import Sampling
+    from kvist.train.report import CURVE, CURVE_HINT, sample
+
+    generation = sample(report, SAMPLE_TOKENS, Sampling(temperature=0.8, seed=1))
+    print(report.prompt, end="")
+    for piece in generation:
+        print(piece, end="", flush=True)
+    print()
+    note(
+        f"{report.parameters:,} parameters · {report.tokens:,} tokens in {format_duration(report.seconds)} · "
+        f"validation loss {report.validation_loss:.4f} (best, after step {report.best_step:,})"
+    )
+    note(f"wrote {report.directory} · curve: {report.directory / CURVE}" if report.curve else CURVE_HINT)
+
+
+def _as_json(report: "TrainReport", preset: str) -> dict[str, object]:
+    return dataclasses.asdict(report) | {"directory": str(report.directory), "preset": preset}

@@ -1,9 +1,9 @@
 """How many rows a step may have so that every row's bits are the same whatever stands beside it.
 
 A library's matrix product may sum in another order when the number of rows changes (seen: one or two rows, where
-it calls a matrix-vector routine). So steps are padded to one of few widths, and each width is tested on this
-machine, with this model's weights' shapes, against the narrowest: a width whose rows differ in a single bit is not
-used.
+it calls a matrix-vector routine; small products in bfloat16, where the size decides between two libraries). So
+steps are padded to one of few widths, and each width is tested on this machine, for the shapes of this model's
+weights: widths that differ from each other in a single bit are not used together.
 """
 
 from collections.abc import Iterable
@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvist.base.errors import BackendError
+
 # The head's products are the widest by far, so fewer and narrower widths are tried for them.
 HEAD_LADDER = (4, 8, 16, 32, 64)
 LADDER = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_PATTERN = 64  # distinct rows of a test weight, so that a large one is quickly made
 
 
 @dataclass(frozen=True)
@@ -37,21 +40,72 @@ class Widths:
         raise ValueError(f"a step of {rows} rows is wider than {self.most}")
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """All of a product that decides how a library computes it: `[rows, columns]` times `[outputs, columns]`."""
+
+    outputs: int
+    columns: int
+    dtype: torch.dtype
+    bias: bool
+
+
 def probe(products: Iterable[tuple[Tensor, Tensor | None]], ladder: tuple[int, ...] = LADDER) -> Widths:
-    """Test `ladder` on one product (weight `[out, in]`, bias `[out]` or none) of each shape and dtype.
+    """Of `ladder`, the most widths that agree on every product (weight `[out, in]`, bias `[out]` or none).
 
-    The narrowest width is the standard that the others must equal.
+    Only shapes and dtypes are read of the products, so damaged weights change nothing. Raises `BackendError` when
+    rows differ even within one width.
     """
-    agreeing = list(ladder)
-    distinct = {(tuple(weight.shape), weight.dtype, bias is None): (weight, bias) for weight, bias in products}
+    shapes = dict.fromkeys(_Shape(*weight.shape, weight.dtype, bias is not None) for weight, bias in products)
+    best: tuple[int, ...] = ()
+    for start in range(len(ladder)):
+        if len(best) >= len(ladder) - start:
+            break
+        best = max(best, _agreeing(list(shapes), ladder[start:]), key=len)
+    if not best:
+        raise BackendError("this machine's matrix products give a row other bits at another place of the same step")
+    return Widths(best)
+
+
+def _agreeing(shapes: list[_Shape], ladder: tuple[int, ...]) -> tuple[int, ...]:
+    """The widths whose rows have the bits that they have in the narrowest; none when that itself is inconsistent."""
+    agreeing, narrowest = ladder, ladder[0]
     generator = torch.Generator().manual_seed(0)
-    for weight, bias in distinct.values():
-        rows = torch.empty(agreeing[-1], weight.shape[1]).normal_(generator=generator).to(weight.dtype)
-        standard = torch.cat([F.linear(part, weight, bias) for part in rows.split(agreeing[0])])
-        agreeing = [width for width in agreeing if _same(F.linear(rows[:width], weight, bias), standard[:width])]
-    return Widths(tuple(agreeing))
+    for shape in shapes:
+        # Few outputs show less of a difference, so more rows are held against each other.
+        distinct = narrowest * max(4, 256 // shape.outputs)
+        rows, weight, bias = _cancelling(shape, distinct, generator)
+        standard = torch.cat([F.linear(part, weight, bias) for part in rows.split(narrowest)])
+        # No row stands where it stood in the standard, so that a row's place within a width is tested as well.
+        order = (5 * torch.arange(agreeing[-1]) + 1) % len(rows)
+        agreeing = tuple(
+            width
+            for width in agreeing
+            if torch.equal(F.linear(rows[order[:width]], weight, bias), standard[order[:width]])
+        )
+        if narrowest not in agreeing:
+            return ()
+    return agreeing
 
 
-def _same(ours: Tensor, expected: Tensor) -> bool:
-    """Equal in every bit; NaN, which damaged weights give, counts as equal to NaN."""
-    return torch.equal(ours.nan_to_num(), expected.nan_to_num())
+def _cancelling(shape: _Shape, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`count` rows, a weight and a bias whose exact products are nothing but the bias: columns cancel in pairs.
+
+    What a sum leaves then is its own rounding, at the accumulator's precision, and that differs with the order of the
+    sum. The rounding of an ordinary result to bfloat16 would hide the difference in all but a few of thousands.
+    """
+
+    def normal(*size: int) -> Tensor:
+        return torch.empty(size).normal_(generator=generator)
+
+    pairs = shape.columns // 2
+    first, second = torch.randperm(shape.columns, generator=generator)[: 2 * pairs].view(2, pairs)
+    rows = torch.zeros(count, shape.columns, dtype=shape.dtype)
+    rows[:, first] = rows[:, second] = (8 * normal(count, pairs)).to(shape.dtype)
+    pattern = torch.zeros(min(_PATTERN, shape.outputs), shape.columns, dtype=shape.dtype)
+    pattern[:, first] = (8 * normal(len(pattern), pairs)).to(shape.dtype)
+    pattern[:, second] = -pattern[:, first]
+    weight = pattern.repeat(-(-shape.outputs // len(pattern)), 1)[: shape.outputs]
+    # As small as those residues, so that it matters when it is added.
+    bias = (1e-4 * normal(shape.outputs)).to(shape.dtype) if shape.bias else None
+    return rows, weight, bias

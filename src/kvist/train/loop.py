@@ -41,8 +41,8 @@ def train(
 ) -> TrainReport:
     """Train on the text file `corpus` and write the checkpoint directory `directory`, whole or not at all.
 
-    The weights written are those of the lowest validation loss. While the run lasts, `directory` holds only its
-    state, which `resume` continues and the checkpoint replaces. `stop` is asked after each step.
+    The weights written are those of the lowest validation loss. While the run lasts, `directory` holds its
+    state alone, which `resume` continues and the checkpoint replaces. `stop` is asked after each step.
 
     Raises `TextError` for an unusable corpus, `TrainError` for an output that is taken, a state that does not
     fit or a loss that is not a number, `Interrupted` when `stop` said so, `KvistError` when writing fails.

@@ -118,7 +118,7 @@ class TrainSettings:
         for name in ("beta1", "beta2", "dropout", "weight_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise TrainError(f"{name} must be at least 0 and below 1, got {getattr(self, name):g}")
-        if self.gradient_clip <= 0:
+        if not self.gradient_clip > 0:
             raise TrainError(f"gradient_clip must be above 0, got {self.gradient_clip:g}")
         if not 0 <= self.warmup_steps < self.steps or not 0 <= self.short_steps < self.steps:
             raise TrainError(

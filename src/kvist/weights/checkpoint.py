@@ -22,7 +22,7 @@ from torch import Tensor
 from kvist.base.errors import KvistError, WeightsError
 from kvist.base.files import atomic_file, read_json
 
-WINDOW_BYTES = 16 << 20
+WINDOW_BYTES = 8 << 20
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
