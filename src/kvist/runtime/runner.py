@@ -32,7 +32,7 @@ class Runner:
         self.manager = CacheManager(BlockPool(blocks), layout.block_size, listener)
         self.store = Store(layout, blocks)
         self.widths = probe(model.linears())
-        self._head_widths = probe([(model.head_weight(), None)], HEAD_LADDER)
+        self.head_widths = probe([(model.head_weight(), None)], HEAD_LADDER)
 
     def run(self, works: Sequence[Work]) -> list[Tensor]:
         """One step. Returns each work's logits `[work.logits, vocab_size]` float32 and commits its tokens.
@@ -59,11 +59,11 @@ class Runner:
         """The wanted logits, finite, `[rows, vocab_size]` float32."""
         views = paged_views(self.store, batch.step, self.backend)
         hidden = self.model(batch.tokens, batch.positions, views)
-        most = self._head_widths.most
+        most = self.head_widths.most
         parts = [torch.empty(0, self.model.config.vocab_size)]
         for start in range(0, len(batch.logit_rows), most):
             rows = batch.logit_rows[start : start + most]
-            parts.append(self.model.logits(hidden[pad_rows(rows, self._head_widths)])[: len(rows)])
+            parts.append(self.model.logits(hidden[pad_rows(rows, self.head_widths)])[: len(rows)])
         logits = torch.cat(parts)
         if not bool(torch.isfinite(logits).all()):
             raise NumericsError(

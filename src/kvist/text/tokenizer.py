@@ -81,7 +81,7 @@ class Tokenizer:
         vocabulary = self._backend.get_vocab()
         missing = next((character for character in text if character not in vocabulary), None)
         if missing is None or not isinstance(self._backend.model, models.WordLevel):
-            return f"the text cannot be tokenized: {error}"
+            return f"the text cannot be tokenized: {_one_line(error)}"
         known = "".join(sorted(token for token in vocabulary if len(token) == 1))
         shown = known if len(known) <= _SHOWN_CHARACTERS else f"{known[:_SHOWN_CHARACTERS]}..."
         return f"{missing!r} is not among the {len(known)} characters of this model's vocabulary: {shown!r}"
@@ -91,7 +91,7 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise TextError(f"{path} is not a tokenizer that can be read: {error}") from error
+        raise TextError(f"{path} is not a tokenizer that can be read: {_one_line(error)}") from error
 
 
 def _read_gpt2(directory: Path, special: Iterable[str | None]) -> tokenizers.Tokenizer:
@@ -99,7 +99,9 @@ def _read_gpt2(directory: Path, special: Iterable[str | None]) -> tokenizers.Tok
     try:
         model = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
     except Exception as error:  # the library raises plain Exception
-        raise TextError(f"{directory}: vocab.json and merges.txt cannot be read: {error}") from error
+        raise TextError(
+            f"{directory}: vocab.json and merges.txt cannot be read: {_one_line(error)}"
+        ) from error
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -135,3 +137,7 @@ def _eos_ids(path: Path) -> frozenset[int]:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
             raise TextError(f"{path}: eos_token_id should be a token id or a list of them, got {value!r}")
     return frozenset(ids)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -29,6 +29,8 @@ struct AttendCall {
 
   int64_t query_heads;
   double scale;
+
+  int64_t queries(int64_t sequence) const { return starts[sequence + 1] - starts[sequence]; }
 };
 
 void attend(const AttendCall& call);

@@ -20,13 +20,11 @@ struct Product {
   float* out;             // columns stand side by side
   int64_t out_stride;     // from row to row
   int64_t rows, columns, steps;
-  bool fresh;                           // sums start from zero, not from `out`
-  const typename Plane::Unit* upcoming;  // what is wanted after this, in one piece: fetched meanwhile
+  bool fresh;  // sums start from zero, not from `out`
 };
 
 template <class Plane, int kRows, int kColumns, bool kHalf>
 inline void product_tile(const Product<Plane>& p, int64_t row, int64_t column) {
-  constexpr int64_t kUnits = kLanes * Plane::kPack;  // of a vector
   Vec acc[kRows][kColumns];
   float* out = p.out + row * p.out_stride + column * kLanes;
   KVIST_UNROLL for (int r = 0; r < kRows; r++)
@@ -34,16 +32,11 @@ inline void product_tile(const Product<Plane>& p, int64_t row, int64_t column) {
       acc[r][c] = p.fresh ? zero() : load(out + r * p.out_stride + c * kLanes);
   const auto* vectors = p.vectors + column * p.column_stride;
   const auto* scalars = p.scalars + row * p.scalar_stride;
-  const auto* upcoming = row == 0 ? p.upcoming + column * p.steps * kUnits : nullptr;
   for (int64_t step = 0; step < p.steps; step++, vectors += p.step_stride, scalars++) {
     typename Plane::Operand loaded[kColumns];
     KVIST_UNROLL for (int c = 0; c < kColumns; c++) {
       const auto* from = vectors + c * p.column_stride;
       loaded[c] = in_register(kHalf ? Plane::load_half(from) : Plane::load(from));
-    }
-    if (upcoming) {
-      KVIST_UNROLL for (int c = 0; c < kColumns; c++) prefetch(upcoming + c * kUnits);
-      upcoming += kColumns * kUnits;
     }
     KVIST_UNROLL for (int r = 0; r < kRows; r++) {
       const auto spread = in_register(Plane::spread(scalars[r * p.scalar_stride]));
@@ -60,26 +53,44 @@ inline void product_rows(const Product<Plane>& p, int64_t count, int64_t row, in
   if constexpr (kRows > 1) product_rows<Plane, kRows - 1, kColumns, kHalf>(p, count, row, column);
 }
 
+constexpr int tile_rows(int columns) { return std::min(kTileMaxRows, kTileVectors / columns); }
+
 // All rows of one group of columns, in tiles of nearly equal height.
 template <class Plane, int kColumns, bool kHalf>
 void product_columns(const Product<Plane>& p, int64_t column) {
+  constexpr int kRows = tile_rows(kColumns);
   for (int64_t row = 0; row < p.rows;) {
-    const int64_t left = p.rows - row, tiles = (left + kTileRows - 1) / kTileRows;
+    const int64_t left = p.rows - row, tiles = (left + kRows - 1) / kRows;
     const int64_t count = (left + tiles - 1) / tiles;
-    product_rows<Plane, kTileRows, kColumns, kHalf>(p, count, row, column);
+    product_rows<Plane, kRows, kColumns, kHalf>(p, count, row, column);
     row += count;
   }
 }
 
-// `half`: after the columns comes one more of eight numbers, whose other lanes come out as they went in.
+// As many groups of kColumns as there are from `column` on. Returns the column after them.
+template <class Plane, int kColumns>
+int64_t product_groups(const Product<Plane>& p, int64_t column) {
+  if constexpr (kColumns <= kTileVectors)
+    for (; column + kColumns <= p.columns; column += kColumns) product_columns<Plane, kColumns, false>(p, column);
+  return column;
+}
+
+// `half`: after the columns comes one more of eight numbers, whose other lanes of `out` are left undefined.
+//
+// Tiles are chosen for the way memory is read. Few rows (decode) finish before the vectors arrive, and those arrive
+// fastest when they are read in the order in which they lie: keys one column at a time, values in whole rows. Many
+// rows (prefill) want the tile with the fewest loads per product.
 template <class Plane>
 void multiply(const Product<Plane>& p, bool half) {
+  const bool few = p.rows <= tile_rows(1), steps_adjoin = p.step_stride < p.column_stride;
   int64_t column = 0;
-  if constexpr (kTileColumns == 4)
-    for (; column + 4 <= p.columns; column += 4) product_columns<Plane, 4, false>(p, column);
-  for (; column + 2 <= p.columns; column += 2) product_columns<Plane, 2, false>(p, column);
-  if (column < p.columns) product_columns<Plane, 1, false>(p, column);
-  if (half) product_columns<Plane, 1, true>(p, p.columns);
+  if (!few || !steps_adjoin) {
+    if (p.rows <= tile_rows(8)) column = product_groups<Plane, 8>(p, column);
+    column = product_groups<Plane, 4>(p, column);
+    column = product_groups<Plane, 2>(p, column);
+  }
+  column = product_groups<Plane, 1>(p, column);
+  if (half) product_columns<Plane, 1, true>(p, column);
 }
 
 // The step after a product over pairs whose last pair is only half visible.
@@ -95,8 +106,7 @@ Product<FirstOnly<Plane>> last_step(const Product<Plane>& p) {
           p.rows,
           p.columns,
           1,
-          p.fresh && p.steps == 0,
-          p.upcoming};
+          p.fresh && p.steps == 0};
 }
 
 }  // namespace kvist

@@ -31,8 +31,6 @@ constexpr int kLanes = 16;
 
 namespace kvist {
 
-inline void prefetch(const void* address) { __builtin_prefetch(address, 0, KVIST_LOC); }
-
 // Sum of the lanes by halves: 16 to 8 to 4 to 2 to 1.
 inline float sum(Vec x) {
   float lanes[kLanes];

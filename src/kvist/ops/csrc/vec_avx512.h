@@ -14,9 +14,9 @@ inline const char* instruction_set() { return "avx512_bf16"; }
 inline const char* instruction_set() { return "avx512"; }
 #endif
 
-// Rows x columns of accumulators that the registers hold beside the operands.
-constexpr int kTileRows = 6;
-constexpr int kTileColumns = 4;
+// Vectors of sums that the registers hold beside the operands, and the rows that a tile spreads them over at most.
+constexpr int kTileVectors = 24;
+constexpr int kTileMaxRows = 8;
 
 // Keeps an operand in a register for all its uses; left alone, GCC loads it again for each.
 template <class T>

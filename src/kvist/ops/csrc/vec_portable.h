@@ -25,9 +25,9 @@ struct Pairs {  // sixteen pairs of bf16, the first of a pair in the low half
 
 inline const char* instruction_set() { return "portable"; }
 
-// Rows x columns of accumulators that the registers hold beside the operands.
-constexpr int kTileRows = 3;
-constexpr int kTileColumns = 2;
+// Vectors of sums that the registers hold beside the operands, and the rows that a tile spreads them over at most.
+constexpr int kTileVectors = 6;
+constexpr int kTileMaxRows = 6;
 
 template <class T>
 inline T in_register(T x) {

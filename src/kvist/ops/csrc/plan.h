@@ -1,0 +1,39 @@
+// How the work of one attention call is cut. Nothing here changes a bit of the result.
+//
+// The rows of one KV head share each key and value that is read, so they stay together, up to 48. When they are few
+// (decode), a group takes several KV heads, which lie side by side in a block: memory is then read in long runs. A
+// group is one task, or, when that would leave threads idle, one task per split of 512 keys.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attend.h"
+
+namespace kvist {
+
+struct Group {
+  int64_t sequence;
+  int64_t head, heads;      // KV heads
+  int64_t first_row, rows;  // of each; token-major: row = token * query heads per KV head + query head
+  int64_t splits;
+  int64_t kept = -1;  // where its partial results begin, in rows, when its splits are tasks of their own
+
+  int64_t all_rows() const { return heads * rows; }
+};
+
+struct Task {
+  int64_t group, split;  // split -1: all of them, in order
+};
+
+struct Plan {
+  std::vector<Group> groups;
+  std::vector<Task> tasks;
+  int64_t threads = 1;
+  int64_t largest = 0;    // rows of the largest group
+  int64_t kept_rows = 0;  // rows of all partial results
+};
+
+Plan make_plan(const AttendCall& call, int64_t most_threads);
+
+}  // namespace kvist
