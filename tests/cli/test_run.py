@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CONFIG, Outcome
 
 from kvist.weights.checkpoint import Checkpoint, save
-from conftest import CONFIG, Outcome
 
 Kvist = Callable[..., Outcome]
 
@@ -181,8 +181,15 @@ def test_a_reader_that_goes_away_is_no_error(model: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
 def test_help_needs_no_torch(arguments: list[str]) -> None:
-    code = "import sys; sys.argv = ['kvist', *sys.argv[1:]]; from kvist.cli import main\ntry: main()\nexcept SystemExit: pass\n"
-    code += "assert 'torch' not in sys.modules, 'torch was imported'"
+    code = """
+import sys
+from kvist.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+assert "torch" not in sys.modules, "torch was imported"
+"""
     ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
     assert "kvist" in ended.stdout.lower()

@@ -83,7 +83,7 @@ def failures(loaded: Loaded) -> set[str]:
 
 
 def test_a_wrong_position_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shifted(works, block_size, widths):  # noqa: ANN001, ANN202
+    def shifted(works, block_size, widths):
         batch = build_batch(works, block_size, widths)
         behind = batch.positions if len(works[0].tokens) > 1 else batch.positions + 1
         return dataclasses.replace(batch, positions=behind)
@@ -93,7 +93,7 @@ def test_a_wrong_position_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_position_wrong_everywhere_fails_against_plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shifted(works, block_size, widths):  # noqa: ANN001, ANN202
+    def shifted(works, block_size, widths):
         batch = build_batch(works, block_size, widths)
         return dataclasses.replace(batch, positions=batch.positions // 2)
 
@@ -122,7 +122,7 @@ def test_a_token_that_is_not_written_fails(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_shared_block_written_in_place_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     reserve = CacheManager.reserve
 
-    def careless(self, lease, tokens):  # noqa: ANN001, ANN202
+    def careless(self, lease, tokens):
         counts, self.pool._counts = self.pool._counts, [min(count, 1) for count in self.pool._counts]
         free = self.pool.free
         copies = reserve(self, lease, tokens)

@@ -81,9 +81,7 @@ def assert_stream_is_whole(tokenizer: Tokenizer, ids: list[int], skip_special: b
 
 @pytest.mark.parametrize("name", ["byte_level", "wrapped_byte_level", "byte_fallback", "metaspace"])
 @settings(max_examples=120, derandomize=True, deadline=None)
-@given(
-    text=st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("the 日🙂\ufffd"), max_size=20)
-)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("the 日🙂\ufffd"), max_size=20))
 def test_text_streams_as_it_decodes(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
     assert_stream_is_whole(tokenizer, tokenizer.encode(text), skip_special=True)
@@ -94,9 +92,7 @@ def test_text_streams_as_it_decodes(name: str, text: str) -> None:
 @given(data=st.data())
 def test_any_ids_stream_as_they_decode(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
-    encoded = st.sampled_from(
-        [*tokenizer.encode("the them 日 \n" if name != "characters" else UNICODE), 0, 1]
-    )
+    encoded = st.sampled_from([*tokenizer.encode("the them 日 \n" if name != "characters" else UNICODE), 0, 1])
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 2) | encoded, max_size=12))
     assert_stream_is_whole(tokenizer, ids, skip_special=data.draw(st.booleans()))
 

@@ -47,9 +47,7 @@ SMALL = TrainSettings(
     evaluate_every=5,
     save_every=4,
 )
-GPT2 = replace(
-    SMALL, family="gpt2", kv_heads=4, method=Method.ADAMW, dropout=0.0, short_context=0, short_steps=0
-)
+GPT2 = replace(SMALL, family="gpt2", kv_heads=4, method=Method.ADAMW, dropout=0.0, short_context=0, short_steps=0)
 
 
 @pytest.fixture(autouse=True)
@@ -65,9 +63,7 @@ def _one_thread() -> Iterator[None]:
 def corpus(tmp_path: Path) -> Path:
     """About 4,000 characters of sentences, with a few that are no ASCII."""
     chooser = random.Random(0)
-    sentences = [
-        " ".join(chooser.choices(WORDS, k=8)) + chooser.choice([".\n", "!\n", " – å.\n"]) for _ in range(110)
-    ]
+    sentences = [" ".join(chooser.choices(WORDS, k=8)) + chooser.choice([".\n", "!\n", " – å.\n"]) for _ in range(110)]
     path = tmp_path / "corpus.txt"
     path.write_text("".join(sentences), encoding="utf-8")
     return path

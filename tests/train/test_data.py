@@ -24,9 +24,7 @@ def test_the_parts_are_the_text_and_nothing_of_validation_is_trained_on(corpus: 
 def test_bytes_need_fewer_tokens_and_give_the_same_text(corpus: Path) -> None:
     read = read_corpus(corpus, replace(SMALL, vocabulary=Vocabulary.BYTES, vocab_size=300))
     text = corpus.read_text(encoding="utf-8")
-    assert (
-        read.tokenizer.decode(read.train.tolist()) + read.tokenizer.decode(read.validation.tolist()) == text
-    )
+    assert read.tokenizer.decode(read.train.tolist()) + read.tokenizer.decode(read.validation.tolist()) == text
     assert len(read.validation) < read.validation_characters
     assert read.tokenizer.get_vocab_size() == 300
 

@@ -40,9 +40,7 @@ def test_activations_have_the_values_and_slopes_of_their_formulas() -> None:
     activations = DenseActivations(Dropout(0.5))
     gated = activations.silu_mul(torch.cat((x, x + 1)))
     torch.testing.assert_close(gated, x / (1 + torch.exp(-x)) * (x + 1))
-    exact = torch.tensor(
-        [0.5 * n * (1 + math.erf(n / math.sqrt(2))) for n in x.tolist()], dtype=torch.float64
-    )
+    exact = torch.tensor([0.5 * n * (1 + math.erf(n / math.sqrt(2))) for n in x.tolist()], dtype=torch.float64)
     torch.testing.assert_close(activations.gelu(x, tanh=False), exact)
     difference = (activations.gelu(x, tanh=True) - exact).abs().max()
     assert 1e-5 < difference < 1e-3

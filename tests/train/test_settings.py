@@ -60,9 +60,7 @@ def test_the_nanogpt_preset_is_the_published_recipe() -> None:
     preset = PRESETS["nanogpt"]
     assert (preset.layers, preset.heads, preset.hidden_size, preset.context) == (4, 4, 128, 64)
     assert (preset.rows, preset.steps, preset.learning_rate, preset.beta2) == (12, 2000, 1e-3, 0.99)
-    assert (
-        PRESETS["default"].steps * PRESETS["default"].tokens_per_step <= preset.steps * preset.tokens_per_step
-    )
+    assert PRESETS["default"].steps * PRESETS["default"].tokens_per_step <= preset.steps * preset.tokens_per_step
 
 
 @pytest.mark.parametrize("settings", [*PRESETS.values(), SMALL, GPT2])

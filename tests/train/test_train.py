@@ -84,9 +84,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_saved_step(corpus: Path, tm
     with pytest.raises(KeyboardInterrupt):
         train(corpus, tmp_path / "killed", SMALL, observe=die)
     steps: list[int] = []
-    train(
-        corpus, tmp_path / "killed", SMALL, resume=True, observe=lambda progress: steps.append(progress.step)
-    )
+    train(corpus, tmp_path / "killed", SMALL, resume=True, observe=lambda progress: steps.append(progress.step))
     assert steps[0] == 5  # saved every four steps
     train(corpus, tmp_path / "whole", SMALL)
     killed, whole = (tmp_path / name / "model.safetensors" for name in ("killed", "whole"))
@@ -134,25 +132,21 @@ def test_a_finished_run_leaves_its_files_and_its_losses(corpus: Path, tmp_path: 
     assert [float(row["training_loss"]) for row in rows] == pytest.approx([p.loss for p in seen], abs=1e-6)
     measured = {p.step: p.validation_loss for p in seen if p.validation_loss is not None}
     assert set(measured) == {5, 10, 12}
-    assert {
-        int(r["step"]): float(r["validation_loss"]) for r in rows if r["validation_loss"]
-    } == pytest.approx(measured, abs=1e-6)
+    assert {int(r["step"]): float(r["validation_loss"]) for r in rows if r["validation_loss"]} == pytest.approx(
+        measured, abs=1e-6
+    )
     facts = json.loads((report.directory / "training.json").read_text())
     assert facts["validation_loss"] == report.validation_loss == min(measured.values())
     assert facts["best_step"] == report.best_step == min(measured, key=lambda step: measured[step])
     buckets = facts["validation_loss_by_position"]
     assert sum(buckets.values()) / len(buckets) == pytest.approx(report.validation_loss, abs=0.05)
-    assert report.parameters == sum(
-        t.numel() for t in load_file(report.directory / "model.safetensors").values()
-    )
+    assert report.parameters == sum(t.numel() for t in load_file(report.directory / "model.safetensors").values())
     assert (report.directory / CURVE).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_weights_written_are_the_best_not_the_last(corpus: Path, tmp_path: Path) -> None:
     # A rate that overshoots as it rises: the last validation is worse than an earlier one.
-    settings = replace(
-        SMALL, steps=30, warmup_steps=29, learning_rate=0.9, evaluate_every=3, weight_decay=0.0
-    )
+    settings = replace(SMALL, steps=30, warmup_steps=29, learning_rate=0.9, evaluate_every=3, weight_decay=0.0)
     losses: dict[int, float] = {}
 
     def watch(progress: Progress) -> None:
@@ -233,9 +227,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
         assert state_path(tmp_path / "out").exists() is False
 
 
-def test_a_loss_that_is_no_number_ends_the_run(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_no_number_ends_the_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "cross_entropy", lambda logits, targets, reduction="mean": logits.sum() * math.nan)
     with pytest.raises(TrainError, match="after 0 steps is not a number; lower the learning rate"):
         train(corpus, tmp_path / "out", SMALL)

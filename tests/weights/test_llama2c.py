@@ -54,9 +54,7 @@ def write_model(path: Path, weights: dict[str, torch.Tensor], tied: bool) -> Non
 def write_vocabulary(path: Path, last: list[tuple[bytes, float]] | None = None) -> None:
     pieces = [(b"<unk>", 0.0), (b"\n<s>\n", 0.0), (b"\n</s>\n", 0.0)]
     pieces += [(f"<0x{byte:02X}>".encode(), 0.0) for byte in range(256)]
-    pieces += last or [
-        (text, -float(n)) for n, text in enumerate(b"he|l| |e|h|o|lo|\xc3\xa9|w|r|d".split(b"|"))
-    ]
+    pieces += last or [(text, -float(n)) for n, text in enumerate(b"he|l| |e|h|o|lo|\xc3\xa9|w|r|d".split(b"|"))]
     body = b"".join(struct.pack("<fi", score, len(text)) + text for text, score in pieces)
     path.write_bytes(struct.pack("<i", 7) + body)
 
@@ -126,9 +124,7 @@ def piecewise_bpe(vocabulary: list[tuple[bytes, float]], text: str) -> list[int]
         out += [ids[raw]] if raw in ids else [byte + 3 for byte in raw]
     while True:
         unions = [ids.get(vocabulary[a][0] + vocabulary[b][0]) for a, b in pairwise(out)]
-        known = [
-            (vocabulary[union][1], -place, union) for place, union in enumerate(unions) if union is not None
-        ]
+        known = [(vocabulary[union][1], -place, union) for place, union in enumerate(unions) if union is not None]
         if not known:
             return [1, *out]
         _, place, union = max(known)

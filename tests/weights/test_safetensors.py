@@ -36,9 +36,7 @@ def write_raw(path: Path, header: bytes, data: bytes) -> None:
     path.write_bytes(struct.pack("<Q", len(header)) + header + data)
 
 
-def write_shards(
-    folder: Path, shards: dict[str, dict[str, torch.Tensor]], weight_map: dict[str, str]
-) -> None:
+def write_shards(folder: Path, shards: dict[str, dict[str, torch.Tensor]], weight_map: dict[str, str]) -> None:
     for name, content in shards.items():
         save(folder / name, content)
     index = {"metadata": {}, "weight_map": weight_map}
@@ -78,9 +76,7 @@ def test_what_was_saved_is_read_back_to_the_bit(tmp_path: Path) -> None:
         assert_same(targets[name], expected)
 
 
-def test_a_file_is_mapped_anew_and_large_tensors_come_by_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_mapped_anew_and_large_tensors_come_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "model.safetensors", tensors())
     checkpoint = Checkpoint(tmp_path)
     opened = []
@@ -200,9 +196,7 @@ def test_no_damage_to_a_file_gives_anything_but_one_line(tmp_path: Path, data: s
     assert sum(sizes) <= 20
 
 
-@pytest.mark.parametrize(
-    "name", ["../out.safetensors", "/tmp/out.safetensors", "sub/out.safetensors", "out.bin", 3]
-)
+@pytest.mark.parametrize("name", ["../out.safetensors", "/tmp/out.safetensors", "sub/out.safetensors", "out.bin", 3])
 def test_an_index_cannot_point_outside_its_folder(tmp_path: Path, name: object) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
@@ -269,9 +263,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(
-            WeightsError, match=r"cannot write .*model.safetensors: .*File too large"
-        ) as caught:
+        with pytest.raises(WeightsError, match=r"cannot write .*model.safetensors: .*File too large") as caught:
             save(path, {"a": torch.ones(1 << 20)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

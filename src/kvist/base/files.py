@@ -44,11 +44,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     Order: write, fsync the file, rename, fsync the folder: a reader sees the old file or the new one, whole.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(descriptor)
+        temporary = Path(name)
         yield temporary
         _sync(temporary)
         os.chmod(temporary, 0o644)
@@ -57,15 +58,20 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise KvistError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; on success it takes the place of `path`, else it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    """Yields a temporary folder beside `path`; on success it takes the place of `path`, else it is removed.
+
+    The caller has made sure that what stands at `path` may go.
+    """
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
@@ -79,7 +85,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise KvistError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -3,16 +3,11 @@
 
 def format_bytes(count: float) -> str:
     """`1536` → `1.5 KiB`. Binary units; one decimal below 100, none above."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            break
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
         value /= 1024
-    else:
-        unit = "TiB"
-    if unit == "B" or value >= 100:
-        return f"{value:.0f} {unit}"
-    return f"{value:.1f} {unit}"
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" or value >= 100 else f"{value:.1f} {units[0]}"
 
 
 def format_duration(seconds: float) -> str:

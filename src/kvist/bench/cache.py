@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from kvist.bench.report import Ratio, Row
 from kvist.cache.manager import Lease
 from kvist.runtime.batch import Work
 from kvist.runtime.runner import Runner

@@ -56,7 +56,7 @@ class Layout:
 
     def bytes_for(self, tokens: int) -> int:
         """Bytes of the blocks that a sequence of `tokens` tokens holds, group by group, whole blocks."""
-        return sum(-(-group.retention.kept(tokens) // self.block_size) * group.block_bytes for group in self.groups)
+        return sum(group.retention.blocks(tokens, self.block_size) * group.block_bytes for group in self.groups)
 
     @property
     def fingerprint(self) -> str:

@@ -76,7 +76,9 @@ class CacheManager:
             raise InvariantError(f"lease {lease.id} already has {lease.reserved} tokens reserved")
         first = lease.length // self.block_size
         end = self.blocks_for(lease.length + tokens)
-        shared = [index for index in range(first, min(end, len(lease.table))) if self.pool.count(lease.table[index]) > 1]
+        shared = [
+            index for index in range(first, min(end, len(lease.table))) if self.pool.count(lease.table[index]) > 1
+        ]
         missing = max(0, end - len(lease.table))
         taken = self.pool.take(missing + len(shared))
         copies = []
@@ -170,5 +172,3 @@ class CacheManager:
     def _emit(self, event: Callable[[], CacheEvent]) -> None:
         if self._listener is not None:
             self._listener(event())
-
-

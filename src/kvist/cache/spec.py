@@ -36,8 +36,9 @@ class Stream:
 class Full:
     """Every token is kept."""
 
-    def kept(self, tokens: int) -> int:
-        return tokens
+    def blocks(self, tokens: int, block_size: int) -> int:
+        """Blocks that hold a kept token of a sequence of `tokens` tokens."""
+        return -(-tokens // block_size)
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,11 @@ class Window:
         if self.size < 1 or self.sinks < 0:
             raise ConfigError(f"a window keeps at least one token and no negative number of sinks, got {self}")
 
-    def kept(self, tokens: int) -> int:
-        return min(tokens, self.size + self.sinks)
+    def blocks(self, tokens: int, block_size: int) -> int:
+        """Blocks that hold a kept token of a sequence of `tokens` tokens, wherever the window's ends fall in them."""
+        oldest = max(0, tokens - self.size)
+        first = oldest // block_size
+        return -(-tokens // block_size) - first + min(first, -(-min(self.sinks, oldest) // block_size))
 
 
 Retention = Full | Window

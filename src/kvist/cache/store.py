@@ -1,5 +1,6 @@
 """The only tensors that hold KV."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,6 +8,8 @@ import torch
 
 from kvist.cache.layout import Layout
 from kvist.cache.manager import Copy
+
+_CACHE_LINE = 64  # bytes
 
 
 class Store:
@@ -43,6 +46,9 @@ class Store:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    # numpy's zeros are calloc's: untouched pages cost nothing, and large arrays ask for huge pages.
-    count = int(np.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(count, np.uint8)).view(dtype).view(shape)
+    # numpy's zeros are calloc's: untouched pages cost nothing, and large arrays ask for huge pages. They begin
+    # wherever malloc's header ends, so a plane begins at the first cache line, or each vector would span two.
+    count = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(count + _CACHE_LINE, np.uint8)
+    start = -raw.ctypes.data % _CACHE_LINE
+    return torch.from_numpy(raw[start : start + count]).view(dtype).view(shape)

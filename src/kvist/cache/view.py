@@ -56,4 +56,8 @@ class PagedView:
 
 def paged_views(store: Store, step: Step, backend: Backend) -> Sequence[LayerView]:
     """One view per layer of the model, in order."""
-    return [PagedView(*store.planes(layer), step, backend) for layer in range(len(store.layout.layers))]
+    views = []
+    for layer in range(len(store.layout.layers)):
+        keys, values = store.planes(layer)
+        views.append(PagedView(keys, values, step, backend))
+    return views

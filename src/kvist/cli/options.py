@@ -11,13 +11,16 @@ from typing import Annotated, Any
 import typer
 
 Model = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="A directory or a hub id; the bundled model when left out.")
+    str | None,
+    typer.Argument(metavar="[MODEL]", help="A directory or a hub id; the bundled model when left out."),
 ]
 Dtype = Annotated[
-    str | None, typer.Option(metavar="fp32|bf16|fp16", help="Compute in this type; by default as the weights are stored.")
+    str | None,
+    typer.Option(metavar="fp32|bf16|fp16", help="Compute in this type; by default as the weights are stored."),
 ]
 Kv = Annotated[
-    str | None, typer.Option("--kv", metavar="CODEC", help="Codec of the cache; by default the model's own type.")
+    str | None,
+    typer.Option("--kv", metavar="CODEC", help="Codec of the cache; by default the model's own type."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 

@@ -56,14 +56,21 @@ def run(
 
 
 def _once(
-    loaded: "Loaded", prompt: str, max_tokens: int, sampling: "Sampling", stops: tuple[str, ...], as_json: bool
+    loaded: "Loaded",
+    prompt: str,
+    max_tokens: int,
+    sampling: "Sampling",
+    stops: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """One prompt, streamed; raises `typer.Exit` when it was interrupted in one-shot use."""
     from kvist.runtime.request import FinishReason
     from kvist.service.generation import generate
 
     with graceful_interrupt() as interrupt:
-        generation = generate(loaded, prompt, max_tokens=max_tokens, sampling=sampling, stops=stops, cancelled=interrupt)
+        generation = generate(
+            loaded, prompt, max_tokens=max_tokens, sampling=sampling, stops=stops, cancelled=interrupt
+        )
         if not as_json:
             print(prompt, end="", flush=True)
         for piece in generation:

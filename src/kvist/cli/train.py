@@ -31,7 +31,9 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of the first weights and the order of the text.")] = None,
     change: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of the preset; may be given several times."),
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Any other setting of the preset; may be given several times."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     as_json: Json = False,
@@ -91,7 +93,11 @@ def _progress_bar() -> "Iterator[Callable[[Progress], None]]":
         yield lines
         return
     with Bar(
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), console=Console(stderr=True)
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[said]}"),
+        console=Console(stderr=True),
     ) as bar:
         task = bar.add_task("training", said="", total=None)
         validation = ""

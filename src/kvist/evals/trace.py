@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from kvist.base.events import CacheEvent
@@ -120,7 +119,10 @@ def _recording(model: nn.Module, rows: list[TensorRow]) -> ExitStack:
 
     stack = ExitStack()
     named = dict(model.named_modules())
-    handles = [model.register_forward_pre_hook(before_model), named["blocks.0"].register_forward_pre_hook(before_block)]
+    handles = [
+        model.register_forward_pre_hook(before_model),
+        named["blocks.0"].register_forward_pre_hook(before_block),
+    ]
     for name, meaning in _MODULES.items():
         if name in named:
             handles.append(named[name].register_forward_hook(_recorder(name, meaning, rows)))
@@ -129,7 +131,9 @@ def _recording(model: nn.Module, rows: list[TensorRow]) -> ExitStack:
     return stack
 
 
-def _recorder(name: str, meaning: str, rows: list[TensorRow]) -> Callable[[nn.Module, tuple[object, ...], Tensor], None]:
+def _recorder(
+    name: str, meaning: str, rows: list[TensorRow]
+) -> Callable[[nn.Module, tuple[object, ...], Tensor], None]:
     def after(_: nn.Module, __: tuple[object, ...], output: Tensor) -> None:
         rows.append(_row(name, output, meaning))
 
@@ -138,5 +142,3 @@ def _recorder(name: str, meaning: str, rows: list[TensorRow]) -> Callable[[nn.Mo
 
 def _row(name: str, tensor: Tensor, meaning: str) -> TensorRow:
     return TensorRow(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), meaning)
-
-

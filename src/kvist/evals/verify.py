@@ -248,7 +248,9 @@ class Verifier:
             self.copies += event.copies
 
 
-def _run_to_end(engine: Engine, requests: Sequence[Request], arrivals: Callable[[], bool] = lambda: True) -> list[list[int]]:
+def _run_to_end(
+    engine: Engine, requests: Sequence[Request], arrivals: Callable[[], bool] = lambda: True
+) -> list[list[int]]:
     """The new tokens of each request; before each step the next one arrives when `arrivals` says so."""
     waiting, sequences = list(requests), []
     while waiting or not engine.idle:

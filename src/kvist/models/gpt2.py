@@ -90,10 +90,11 @@ class GPT2(Decoder):
     def _block_slots(self, theirs: str, ours: str) -> list[Slot]:
         """GPT-2's checkpoints store linear weights as `[in, out]`."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
-        slots = []
-        for name, parameter in (("ln_1", "attention_norm"), ("ln_2", "mlp_norm")):
-            for kind in ("weight", "bias"):
-                slots.append(Slot(f"{theirs}{name}.{kind}", f"{ours}{parameter}.{kind}", 0, (hidden,)))
+        slots = [
+            Slot(f"{theirs}{name}.{kind}", f"{ours}{parameter}.{kind}", 0, (hidden,))
+            for name, parameter in (("ln_1", "attention_norm"), ("ln_2", "mlp_norm"))
+            for kind in ("weight", "bias")
+        ]
         for name, parameter, columns, rows in (
             ("attn.c_attn", "attention.qkv", hidden, 3 * hidden),
             ("attn.c_proj", "attention.out", hidden, hidden),

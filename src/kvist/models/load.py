@@ -108,4 +108,3 @@ def _check_names(checkpoint: Checkpoint, wanted: Mapping[str, Slot], config: Mod
             f"{checkpoint.directory}: the weight files hold {extra[0]!r}{more}, which a {config.family} "
             "model of this config.json has no place for"
         )
-

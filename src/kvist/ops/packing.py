@@ -46,9 +46,7 @@ def unsupported(dtype: torch.dtype, head_dim: int, block_size: int) -> str | Non
     return None
 
 
-def key_plane_shape(
-    blocks: int, heads: int, block_size: int, head_dim: int, dtype: torch.dtype
-) -> tuple[int, ...]:
+def key_plane_shape(blocks: int, heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Shape of a key plane. Raises `ValueError` for a kind of plane that does not exist."""
     _require(dtype, head_dim, block_size)
     if dtype is torch.bfloat16:
@@ -56,9 +54,7 @@ def key_plane_shape(
     return (blocks, heads, block_size // LANES, head_dim, LANES)
 
 
-def value_plane_shape(
-    blocks: int, heads: int, block_size: int, head_dim: int, dtype: torch.dtype
-) -> tuple[int, ...]:
+def value_plane_shape(blocks: int, heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Shape of a value plane. Raises `ValueError` for a kind of plane that does not exist."""
     _require(dtype, head_dim, block_size)
     if dtype is torch.bfloat16:
@@ -70,20 +66,14 @@ def geometry(keys: Tensor, values: Tensor) -> Geometry:
     """Reads the geometry off a pair of planes. Raises `ValueError` unless they are contiguous and belong together."""
     paired = keys.dtype is torch.bfloat16
     if keys.dim() != (6 if paired else 5):
-        raise ValueError(
-            f"a {keys.dtype} key plane has {6 if paired else 5} dimensions, got {list(keys.shape)}"
-        )
+        raise ValueError(f"a {keys.dtype} key plane has {6 if paired else 5} dimensions, got {list(keys.shape)}")
     blocks, heads, tiles, dims = keys.shape[:4]
     found = Geometry(blocks, heads, tiles * LANES, dims * 2 if paired else dims, keys.dtype)
     sizes = (blocks, heads, found.block_size, found.head_dim, keys.dtype)
     if tuple(keys.shape) != key_plane_shape(*sizes):
-        raise ValueError(
-            f"the key plane has shape {list(keys.shape)}, expected {list(key_plane_shape(*sizes))}"
-        )
+        raise ValueError(f"the key plane has shape {list(keys.shape)}, expected {list(key_plane_shape(*sizes))}")
     if tuple(values.shape) != value_plane_shape(*sizes):
-        raise ValueError(
-            f"the value plane has shape {list(values.shape)}, expected {list(value_plane_shape(*sizes))}"
-        )
+        raise ValueError(f"the value plane has shape {list(values.shape)}, expected {list(value_plane_shape(*sizes))}")
     if values.dtype != keys.dtype:
         raise ValueError(f"the planes differ in dtype: keys {keys.dtype}, values {values.dtype}")
     if not keys.is_contiguous() or not values.is_contiguous():

@@ -58,9 +58,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     Composed from `torch.exp` and exact operations: `F.silu` has other bits in the tail of its vector loop.
     """
     if gate_up.dim() < 1 or gate_up.shape[-1] % 2 or gate_up.dtype not in packing.DTYPES:
-        raise ValueError(
-            f"silu_mul takes a floating [..., 2I] tensor, got {list(gate_up.shape)} {gate_up.dtype}"
-        )
+        raise ValueError(f"silu_mul takes a floating [..., 2I] tensor, got {list(gate_up.shape)} {gate_up.dtype}")
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (gate / (1 + torch.exp(-gate)) * up).to(gate_up.dtype)
 
@@ -122,9 +120,7 @@ class _Sequence:
                 partials[tile] = partials[tile].merge(part) if tile in partials else part
         out = torch.empty_like(rows)
         for tile, part in partials.items():
-            result = (
-                (part.weighted / part.total).unflatten(1, (-1, QUERY_ROWS)).permute(2, 0, 1, 3).flatten(1, 2)
-            )
+            result = (part.weighted / part.total).unflatten(1, (-1, QUERY_ROWS)).permute(2, 0, 1, 3).flatten(1, 2)
             low, high = self._span(rows.shape[0], tile * QUERY_ROWS - first)
             out[low:high] = result[low - (tile * QUERY_ROWS - first) :][: high - low]
         return out
@@ -179,9 +175,7 @@ def _rounded(x: Tensor, geometry: Geometry) -> Tensor:
     return x.to(torch.bfloat16).float() if geometry.dtype is torch.bfloat16 else x
 
 
-def _check_attend(
-    geometry: Geometry, q: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor, scale: float
-) -> None:
+def _check_attend(geometry: Geometry, q: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor, scale: float) -> None:
     if q.dim() != 3 or q.shape[2] != geometry.head_dim or not q.shape[1] or q.shape[1] % geometry.heads:
         raise ValueError(
             f"attend needs q [T, a multiple of {geometry.heads}, {geometry.head_dim}], got {list(q.shape)}"
@@ -195,16 +189,12 @@ def _check_attend(
             f"got {list(tables.shape)}, {list(starts.shape)} and {list(lengths.shape)}"
         )
     if any(x.dtype is not torch.int32 for x in (tables, starts, lengths)):
-        raise ValueError(
-            f"tables, starts and lengths are int32, got {tables.dtype}, {starts.dtype}, {lengths.dtype}"
-        )
+        raise ValueError(f"tables, starts and lengths are int32, got {tables.dtype}, {starts.dtype}, {lengths.dtype}")
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}")
     counts = starts.diff()
     if int(starts[0]) != 0 or bool((counts < 0).any()) or int(starts[-1]) > q.shape[0]:
-        raise ValueError(
-            f"starts must rise from 0 to at most the {q.shape[0]} rows of q, got {starts.tolist()}"
-        )
+        raise ValueError(f"starts must rise from 0 to at most the {q.shape[0]} rows of q, got {starts.tolist()}")
     if bool((lengths < counts).any()) or bool((lengths > tables.shape[1] * geometry.block_size).any()):
         raise ValueError(
             f"lengths must cover each sequence's queries and fit its {tables.shape[1]} blocks of "

@@ -22,6 +22,10 @@ class Work:
     tokens: Sequence[int]
     logits: int = 1
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.logits <= len(self.tokens):
+            raise ValueError(f"a step of {len(self.tokens)} tokens has no {self.logits} rows of logits")
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -3,7 +3,7 @@
 from collections import deque
 from dataclasses import dataclass
 
-from kvist.base.errors import RequestError
+from kvist.base.errors import InvariantError, RequestError
 from kvist.base.units import plural
 from kvist.runtime.batch import Work
 from kvist.runtime.request import FinishReason, Request, Sequence
@@ -28,6 +28,8 @@ class Engine:
     """
 
     def __init__(self, runner: Runner, step_tokens: int | None = None) -> None:
+        if step_tokens is not None and step_tokens < 1:
+            raise ValueError(f"a step computes at least one token, got {step_tokens}")
         self.runner = runner
         self.step_tokens = min(step_tokens or runner.widths.most, runner.widths.most)
         self._waiting: deque[Sequence] = deque()
@@ -93,11 +95,18 @@ class Engine:
         return drawn
 
     def check(self) -> None:
-        """Raises `InvariantError` unless exactly the running sequences hold leases and these are consistent."""
+        """Raises `InvariantError` unless the cache is consistent, each running sequence holds a live lease of its own
+        that stops short of its last token, and no waiting one holds any.
+        """
         manager = self.runner.manager
         manager.check()
-        assert {id(lease) for lease in manager.leases} >= {id(sequence.lease) for sequence in self._running}
-        assert all(sequence.lease is None for sequence in self._waiting)
+        held = [sequence.lease for sequence in self._running]
+        if len({id(lease) for lease in held}) < len(held) or not {*map(id, held)} <= {*map(id, manager.leases)}:
+            raise InvariantError("a running sequence shares its lease or holds one that has ended")
+        if any(lease is None or lease.length >= len(s.tokens) for lease, s in zip(held, self._running, strict=True)):
+            raise InvariantError("a running sequence has nothing left to compute")
+        if any(sequence.lease is not None for sequence in self._waiting):
+            raise InvariantError("a waiting sequence holds a lease")
 
     def _blocks(self, sequence: Sequence) -> int:
         """The most blocks that a sequence may come to hold."""

@@ -8,8 +8,9 @@ from torch import Tensor
 from kvist.base.errors import ConfigError, NumericsError
 from kvist.base.events import Listener
 from kvist.cache.layout import Layout
-from kvist.cache.manager import CacheManager
+from kvist.cache.manager import CacheManager, Lease
 from kvist.cache.pool import BlockPool
+from kvist.cache.spec import Full
 from kvist.cache.store import Store
 from kvist.cache.view import paged_views
 from kvist.models.decoder import Decoder
@@ -24,8 +25,8 @@ class Runner:
     def __init__(
         self, model: Decoder, layout: Layout, blocks: int, backend: Backend, listener: Listener | None = None
     ) -> None:
-        if len(layout.groups) != 1:
-            raise ConfigError("all layers must keep the same tokens: caches of several groups are not supported yet")
+        if any(layer.spec.retention != Full() or layer.spec.source is not None for layer in layout.layers):
+            raise ConfigError("every layer must keep all its tokens itself: windows and sources are not supported")
         self.model = model
         self.layout = layout
         self.backend = backend
@@ -38,17 +39,20 @@ class Runner:
         """One step. Returns each work's logits `[work.logits, vocab_size]` float32 and commits its tokens.
 
         At most `widths.most` tokens in all. Raises `OutOfBlocks` or `NumericsError`; whatever is raised, every
-        lease is left as it was before the call.
+        lease holds the tokens that it held before the call.
         """
+        reserved: list[Lease] = []
         try:
             for work in works:
+                copies = self.manager.reserve(work.lease, len(work.tokens))
+                reserved.append(work.lease)
                 # Copied at once: a lease never holds a fresh block without the tokens it stands for.
-                self.store.copy(self.manager.reserve(work.lease, len(work.tokens)))
+                self.store.copy(copies)
             batch = build_batch(works, self.layout.block_size, self.widths)
             logits = self._forward(batch)
         except BaseException:
-            for work in works:
-                self.manager.rollback(work.lease, work.lease.length)
+            for lease in reserved:
+                self.manager.rollback(lease, lease.length)
             raise
         for work in works:
             self.manager.commit(work.lease, len(work.tokens))

@@ -1,5 +1,7 @@
 """From one row of logits to one token. Every draw depends on that row, the seed and the position alone."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,10 +21,10 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         ordered = ordered[: sampling.top_k]
     kept = ordered.softmax(-1)
     if sampling.top_p < 1:
-        before = kept.cumsum(-1) - kept
-        kept = kept[before < sampling.top_p]
+        kept = kept[: int((kept.cumsum(-1) < sampling.top_p).sum()) + 1]
     if sampling.min_p:
-        kept = kept[kept >= sampling.min_p * kept[0]]
+        # Compared before the exponential, whose rounding could tell equal logits apart; the largest is 0 here.
+        kept = kept[: int((ordered[: len(kept)] >= math.log(sampling.min_p)).sum())]
     result = torch.zeros(logits.shape[0], dtype=torch.float64)
     result[ids[: kept.shape[0]]] = kept / kept.sum()
     return result

@@ -57,24 +57,28 @@ def probe(products: Iterable[tuple[Tensor, Tensor | None]], ladder: tuple[int, .
     rows differ even within one width.
     """
     shapes = dict.fromkeys(_Shape(*weight.shape, weight.dtype, bias is not None) for weight, bias in products)
+    # Few outputs show less of a difference, so such products are tested with more weights.
+    tests = [shape for shape in shapes for _ in range(max(1, 256 // shape.outputs))]
     best: tuple[int, ...] = ()
     for start in range(len(ladder)):
         if len(best) >= len(ladder) - start:
             break
-        best = max(best, _agreeing(list(shapes), ladder[start:]), key=len)
+        best = max(best, _agreeing(tests, ladder[start:]), key=len)
     if not best:
-        raise BackendError("this machine's matrix products give a row other bits at another place of the same step")
+        sizes = ", ".join(f"{shape.columns} to {shape.outputs}" for shape in shapes)
+        raise BackendError(
+            "on this machine a row's bits depend on its place in a step, so nothing can be exact, for one of this "
+            f"model's matrix products ({sizes} numbers); try another dtype"
+        )
     return Widths(best)
 
 
-def _agreeing(shapes: list[_Shape], ladder: tuple[int, ...]) -> tuple[int, ...]:
+def _agreeing(tests: list[_Shape], ladder: tuple[int, ...]) -> tuple[int, ...]:
     """The widths whose rows have the bits that they have in the narrowest; none when that itself is inconsistent."""
     agreeing, narrowest = ladder, ladder[0]
     generator = torch.Generator().manual_seed(0)
-    for shape in shapes:
-        # Few outputs show less of a difference, so more rows are held against each other.
-        distinct = narrowest * max(4, 256 // shape.outputs)
-        rows, weight, bias = _cancelling(shape, distinct, generator)
+    for shape in tests:
+        rows, weight, bias = _cancelling(shape, 4 * narrowest, generator)
         standard = torch.cat([F.linear(part, weight, bias) for part in rows.split(narrowest)])
         # No row stands where it stood in the standard, so that a row's place within a width is tested as well.
         order = (5 * torch.arange(agreeing[-1]) + 1) % len(rows)

@@ -21,9 +21,7 @@ class Tokenizer:
     any. Padding and truncation that the file asks for are switched off: a text is encoded whole and as it is.
     """
 
-    def __init__(
-        self, backend: tokenizers.Tokenizer, eos_ids: Iterable[int] = (), bos_id: int | None = None
-    ) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, eos_ids: Iterable[int] = (), bos_id: int | None = None) -> None:
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
@@ -41,9 +39,7 @@ class Tokenizer:
         The end-of-text ids are those of generation_config.json, config.json, tokenizer_config.json and
         special_tokens_map.json together. Raises `TextError` for a missing or unreadable file.
         """
-        named = _optional(directory / "special_tokens_map.json") | _optional(
-            directory / "tokenizer_config.json"
-        )
+        named = _optional(directory / "special_tokens_map.json") | _optional(directory / "tokenizer_config.json")
         bos, eos = (_content(named.get(key)) for key in ("bos_token", "eos_token"))
         if (directory / "tokenizer.json").is_file():
             backend = _read_backend(directory / "tokenizer.json")
@@ -99,15 +95,11 @@ def _read_gpt2(directory: Path, special: Iterable[str | None]) -> tokenizers.Tok
     try:
         model = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
     except Exception as error:  # the library raises plain Exception
-        raise TextError(
-            f"{directory}: vocab.json and merges.txt cannot be read: {_one_line(error)}"
-        ) from error
+        raise TextError(f"{directory}: vocab.json and merges.txt cannot be read: {_one_line(error)}") from error
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    known = sorted(
-        {token for token in special if token is not None and backend.token_to_id(token) is not None}
-    )
+    known = sorted({token for token in special if token is not None and backend.token_to_id(token) is not None})
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in known])
     return backend
 

@@ -43,9 +43,7 @@ def read_corpus(path: Path, settings: TrainSettings) -> Corpus:
     except OSError as error:
         raise TextError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise TextError(
-            f"{path} is not UTF-8 text: byte {error.start:,} is 0x{raw[error.start]:02x}"
-        ) from None
+        raise TextError(f"{path} is not UTF-8 text: byte {error.start:,} is 0x{raw[error.start]:02x}") from None
     if not text:
         raise TextError(f"{path} is empty; a corpus needs text to learn from")
     cut = int(len(text) * (1 - VALIDATION_SHARE))
@@ -80,9 +78,7 @@ def training_rows(tokens: Tensor, settings: TrainSettings, step: int) -> Tensor:
     starts: list[int] = []
     while len(starts) < rows:
         epoch, place = divmod(first + len(starts), windows)
-        starts += _epoch(len(tokens), context, windows, settings.seed, epoch)[
-            place : place + rows - len(starts)
-        ]
+        starts += _epoch(len(tokens), context, windows, settings.seed, epoch)[place : place + rows - len(starts)]
     return torch.stack([tokens[start : start + context + 1] for start in starts])
 
 

@@ -85,8 +85,7 @@ def _run(
             keep()
         if stopping:
             raise Interrupted(
-                f"stopped after step {trainer.done:,} of {settings.steps:,}; "
-                "the same command with --resume goes on"
+                f"stopped after step {trainer.done:,} of {settings.steps:,}; the same command with --resume goes on"
             )
 
 

@@ -38,9 +38,7 @@ class Optimizer:
         self._parts: list[torch.optim.Optimizer] = []
         if settings.method is Method.MUON:
             blocks = [weight for weight, _ in model.linears()]
-            matrices = [
-                parameter for parameter in matrices if all(parameter is not weight for weight in blocks)
-            ]
+            matrices = [parameter for parameter in matrices if all(parameter is not weight for weight in blocks)]
             decay = settings.weight_decay
             self._parts.append(torch.optim.Muon(blocks, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
         groups = [

@@ -130,9 +130,7 @@ def _plot(path: Path, trainer: Trainer) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(
-        range(span, len(losses) + 1), smooth.tolist(), label=f"training, mean of {span} steps", linewidth=1
-    )
+    axes.plot(range(span, len(losses) + 1), smooth.tolist(), label=f"training, mean of {span} steps", linewidth=1)
     steps, validations = zip(*trainer.validations, strict=True)
     axes.plot(steps, validations, "o-", label="validation", markersize=3)
     axes.set(xlabel="step", ylabel="loss (nats per token)")

@@ -80,20 +80,14 @@ def load_state(directory: Path, settings: TrainSettings, corpus_digest: str) -> 
     if facts.get("tensors") != _digest(tensors):
         raise _damaged(path, "its tensors do not have the digest that it states")
     losses = tensors.pop("losses").tolist()
-    return State(
-        losses, [(int(step), float(loss)) for step, loss in facts["validations"]], facts["seconds"], tensors
-    )
+    return State(losses, [(int(step), float(loss)) for step, loss in facts["validations"]], facts["seconds"], tensors)
 
 
 def _require_same(path: Path, facts: Mapping[str, Any], settings: TrainSettings, corpus_digest: str) -> None:
     if facts.get("corpus") != corpus_digest:
-        raise TrainError(
-            f"{path} belongs to a run on another corpus; resume with that one, or choose another output"
-        )
+        raise TrainError(f"{path} belongs to a run on another corpus; resume with that one, or choose another output")
     before, now = facts.get("settings", {}), asdict(settings)
-    differing = [
-        f"{name} {before.get(name)} there, {now[name]} here" for name in now if before.get(name) != now[name]
-    ]
+    differing = [f"{name} {before.get(name)} there, {now[name]} here" for name in now if before.get(name) != now[name]]
     if differing:
         raise TrainError(f"{path} belongs to a run with other settings: {'; '.join(differing)}")
 
@@ -109,6 +103,4 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _damaged(path: Path, why: str) -> TrainError:
-    return TrainError(
-        f"{path} is damaged and cannot be resumed ({why}); delete {path.parent.parent} and begin again"
-    )
+    return TrainError(f"{path} is damaged and cannot be resumed ({why}); delete {path.parent.parent} and begin again")

@@ -45,14 +45,10 @@ def resolve(name: str, *, progress: bool) -> Path:
         raise ModelNotFound(f"{name} is a file; a model is a directory with config.json and *.safetensors")
     match = _HUB_NAME.fullmatch(name)
     if match is None or name.startswith((".", "~")):
-        raise ModelNotFound(
-            f"no such directory: {name} (a model on the hub is named org/name or org/name@revision)"
-        )
+        raise ModelNotFound(f"no such directory: {name} (a model on the hub is named org/name or org/name@revision)")
     folder = _download(name, match["repository"], match["revision"], progress and sys.stderr.isatty())
     if not any(folder.glob("*.safetensors")):
-        raise ModelNotFound(
-            f"{name} holds no *.safetensors files; choose a repository with safetensors weights"
-        )
+        raise ModelNotFound(f"{name} holds no *.safetensors files; choose a repository with safetensors weights")
     return folder
 
 

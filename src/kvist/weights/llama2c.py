@@ -171,9 +171,7 @@ def _read_pieces(path: Path, count: int) -> list[tuple[str, float]]:
     fixed = _SPECIAL + _BYTES
     size = path.stat().st_size
     if count < len(fixed):
-        raise WeightsError(
-            f"{path}: the model has {count} tokens, fewer than the {len(fixed)} that llama2.c reserves"
-        )
+        raise WeightsError(f"{path}: the model has {count} tokens, fewer than the {len(fixed)} that llama2.c reserves")
     if size < 4 + count * _PIECE.size:
         raise WeightsError(f"{path} has {size:,} bytes, too few for the model's {count:,} tokens")
     pieces: list[tuple[str, float]] = []
@@ -193,14 +191,10 @@ def _read_pieces(path: Path, count: int) -> list[tuple[str, float]]:
                 raise WeightsError(f"{path}: piece {index} is not UTF-8") from None
             pieces.append((fixed[index] if index < len(_SPECIAL) else text.replace(" ", "▁"), score))
     if remaining:
-        raise WeightsError(
-            f"{path} holds more than the model's {count:,} tokens; it belongs to another model"
-        )
+        raise WeightsError(f"{path} holds more than the model's {count:,} tokens; it belongs to another model")
     texts = [text for text, _ in pieces]
     if tuple(texts[: len(fixed)]) != fixed or len(set(texts)) != count:
-        raise WeightsError(
-            f"{path} is not a llama2.c vocabulary: ids 3 to 258 are not the bytes, or a piece repeats"
-        )
+        raise WeightsError(f"{path} is not a llama2.c vocabulary: ids 3 to 258 are not the bytes, or a piece repeats")
     return pieces
 
 

@@ -7,7 +7,7 @@ import torch
 from kvist.base.errors import ConfigError
 from kvist.cache.codecs.base import Plane
 from kvist.cache.spec import Role, Stream
-from kvist.ops.packing import key_plane_shape, value_plane_shape
+from kvist.ops.packing import key_plane_shape, unsupported, value_plane_shape
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class DenseCodec:
     dtype: torch.dtype
 
     def planes(self, stream: Stream, block_size: int) -> tuple[Plane, ...]:
-        if stream.dim % 8:
-            raise ConfigError(f"{self.name} holds vectors of a multiple of 8 numbers; {stream.name!r} has {stream.dim}")
+        if reason := unsupported(self.dtype, stream.dim, block_size):
+            raise ConfigError(f"{self.name} cannot hold the stream {stream.name!r}: {reason}")
         shape_of = key_plane_shape if stream.role is Role.KEYS else value_plane_shape
         shape = shape_of(1, stream.heads, block_size, stream.dim, self.dtype)[1:]
         return (Plane(stream.name, tuple(shape), self.dtype),)
