@@ -121,7 +121,7 @@ def test_weights_that_do_not_fit(kvist: Kvist, model: Path) -> None:
     name = "model.layers.1.self_attn.k_proj.weight"
     changes = {
         f"{name!r} is missing": {key: value for key, value in tensors.items() if key != name},
-        "shape [3, 32] where": tensors | {name: torch.zeros(3, 32)},
+        "shape [3, 32], config.json says [16, 32]": tensors | {name: torch.zeros(3, 32)},
         "I64": tensors | {name: torch.zeros(16, 32, dtype=torch.int64)},
         "'model.layers.9.extra'": tensors | {"model.layers.9.extra": torch.zeros(3)},
     }
@@ -192,4 +192,4 @@ assert "torch" not in sys.modules, "torch was imported"
 """
     ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
-    assert "kvist" in ended.stdout.lower()
+    assert "kvist" in ended.stdout.lower() or "continue a prompt" in ended.stdout.lower()

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import GPT2, SMALL
+from runs import BYTES, GPT2, LLAMA, SMALL
 from safetensors.torch import load_file
 
 from kvist.base.errors import KvistError, RequestError
@@ -25,10 +25,9 @@ from kvist.train.data import read_corpus
 from kvist.train.dense import DenseActivations, Dropout, row_logits
 from kvist.train.loop import Interrupted, Progress, train
 from kvist.train.report import CURVE, sample
-from kvist.train.settings import TrainError, TrainSettings, Vocabulary
+from kvist.train.settings import TrainError, TrainSettings
 from kvist.train.state import state_path
 
-BYTES = replace(SMALL, vocabulary=Vocabulary.BYTES, vocab_size=280)
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 FILES |= {"training.json", "losses.csv", CURVE}
 
@@ -91,7 +90,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_saved_step(corpus: Path, tm
     assert killed.read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.parametrize("settings", [SMALL, GPT2, BYTES], ids=["qwen3", "gpt2", "bytes"])
+@pytest.mark.parametrize("settings", [SMALL, LLAMA, GPT2, BYTES], ids=["qwen3", "llama", "gpt2", "bytes"])
 def test_transformers_loads_what_was_written_and_computes_the_same(
     settings: TrainSettings, corpus: Path, tmp_path: Path
 ) -> None:
@@ -146,7 +145,7 @@ def test_a_finished_run_leaves_its_files_and_its_losses(corpus: Path, tmp_path: 
 
 def test_the_weights_written_are_the_best_not_the_last(corpus: Path, tmp_path: Path) -> None:
     # A rate that overshoots as it rises: the last validation is worse than an earlier one.
-    settings = replace(SMALL, steps=30, warmup_steps=29, learning_rate=0.9, evaluate_every=3, weight_decay=0.0)
+    settings = replace(SMALL, steps=30, warmup_share=0.97, learning_rate=0.9, evaluate_every=3, weight_decay=0.0)
     losses: dict[int, float] = {}
 
     def watch(progress: Progress) -> None:

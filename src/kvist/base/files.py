@@ -66,9 +66,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; on success it takes the place of `path`, else it is removed.
 
-    The caller has made sure that what stands at `path` may go.
+    The caller has made sure that a folder at `path` may go: it steps aside, and comes back if its successor cannot
+    take its place, so that it is never found in part.
     """
-    temporary = None
+    temporary = retired = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -78,8 +79,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 _sync(file)
                 os.chmod(file, 0o644)
         os.chmod(temporary, 0o755)
-        if path.exists():
-            shutil.rmtree(path)
+        if path.is_dir():
+            retired = temporary.with_name(temporary.name + ".old")
+            os.replace(path, retired)
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
@@ -87,6 +89,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        if retired is not None and path.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+        elif retired is not None:
+            os.replace(retired, path)
 
 
 def _sync(path: Path) -> None:

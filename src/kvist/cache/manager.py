@@ -80,16 +80,15 @@ class CacheManager:
             index for index in range(first, min(end, len(lease.table))) if self.pool.count(lease.table[index]) > 1
         ]
         missing = max(0, end - len(lease.table))
-        taken = self.pool.take(missing + len(shared))
+        taken = iter(self.pool.take(missing + len(shared)))
         copies = []
-        for index in shared:
-            fresh = taken.pop()
+        for index, fresh in zip(shared, taken, strict=False):
             # Only committed tokens are worth copying: a shared block wholly beyond them is merely replaced.
             if index * self.block_size < lease.length:
                 copies.append(Copy(lease.table[index], fresh))
             self.pool.give_back(lease.table[index])
             lease.table[index] = fresh
-        lease.table.extend(reversed(taken))
+        lease.table.extend(taken)
         lease.reserved = tokens
         self._emit(lambda: Reserved(lease.id, tokens, missing + len(shared), len(copies)))
         return copies
@@ -155,7 +154,7 @@ class CacheManager:
     def _keep(self, lease: Lease, length: int) -> int:
         """Make the lease exactly `length` committed tokens. Returns how many blocks it gave back.
 
-        Tail first, so that the free list hands the head out last.
+        Tail first: the free list is a stack, so it hands them out again in the order of positions.
         """
         kept = self.blocks_for(length)
         given = len(lease.table) - kept

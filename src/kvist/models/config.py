@@ -4,13 +4,18 @@ A key that a reader does not know may change the mathematics, so it is refused b
 nothing at inference stand in `INERT`.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from kvist.base.errors import ConfigError
 from kvist.cache.spec import LayerSpec, key_value
+
+# Far above any model; what is larger is a damaged file, and would be built for hours before memory ran out.
+MAX_SIZE = 2**24
+MAX_LAYERS = 4096
 
 
 class Activation(StrEnum):
@@ -28,6 +33,12 @@ class Llama3Scaling:
     high_freq_factor: float
     original_max_positions: int
 
+    def __post_init__(self) -> None:
+        if not (0 < self.factor < math.inf and 0 < self.low_freq_factor < self.high_freq_factor < math.inf):
+            raise ConfigError(f"RoPE: llama3 scaling needs positive factors, the low one below the high, got {self}")
+        if self.original_max_positions < 1:
+            raise ConfigError(f"RoPE: original_max_position_embeddings must be at least 1, got {self}")
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -36,6 +47,11 @@ class Rope:
     theta: float
     linear_factor: float = 1.0
     llama3: Llama3Scaling | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in {"rope_theta": self.theta, "factor": self.linear_factor}.items():
+            if not 0 < value < math.inf:
+                raise ConfigError(f"RoPE: {name} must be positive and finite, got {value}")
 
 
 @dataclass(frozen=True)
@@ -70,10 +86,14 @@ class ModelConfig:
             "kv_heads",
             "head_dim",
         ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{self.family}: {name} must be at least 1, got {getattr(self, name)}")
-        if self.max_positions < 1:
-            raise ConfigError(f"{self.family}: the context must be at least one token, got {self.max_positions}")
+            if not 1 <= getattr(self, name) <= MAX_SIZE:
+                raise ConfigError(f"{self.family}: {name} must be from 1 to {MAX_SIZE:,}, got {getattr(self, name)}")
+        if self.layers > MAX_LAYERS:
+            raise ConfigError(f"{self.family}: at most {MAX_LAYERS:,} layers are built, got {self.layers}")
+        if not 1 <= self.max_positions < 2**31:
+            raise ConfigError(f"{self.family}: the context must be from 1 to 2^31 - 1 tokens, got {self.max_positions}")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ConfigError(f"{self.family}: the norms' epsilon must be finite and not negative, got {self.norm_eps}")
         if self.heads % self.kv_heads:
             raise ConfigError(f"{self.family}: {self.heads} query heads do not divide among {self.kv_heads} KV heads")
         if self.rope is not None and self.head_dim % 2:
@@ -123,6 +143,12 @@ class _Keys:
             raise ConfigError(f"{self.where}: {name} should be of type {kind.__name__}, got {value!r}")
         return value
 
+    def stated(self, names: Iterable[str]) -> None:
+        """Raises `ConfigError` unless each of `names` stands in the config, be it as null."""
+        for name in names:
+            if name not in self._raw:
+                raise ConfigError(f"{self.where}: the key {name!r} is missing")
+
     def require(self, name: str, expected: Any) -> None:
         """The key may be absent or null; any other value than `expected` changes the maths and is refused."""
         value = self._raw.pop(name, None)
@@ -162,8 +188,10 @@ def _activation(keys: _Keys, name: str, default: str, allowed: set[Activation]) 
 def _rope(keys: _Keys, default_theta: float) -> Rope:
     """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before it)."""
     theta = keys.take("rope_theta", float, default_theta)
-    scaling = keys.take("rope_scaling", dict, {})
-    parameters = _Keys(keys.take("rope_parameters", dict, {}) or scaling, f"{keys.where}: rope parameters")
+    scaling, given = keys.take("rope_scaling", dict, {}), keys.take("rope_parameters", dict, {})
+    if scaling and given:
+        raise ConfigError(f"{keys.where}: rope_scaling and rope_parameters both stand there; one of them must go")
+    parameters = _Keys(given or scaling, f"{keys.where}: rope parameters")
     legacy = parameters.take("type", str, "default")
     kind = parameters.take("rope_type", str, legacy)
     theta = parameters.take("rope_theta", float, theta)
@@ -214,8 +242,18 @@ def _gpt2(keys: _Keys) -> ModelConfig:
     )
 
 
+# Where a family's defaults are not Llama's, these keys must be stated rather than guessed.
+_STATED = {
+    "llama": (),
+    "mistral": ("max_position_embeddings", "num_key_value_heads", "sliding_window"),
+    "qwen2": ("max_position_embeddings", "num_key_value_heads"),
+    "qwen3": ("max_position_embeddings", "num_key_value_heads"),
+}
+
+
 def _llama_like(keys: _Keys, family: str) -> ModelConfig:
     """Llama, Mistral, Qwen2 and Qwen3: one decoder, told apart by biases, the norm on q and k, and defaults."""
+    keys.stated(_STATED[family])
     hidden = keys.take("hidden_size", int)
     heads = keys.take("num_attention_heads", int)
     if heads < 1:
@@ -226,7 +264,8 @@ def _llama_like(keys: _Keys, family: str) -> ModelConfig:
     positions = keys.take("max_position_embeddings", int, 2048)
     keys.require("pretraining_tp", 1)
     keys.require("rope_interleaved", False)
-    _full_attention_only(keys, positions)
+    keys.require("use_mrope", False)
+    _full_attention_only(keys, family, positions)
     return ModelConfig(
         family=family,
         vocab_size=keys.take("vocab_size", int),
@@ -248,16 +287,19 @@ def _llama_like(keys: _Keys, family: str) -> ModelConfig:
     )
 
 
-def _full_attention_only(keys: _Keys, positions: int) -> None:
-    """A window at least as long as the context is full attention; a shorter one, in use, is refused."""
+def _full_attention_only(keys: _Keys, family: str, positions: int) -> None:
+    """A window at least as long as the context is full attention; a shorter one, in use, is refused.
+
+    Only Qwen's configs have a switch for it, off by default.
+    """
     window = keys.take("sliding_window", int, None)
-    in_use = keys.take("use_sliding_window", bool, True)
+    in_use = keys.take("use_sliding_window", bool, False) if family in ("qwen2", "qwen3") else True
     if window is not None and in_use and window < positions:
         raise ConfigError(
             f"{keys.where}: sliding_window={window} below max_position_embeddings={positions} is not supported; "
             f"with max_position_embeddings={window} the model runs in its full-attention form"
         )
-    for kind in set(keys.take("layer_types", list, [])):
+    for kind in keys.take("layer_types", list, []):
         if kind != "full_attention":
             raise ConfigError(f"{keys.where}: layer type {kind!r} is not supported ('full_attention' is)")
 

@@ -1,5 +1,6 @@
 """From a checkpoint directory to a decoder in memory, one tensor at a time; and back to Hugging Face's names."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Tensors that checkpoints carry and no decoder needs: masks and frequencies that are computed, not learned.
 _DERIVED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+_HEAD = "lm_head.weight"
 
 
 def load_config(directory: Path) -> ModelConfig:
@@ -28,53 +30,40 @@ def load_config(directory: Path) -> ModelConfig:
 
 def build(config: ModelConfig, activations: Activations, dtype: torch.dtype) -> Decoder:
     """A decoder whose parameters are allocated and not yet filled."""
-    kind = GPT2 if config.family == "gpt2" else Llama
-    with torch.device("meta"):
-        model = kind(config, activations).to(dtype)
-    model.to_empty(device="cpu")
-    return model.requires_grad_(False).eval()
+    return _allocate(_describe(config, activations, dtype))
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype most numbers of a checkpoint have."""
+    """The dtype most numbers of a checkpoint have; float32 when it holds none."""
     sizes: dict[torch.dtype, int] = {}
     for name in checkpoint.names():
-        dtype = checkpoint.dtype(name)
-        sizes[dtype] = sizes.get(dtype, 0) + torch.Size(checkpoint.shape(name)).numel()
-    return max(sizes, key=lambda dtype: sizes[dtype])
+        if not name.endswith(_DERIVED):
+            dtype = checkpoint.dtype(name)
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(checkpoint.shape(name))
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
 def load(directory: Path, config: ModelConfig, activations: Activations, dtype: torch.dtype | None = None) -> Decoder:
-    """The decoder of `directory` in `dtype` (default: as stored). Peak memory is the weights and two read windows.
+    """The decoder of `directory` in `dtype` (default: as stored). Peak memory is the weights and one read buffer.
 
-    Raises `WeightsError` for a tensor that is missing, left over, of another shape, or that cannot be read.
+    Raises `WeightsError` for a tensor that is missing, left over, of another shape, or that cannot be read; nothing
+    is allocated before the weight files' headers agree with `config`.
     """
     checkpoint = Checkpoint(directory)
-    model = build(config, activations, dtype or stored_dtype(checkpoint))
+    model = _describe(config, activations, dtype or stored_dtype(checkpoint))
     slots = {_stored_name(checkpoint, slot): slot for slot in model.slots()}
-    _check_names(checkpoint, slots, config)
-    parameters = dict(model.named_parameters())
-    targets = {}
-    unfilled = {name: parameter.shape[0] for name, parameter in parameters.items()}
-    for name, slot in slots.items():
-        rows = slot.shape[1] if slot.transposed else slot.shape[0]
-        target = parameters[slot.parameter][slot.start : slot.start + rows]
-        targets[name] = target.T if slot.transposed else target
-        unfilled[slot.parameter] -= rows
-    assert not any(unfilled.values()), f"parameters that no tensor fills: {unfilled}"
-    checkpoint.copy_into(targets)
+    _check(checkpoint, slots, config)
+    parameters = dict(_allocate(model).named_parameters())
+    checkpoint.copy_into({name: _target(parameters, slot) for name, slot in slots.items()})
+    if config.tied and _HEAD in checkpoint.names():
+        _check_tied(checkpoint, model)
     return model
 
 
 def export(model: Decoder) -> dict[str, Tensor]:
     """The parameters under their Hugging Face names and shapes, contiguous: what `weights.save` writes."""
     parameters = dict(model.named_parameters())
-    tensors = {}
-    for slot in model.slots():
-        rows = slot.shape[1] if slot.transposed else slot.shape[0]
-        tensor = parameters[slot.parameter].detach()[slot.start : slot.start + rows]
-        tensors[slot.name] = (tensor.T if slot.transposed else tensor).contiguous()
-    return tensors
+    return {slot.name: _target(parameters, slot).contiguous() for slot in model.slots()}
 
 
 def randomize(model: Decoder, seed: int, std: float = 0.02) -> Decoder:
@@ -88,19 +77,38 @@ def randomize(model: Decoder, seed: int, std: float = 0.02) -> Decoder:
     return model
 
 
+def _describe(config: ModelConfig, activations: Activations, dtype: torch.dtype) -> Decoder:
+    """A decoder on the meta device: shapes, and no memory yet."""
+    kind = GPT2 if config.family == "gpt2" else Llama
+    with torch.device("meta"):
+        return kind(config, activations).to(dtype)
+
+
+def _allocate(model: Decoder) -> Decoder:
+    return model.to_empty(device="cpu").requires_grad_(False).eval()
+
+
+def _target(parameters: Mapping[str, Tensor], slot: Slot) -> Tensor:
+    """The view of a parameter that holds one tensor of a checkpoint, in the checkpoint's shape."""
+    rows = slot.shape[1] if slot.transposed else slot.shape[0]
+    view = parameters[slot.parameter].detach()[slot.start : slot.start + rows]
+    return view.T if slot.transposed else view
+
+
 def _stored_name(checkpoint: Checkpoint, slot: Slot) -> str:
     """GPT-2's first checkpoints leave the `transformer.` prefix out."""
     bare = slot.name.removeprefix("transformer.")
     return bare if bare in checkpoint.names() else slot.name
 
 
-def _check_names(checkpoint: Checkpoint, wanted: Mapping[str, Slot], config: ModelConfig) -> None:
+def _check(checkpoint: Checkpoint, wanted: Mapping[str, Slot], config: ModelConfig) -> None:
+    """Raises `WeightsError` unless the files hold exactly the tensors that are wanted, in their shapes."""
     names = checkpoint.names()
     missing = sorted(set(wanted) - names)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise WeightsError(f"{checkpoint.directory}: tensor {missing[0]!r}{more} is missing from the weight files")
-    ignored = {"lm_head.weight"} if config.tied else set()
+    ignored = {_HEAD} if config.tied else set()
     extra = sorted(name for name in names - set(wanted) - ignored if not name.endswith(_DERIVED))
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
@@ -108,3 +116,20 @@ def _check_names(checkpoint: Checkpoint, wanted: Mapping[str, Slot], config: Mod
             f"{checkpoint.directory}: the weight files hold {extra[0]!r}{more}, which a {config.family} "
             "model of this config.json has no place for"
         )
+    for name, slot in wanted.items():
+        if checkpoint.shape(name) != slot.shape:
+            raise WeightsError(
+                f"{checkpoint.directory}: tensor {name!r} has shape {list(checkpoint.shape(name))}, "
+                f"config.json says {list(slot.shape)}"
+            )
+
+
+def _check_tied(checkpoint: Checkpoint, model: Decoder) -> None:
+    """A head that is stored beside the embedding it is tied to must be that embedding, or logits would change."""
+    weight = model.head_weight()
+    for _, head in checkpoint.stream([_HEAD]):
+        if tuple(head.shape) != tuple(weight.shape) or not torch.equal(head.to(weight.dtype), weight):
+            raise WeightsError(
+                f"{checkpoint.directory}: config.json ties the head to the embedding, yet {_HEAD!r} is stored and "
+                'differs; with "tie_word_embeddings": false it would be used'
+            )

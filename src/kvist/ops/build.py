@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -40,15 +41,12 @@ _USUAL_SECONDS = 25
 def load_kernels(namespace: str, portable: bool) -> str | None:
     """Loads the kernels as operators in `namespace`, compiling them first where needed; says why when it cannot.
 
-    `portable` leaves out all that is made for one kind of processor. The outcome holds for the process: a failure is
-    reported on stderr once, in one line.
+    `portable` leaves out all that is made for one kind of processor. The outcome holds for the process.
     """
     try:
         torch.ops.load_library(_library(namespace, portable))
     except (KvistError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        print(f"kvist: the slower reference operators run, because {reason}", file=sys.stderr)
-        return reason
+        return str(error).splitlines()[0]
     return None
 
 
@@ -96,18 +94,19 @@ def _locked(folder: Path) -> Iterator[None]:
 def _compile(namespace: str, flags: list[str], library: Path) -> None:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
-        raise BackendError(f"there is no C++ compiler {compiler!r} to build the faster ones (install g++, or set CXX)")
+        raise BackendError(f"there is no C++ compiler {compiler!r}; install g++, or name one in CXX")
     if sys.stderr.isatty():
         print(f"kvist: compiling the CPU kernels (once, about {_USUAL_SECONDS} s)", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         try:
             _run_compiler(namespace, flags, folder)
-        except (RuntimeError, OSError) as error:  # what ninja and the compiler said stands in the message
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # with what ninja and the compiler said
             log = library.with_suffix(".log")
             log.write_text(str(error))
-            raise BackendError(f"compiling the faster ones failed; the compiler's messages are in {log}") from error
+            raise BackendError(f"the C++ kernels did not compile; the compiler's messages are in {log}") from error
+        # Moved, not copied: PyTorch has already loaded this very file, and loading it by its new name is then free.
         with atomic_file(library) as target:
-            shutil.copyfile(Path(folder) / library.name, target)
+            os.replace(Path(folder) / library.name, target)
 
 
 def _run_compiler(namespace: str, flags: list[str], folder: str) -> None:

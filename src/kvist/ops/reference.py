@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kvist.ops import packing
-from kvist.ops.packing import LANES, SPLIT, Geometry
+from kvist.ops.packing import SPLIT, Geometry
 from kvist.ops.schema import LIBRARIES, REFERENCE
 
+NAMESPACE = REFERENCE
 QUERY_ROWS = 16
 
 
@@ -160,14 +161,11 @@ class _Sequence:
 
 
 def _sum(weights: Tensor) -> Tensor:
-    """Sum over the last axis, kept, in one fixed order: 16 lanes each in turn, then the lanes by halves."""
-    lanes = torch.zeros_like(weights[..., :LANES])
-    for chunk in weights.split(LANES, dim=-1):
-        lanes = lanes + chunk
-    while lanes.shape[-1] > 1:
-        low, high = lanes.chunk(2, dim=-1)
-        lanes = low + high
-    return lanes
+    """Sum over the last axis, kept, in one fixed order: by halves."""
+    while weights.shape[-1] > 1:
+        low, high = weights.chunk(2, dim=-1)
+        weights = low + high
+    return weights
 
 
 def _rounded(x: Tensor, geometry: Geometry) -> Tensor:
@@ -210,3 +208,4 @@ LIBRARIES[REFERENCE].impl("write", write, "CompositeExplicitAutograd")
 LIBRARIES[REFERENCE].impl("attend", attend, "CompositeExplicitAutograd")
 LIBRARIES[REFERENCE].impl("silu_mul", silu_mul, "CompositeExplicitAutograd")
 LIBRARIES[REFERENCE].impl("gelu", gelu, "CompositeExplicitAutograd")
+LIBRARIES[REFERENCE].impl("instruction_set", lambda: "PyTorch", "CompositeExplicitAutograd")

@@ -56,7 +56,9 @@ def probe(products: Iterable[tuple[Tensor, Tensor | None]], ladder: tuple[int, .
     Only shapes and dtypes are read of the products, so damaged weights change nothing. Raises `BackendError` when
     rows differ even within one width.
     """
-    shapes = dict.fromkeys(_Shape(*weight.shape, weight.dtype, bias is not None) for weight, bias in products)
+    shapes = dict.fromkeys(
+        _Shape(len(weight), weight.shape[1], weight.dtype, bias is not None) for weight, bias in products
+    )
     # Few outputs show less of a difference, so such products are tested with more weights.
     tests = [shape for shape in shapes for _ in range(max(1, 256 // shape.outputs))]
     best: tuple[int, ...] = ()

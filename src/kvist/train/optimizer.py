@@ -8,22 +8,26 @@ from torch import Tensor
 from kvist.models.decoder import Decoder
 from kvist.train.settings import Method, TrainSettings
 
-_STD = 0.02
+_EMBEDDING_STD = 0.02
 
 
 def initialize(model: Decoder, seed: int) -> None:
-    """Fill `model`: norms 1, biases 0, all else normal with deviation 0.02, as GPT-2.
+    """Fill `model`: norms 1, biases 0, embeddings and head normal with deviation 0.02.
 
-    The products that add to the residual stream, two a layer, are divided by the square root of their number.
+    Matrices of blocks are normal with deviation 1 / sqrt(inputs), so that they keep the size of what they are
+    given at any width; those that add to the residual stream, two a layer, are divided by sqrt(2 layers), as
+    GPT-2's are.
     """
     generator = torch.Generator().manual_seed(seed)
-    residual = _STD / math.sqrt(2 * model.config.layers)
+    products = {id(weight) for weight, _ in model.linears()}
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
-        else:
-            std = residual if name.endswith(("attention.out.weight", "down.weight")) else _STD
-            parameter.data.normal_(0.0, std, generator=generator)
+            continue
+        std = parameter.shape[1] ** -0.5 if id(parameter) in products else _EMBEDDING_STD
+        if name.endswith(("attention.out.weight", "down.weight")):
+            std /= math.sqrt(2 * model.config.layers)
+        parameter.data.normal_(0.0, std, generator=generator)
 
 
 class Optimizer:

@@ -7,7 +7,11 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from kvist.base.errors import KvistError
+from kvist.cache.layout import BLOCK_SIZE
+from kvist.ops.packing import unsupported
 
 
 class TrainError(KvistError):
@@ -31,8 +35,9 @@ FAMILIES = ("gpt2", "llama", "qwen3")
 class TrainSettings:
     """One run. Lengths in tokens, `rows` in sequences per step.
 
-    The first `short_steps` steps use rows of `short_context` tokens, so many that a step has as many tokens
-    as later. The learning rate rises over `warmup_steps` and falls along a cosine to `final_learning_rate`.
+    The first `short_share` of the steps use rows of `short_context` tokens, so many that a step has as many
+    tokens as later. The learning rate rises over the first `warmup_share` of the steps and then falls along a
+    cosine to `final_learning_rate`.
     Raises `TrainError` for values that make no run.
     """
 
@@ -46,8 +51,8 @@ class TrainSettings:
     rows: int
     steps: int
     learning_rate: float
-    final_learning_rate: float
-    warmup_steps: int
+    final_learning_rate: float = 0.0
+    warmup_share: float = 0.05
     method: Method = Method.ADAMW
     beta1: float = 0.9
     beta2: float = 0.99
@@ -55,7 +60,7 @@ class TrainSettings:
     gradient_clip: float = 1.0
     dropout: float = 0.0
     short_context: int = 0
-    short_steps: int = 0
+    short_share: float = 0.0
     vocabulary: Vocabulary = Vocabulary.CHARACTERS
     vocab_size: int = 512  # byte-level BPE only
     evaluate_every: int = 250
@@ -74,15 +79,20 @@ class TrainSettings:
     def tokens_per_step(self) -> int:
         return self.rows * self.context
 
+    @property
+    def short_steps(self) -> int:
+        return int(self.short_share * self.steps)
+
     def context_at(self, step: int) -> int:
         """The length of the rows of step `step`, counted from 0."""
         return self.short_context if step < self.short_steps else self.context
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        warmup = int(self.warmup_share * self.steps)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / (warmup + 1)
+        done = (step - warmup) / (self.steps - warmup)
         share = 0.5 * (1 + math.cos(math.pi * done))
         return self.final_learning_rate + share * (self.learning_rate - self.final_learning_rate)
 
@@ -96,11 +106,8 @@ class TrainSettings:
             raise TrainError(f"hidden_size {self.hidden_size} does not divide among {self.heads} heads")
         if self.heads % self.kv_heads:
             raise TrainError(f"{self.heads} heads do not divide among {self.kv_heads} KV heads")
-        if self.head_dim % 8:
-            raise TrainError(
-                f"a head needs a multiple of 8 dimensions, and hidden_size {self.hidden_size} over "
-                f"{self.heads} heads gives {self.head_dim}"
-            )
+        if reason := unsupported(torch.float32, self.head_dim, BLOCK_SIZE):
+            raise TrainError(f"hidden_size {self.hidden_size} over {self.heads} heads: {reason}")
         if self.family == "gpt2" and self.kv_heads != self.heads:
             raise TrainError(f"GPT-2 has a KV head for each of its {self.heads} heads, not {self.kv_heads}")
         if self.vocabulary is Vocabulary.BYTES and not 257 <= self.vocab_size <= 65536:
@@ -115,17 +122,12 @@ class TrainSettings:
                 "the learning rate must be between 0 and 1 and fall, got "
                 f"{self.learning_rate:g} falling to {self.final_learning_rate:g}"
             )
-        for name in ("beta1", "beta2", "dropout", "weight_decay"):
+        for name in ("beta1", "beta2", "dropout", "weight_decay", "warmup_share", "short_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise TrainError(f"{name} must be at least 0 and below 1, got {getattr(self, name):g}")
         if not self.gradient_clip > 0:
             raise TrainError(f"gradient_clip must be above 0, got {self.gradient_clip:g}")
-        if not 0 <= self.warmup_steps < self.steps or not 0 <= self.short_steps < self.steps:
-            raise TrainError(
-                f"warmup_steps {self.warmup_steps} and short_steps {self.short_steps} must be at least 0 and "
-                f"below the {self.steps} steps"
-            )
-        if self.short_steps and (self.short_context < 1 or self.context % self.short_context):
+        if self.short_share and (self.short_context < 1 or self.context % self.short_context):
             raise TrainError(f"short_context {self.short_context} must divide the context of {self.context}")
         if not 0 <= self.seed < 2**31:
             raise TrainError(f"a seed is a number from 0 to 2^31 - 1, got {self.seed}")
@@ -190,7 +192,39 @@ PRESETS: Mapping[str, TrainSettings] = MappingProxyType(
             steps=2000,
             learning_rate=1e-3,
             final_learning_rate=1e-4,
-            warmup_steps=100,
+        ),
+        # As many tokens, spent better: rotary positions, normed q and k, Muon, longer rows.
+        "default": TrainSettings(
+            family="qwen3",
+            layers=4,
+            heads=4,
+            kv_heads=4,
+            hidden_size=128,
+            intermediate_size=512,
+            context=256,
+            rows=3,
+            steps=2000,
+            learning_rate=4e-3,
+            method=Method.MUON,
+        ),
+        # The model that comes with the package.
+        "bundled": TrainSettings(
+            family="qwen3",
+            layers=4,
+            heads=4,
+            kv_heads=2,
+            hidden_size=256,
+            intermediate_size=352,
+            context=1024,
+            rows=2,
+            steps=2400,
+            learning_rate=4e-3,
+            method=Method.MUON,
+            dropout=0.1,
+            short_context=256,
+            short_share=0.75,
+            evaluate_every=200,
+            save_every=100,
         ),
     }
 )

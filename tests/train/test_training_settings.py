@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from conftest import GPT2, SMALL
+from runs import GPT2, SMALL
 
 from kvist.models.config import read_config
 from kvist.train.settings import PRESETS, TrainError, TrainSettings, Vocabulary
@@ -19,6 +19,7 @@ from kvist.train.settings import PRESETS, TrainError, TrainSettings, Vocabulary
         ({"hidden_size": 33}, "33 does not divide among 4 heads"),
         ({"kv_heads": 3}, "4 heads do not divide among 3 KV heads"),
         ({"heads": 8, "kv_heads": 8}, "multiple of 8"),
+        ({"hidden_size": 2048}, "up to 256, got 512"),
         ({"rows": 0}, "rows must be at least 1"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"learning_rate": 0.0}, "learning rate"),
@@ -27,7 +28,8 @@ from kvist.train.settings import PRESETS, TrainError, TrainSettings, Vocabulary
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1"),
         ({"gradient_clip": 0.0}, "gradient_clip"),
         ({"gradient_clip": math.nan}, "gradient_clip"),
-        ({"warmup_steps": 12}, "below the 12 steps"),
+        ({"warmup_share": 1.0}, "warmup_share must be at least 0 and below 1"),
+        ({"short_share": -0.1}, "short_share must be at least 0"),
         ({"short_context": 5}, "short_context 5 must divide the context of 32"),
         ({"vocabulary": Vocabulary.BYTES, "vocab_size": 100}, "257 to 65,536 tokens, got 100"),
         ({"seed": -1}, "seed"),
@@ -46,7 +48,7 @@ def test_gpt2_has_no_shared_kv_heads() -> None:
 
 
 def test_the_learning_rate_rises_then_falls_along_a_cosine() -> None:
-    settings = replace(SMALL, steps=110, warmup_steps=10, learning_rate=1e-2, final_learning_rate=1e-3)
+    settings = replace(SMALL, steps=110, warmup_share=1 / 11, learning_rate=1e-2, final_learning_rate=1e-3)
     rates = [settings.learning_rate_at(step) for step in range(110)]
     assert rates[0] == pytest.approx(1e-2 / 11)
     assert rates[10] == pytest.approx(1e-2)

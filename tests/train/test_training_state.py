@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from runs import SMALL
 
 from kvist.train.settings import TrainError
 from kvist.train.state import State, load_state, save_state, state_path

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import GPT2, SMALL
+from runs import GPT2, SMALL
 
 from kvist.models.config import read_config
 from kvist.models.decoder import Decoder
@@ -24,8 +24,8 @@ def _model(settings: TrainSettings, seed: int = 0) -> Decoder:
 def test_initial_weights_have_their_deviations() -> None:
     model = _model(replace(GPT2, hidden_size=128, intermediate_size=256))
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
-    assert float(weights["blocks.0.attention.qkv.weight"].std()) == pytest.approx(0.02, rel=0.03)
-    assert float(weights["blocks.1.down.weight"].std()) == pytest.approx(0.01, rel=0.03)
+    assert float(weights["blocks.0.attention.qkv.weight"].std()) == pytest.approx(128**-0.5, rel=0.03)
+    assert float(weights["blocks.1.down.weight"].std()) == pytest.approx(256**-0.5 / 2, rel=0.03)
     assert float(weights["embed.weight"].std()) == pytest.approx(0.02, rel=0.05)
     assert bool((weights["blocks.0.mlp_norm.weight"] == 1).all())
     assert bool((weights["blocks.0.up.bias"] == 0).all())

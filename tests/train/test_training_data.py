@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from runs import SMALL
 
 from kvist.base.errors import TextError
 from kvist.train.data import read_corpus, training_rows
@@ -30,7 +30,7 @@ def test_bytes_need_fewer_tokens_and_give_the_same_text(corpus: Path) -> None:
 
 
 def test_an_epoch_takes_every_window_once() -> None:
-    settings = replace(SMALL, short_context=0, short_steps=0, rows=4, steps=60)
+    settings = replace(SMALL, short_context=0, short_share=0.0, rows=4, steps=60)
     tokens = torch.arange(32 * 41 + 5)  # 40 windows of 32 after an offset: ten steps an epoch
     starts = [int(row[0]) for step in range(10) for row in training_rows(tokens, settings, step)]
     assert len(set(starts)) == 40
@@ -60,7 +60,7 @@ def test_early_steps_use_more_and_shorter_rows() -> None:
 
 
 def test_the_shortest_text_that_is_accepted_gives_rows() -> None:
-    rows = training_rows(torch.arange(34), replace(SMALL, short_context=0, short_steps=0), 3)
+    rows = training_rows(torch.arange(34), replace(SMALL, short_context=0, short_share=0.0), 3)
     assert rows.shape == (4, 33)
     assert set(rows[:, 0].tolist()) <= {0, 1}
 

@@ -1,0 +1,118 @@
+"""Small random models, and ways to run token sequences through them that need no batch and no engine."""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from kvist.base.events import Listener
+from kvist.cache.codecs import codec
+from kvist.cache.layout import plan_layout
+from kvist.cache.manager import Lease
+from kvist.models.config import Activation, ModelConfig, Rope
+from kvist.models.load import build, randomize
+from kvist.ops.backend import select
+from kvist.runtime.batch import Work
+from kvist.runtime.runner import Runner
+
+LLAMA = ModelConfig(
+    family="llama",
+    vocab_size=67,
+    hidden_size=48,
+    intermediate_size=80,
+    layers=2,
+    heads=6,
+    kv_heads=2,
+    head_dim=8,
+    max_positions=2048,
+    norm_eps=1e-5,
+    activation=Activation.SILU,
+    rope=Rope(10_000.0),
+)
+QWEN3 = ModelConfig(
+    family="qwen3",
+    vocab_size=67,
+    hidden_size=64,
+    intermediate_size=80,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=48,
+    max_positions=2048,
+    norm_eps=1e-6,
+    activation=Activation.SILU,
+    rope=Rope(10_000.0),
+    qkv_bias=True,
+    out_bias=True,
+    qk_norm=True,
+    tied=True,
+)
+GPT2 = ModelConfig(
+    family="gpt2",
+    vocab_size=67,
+    hidden_size=64,
+    intermediate_size=256,
+    layers=2,
+    heads=4,
+    kv_heads=4,
+    head_dim=16,
+    max_positions=2048,
+    norm_eps=1e-5,
+    activation=Activation.GELU_TANH,
+    rope=None,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    tied=True,
+)
+
+
+def make_runner(
+    config: ModelConfig = LLAMA,
+    dtype: torch.dtype = torch.float32,
+    kv: str = "fp32",
+    blocks: int = 40,
+    backend: str | None = None,
+    listener: Listener | None = None,
+) -> Runner:
+    """A runner over a model with random weights, large enough for every layer to matter."""
+    layout = plan_layout(config.layer_specs(), codec(kv))
+    operators = select("cpu", layout.layers[0].planes[0].dtype, config.head_dim, layout.block_size, backend)
+    model = randomize(build(config, operators, dtype), seed=1, std=0.2)
+    return Runner(model, layout, blocks, operators, listener)
+
+
+def tokens_of(rng: random.Random, count: int, vocab_size: int = 67) -> list[int]:
+    """`count` random token ids."""
+    return [rng.randrange(vocab_size) for _ in range(count)]
+
+
+def cuts(rng: random.Random, total: int, most: int) -> Iterator[int]:
+    """Random chunk sizes up to `most` that sum to `total`."""
+    while total:
+        size = rng.randint(1, min(most, total))
+        yield size
+        total -= size
+
+
+def feed(runner: Runner, lease: Lease, tokens: Sequence[int], sizes: Iterable[int] | None = None) -> Tensor:
+    """Append `tokens` to `lease` in chunks of `sizes`, else in the widest; all logits `[len(tokens), vocab]`."""
+    most = runner.widths.most
+    if sizes is None:
+        sizes = [min(most, len(tokens) - start) for start in range(0, len(tokens), most)]
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(runner.run([Work(lease, tokens[start : start + size], size)])[0])
+        start += size
+    assert start == len(tokens)
+    return torch.cat(parts)
+
+
+def fresh(runner: Runner, tokens: Sequence[int]) -> Tensor:
+    """All logits `[len(tokens), vocab]` of a run from nothing: what every other way must equal."""
+    lease = runner.manager.open()
+    try:
+        return feed(runner, lease, tokens)
+    finally:
+        runner.manager.release(lease)
