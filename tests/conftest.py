@@ -26,10 +26,10 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    """Products of as many threads everywhere; what a test changes is put back."""
+def _one_thread() -> Iterator[None]:
+    """Models here are so small that threads would mostly wait for each other; a test of threads sets its own number."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(2, before))
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

@@ -18,7 +18,9 @@ def cache_of(name: str, dtype: torch.dtype = torch.float32) -> Paged:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_writing_rounds_as_pytorch_does(name, dtype, source):
-    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 65519, 65520, 70000, 3.4e38, 1e-8, -6e-8])
+    special = torch.tensor(
+        [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 65519, 65520, 70000, 3.4e38, 1e-8, -6e-8]
+    )
     bits = torch.randint(-(2**31), 2**31, (40 * HEADS * 24 - len(special),), dtype=torch.int64).int()
     x = torch.cat([special, bits.view(torch.float32)]).view(40, HEADS, 24).to(source)
     keys = torch.zeros(key_plane_shape(2, HEADS, 32, 24, dtype), dtype=dtype)

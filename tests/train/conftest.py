@@ -7,22 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-WORDS = [
-    "the",
-    "king",
-    "and",
-    "queen",
-    "of",
-    "a",
-    "cold",
-    "hill",
-    "went",
-    "down",
-    "to",
-    "see",
-    "old",
-    "rivers",
-]
+WORDS = ["the", "king", "and", "queen", "of", "a", "cold", "hill", "went", "down", "to", "see", "old", "rivers"]
 
 
 @pytest.fixture(autouse=True)

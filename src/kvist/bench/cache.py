@@ -3,107 +3,184 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from kvist.bench.machine import Memory, Samples, facts, interleave
+from kvist.bench.report import Ratio, Report, Row
 from kvist.cache.manager import Lease
 from kvist.runtime.batch import Work
 from kvist.runtime.runner import Runner
 from kvist.runtime.widths import Widths
 from kvist.service.loaded import Loaded
 
-# A whole text is generated without the cache too where its last token alone would not take longer than this.
-WHOLE_TEXT_LAST_TOKEN_S = 0.02
-CACHED_STEPS = 9  # per round: a cached step is short beside a recomputation
-MOST_SECONDS_PER_LENGTH = 60.0
+CACHED_STEPS = 9  # a round: a cached step is short beside a recomputation
+ROUNDS = 3
+MOST_SECONDS = 60.0  # of one length, and of one whole text; a token that takes longer is measured once
 
 
-@dataclass(frozen=True)
-class Length:
-    """Seconds per new token behind `context` tokens: one sample per round (recomputed) or per step (cached)."""
+def run(models: Sequence[tuple[str, Loaded]], contexts: Sequence[int], observe: Callable[[str], None]) -> Report:
+    """Each model, by its shape's name, at each of `contexts` that it holds. `observe` hears what is being measured."""
+    memory = Memory()
+    report = Report(facts())
+    report.machine["read_gb_s"] = interleave([memory.read], 9)[0].map(memory.gb_s).median
+    for shape, loaded in models:
+        bench = _CacheBench(report, shape, loaded, contexts)
+        for length in bench.contexts:
+            observe(f"{shape}: a token behind {length:,}")
+            bench.one_token(length)
+        bench.growth()
+        observe(f"{shape}: whole texts")
+        bench.whole_texts()
+        observe(f"{shape}: what exactness costs")
+        bench.padding()
+    return report
 
-    context: int
-    cached: list[float]
-    recomputed: list[float]
 
+class _CacheBench:
+    """Measures one model into a report. Token ids are arbitrary: they do not change what is computed."""
 
-class CacheBench:
-    """Measures one model. Random token ids: what they are does not change what is computed."""
-
-    def __init__(self, loaded: Loaded, shape: str, contexts: Sequence[int], rounds: int = 3) -> None:
+    def __init__(self, report: Report, shape: str, loaded: Loaded, contexts: Sequence[int]) -> None:
         most = loaded.config.max_positions - 1
         self.contexts = sorted({min(context, most) for context in contexts})
-        self.loaded = loaded
-        self.shape = shape
-        self.rounds = rounds
+        self._report = report
+        self._shape = shape
+        self._loaded = loaded
         # Two sequences: the cached one, and the one that is computed again and again.
-        self.runner: Runner = loaded.engine(self.contexts[-1] + 1, sequences=2).runner
+        self._runner: Runner = loaded.engine(self.contexts[-1] + 1, sequences=2).runner
+        self._seconds: dict[str, list[float]] = {"cached": [], "recomputed": []}
 
-    def lengths(self) -> Iterator[Length]:
-        """Each length in turn, cached and recomputed interleaved."""
-        lease = self.runner.manager.open()
-        for context in self.contexts:
-            self._feed(lease, context - lease.length)
-            cached: list[float] = []
-            recomputed: list[float] = []
-            started = time.perf_counter()
-            while len(recomputed) < self.rounds:
-                cached += [self._seconds(lambda: self._next_token(lease)) for _ in range(CACHED_STEPS)]
-                recomputed.append(self._seconds(lambda: self._from_nothing(context + 1)))
-                if time.perf_counter() - started > MOST_SECONDS_PER_LENGTH:
-                    break
-            yield Length(context, cached, recomputed)
-        self.runner.manager.release(lease)
-
-    def whole_text(self, tokens: int) -> tuple[float, float]:
-        """Seconds to generate a text of `tokens` tokens from one, with the cache and without."""
-        lease = self.runner.manager.open()
-        cached = self._seconds(lambda: [self._feed(lease, 1) for _ in range(tokens)])
-        self.runner.manager.release(lease)
-        recomputed = self._seconds(lambda: [self._from_nothing(length) for length in range(1, tokens + 1)])
-        return cached, recomputed
-
-    def padding(self, context: int) -> tuple[list[float], list[float]]:
-        """Seconds of a decode step, exact (rows padded) and not (one row), interleaved."""
-        lease = self.runner.manager.open()
+    def one_token(self, context: int) -> None:
+        """Seconds of the token behind `context` others, cached and recomputed interleaved."""
+        lease = self._runner.manager.open()
         self._feed(lease, context)
-        padded, bare = self.runner.widths, Widths((1, *self.runner.widths.agreeing))
-        exact: list[float] = []
-        unpadded: list[float] = []
-        for _ in range(CACHED_STEPS * self.rounds):
-            for widths, seconds in ((padded, exact), (bare, unpadded)):
-                self.runner.widths = self.runner.head_widths = widths
-                seconds.append(self._seconds(lambda: self._next_token(lease)))
-        self.runner.widths = padded
-        self.runner.manager.release(lease)
-        return exact, unpadded
+        cached: list[float] = []
+        recomputed: list[float] = []
+        started = time.perf_counter()
+        while len(recomputed) < ROUNDS and time.perf_counter() - started < MOST_SECONDS:
+            cached += [_seconds(lambda: self._next_token(lease)) for _ in range(CACHED_STEPS)]
+            recomputed.append(_seconds(lambda: self._from_nothing(context + 1)))
+        self._runner.manager.release(lease)
+        what = f"next token {self._shape} {context}"
+        for engine, values in (("cached", cached), ("recomputed", recomputed)):
+            self._seconds[engine].append(statistics.median(values))
+            self._add(what, f"kvist {engine}", context, [1 / value for value in values], "tokens/s")
+        self._compare(what, "cached", "recomputed", statistics.median(recomputed) / statistics.median(cached))
+
+    def growth(self) -> None:
+        """The exponent e of seconds ~ length^e for a token, over all lengths."""
+        if len(self.contexts) < 2:
+            return
+        for engine, values in self._seconds.items():
+            exponent = growth(self.contexts, values)
+            what = f"growth of a token's time {self._shape} {self.contexts[-1]}"
+            self._add(what, f"kvist {engine}", self.contexts[-1], [exponent], "exponent")
+
+    def whole_texts(self) -> None:
+        """Texts generated from their first token, with the cache and without, where that is a matter of seconds."""
+        for context, seconds in zip(self.contexts, self._seconds["recomputed"], strict=True):
+            if seconds * context / 2 > MOST_SECONDS:
+                continue
+            lease = self._runner.manager.open()
+            cached = _seconds(lambda: [self._feed(lease, 1) for _ in range(context)])  # noqa: B023
+            self._runner.manager.release(lease)
+            recomputed = _seconds(lambda: [self._from_nothing(length + 1) for length in range(context)])  # noqa: B023
+            what = f"whole text {self._shape} {context}"
+            for engine, value in (("cached", cached), ("recomputed", recomputed)):
+                self._add(what, f"kvist {engine}", context, [context / value], "tokens/s")
+            self._compare(what, "cached", "recomputed", recomputed / cached)
+
+    def padding(self) -> None:
+        """A decode step with its rows padded, as exactness asks, and with one bare row."""
+        runner, context = self._runner, self.contexts[0]
+        lease = runner.manager.open()
+        self._feed(lease, context)
+        exact = runner.widths, runner.head_widths
+        bare = Widths((1, *runner.widths.agreeing)), Widths((1, *runner.head_widths.agreeing))
+
+        def step(widths: tuple[Widths, Widths]) -> None:
+            runner.widths, runner.head_widths = widths
+            self._next_token(lease)
+
+        padded, unpadded = interleave([lambda: step(exact), lambda: step(bare)], CACHED_STEPS * ROUNDS)
+        runner.widths, runner.head_widths = exact
+        runner.manager.release(lease)
+        what = f"decode step {self._shape} {context}"
+        self._add(what, "kvist exact", context, [1 / value for value in padded.values], "tokens/s")
+        self._add(what, "kvist not exact", context, [1 / value for value in unpadded.values], "tokens/s")
+        self._compare(what, "exact", "not exact", unpadded.over(padded).median)
+
+    def _add(self, what: str, engine: str, context: int, values: Sequence[float], unit: str) -> None:
+        samples = Samples(tuple(values))
+        weights, kv = str(next(self._loaded.model.parameters()).dtype), self._loaded.layout.codec.name
+        row = Row(
+            what,
+            engine,
+            self._shape,
+            weights.removeprefix("torch."),
+            kv,
+            context,
+            1,
+            samples.median,
+            unit,
+            samples.spread,
+        )
+        self._report.rows.append(row)
+
+    def _compare(self, what: str, a: str, b: str, value: float) -> None:
+        kv = self._loaded.layout.codec.name
+        self._report.ratios.append(Ratio(what, f"kvist {a} {kv}", f"kvist {b} {kv}", value))
 
     def _feed(self, lease: Lease, tokens: int) -> None:
         """Append `tokens` tokens; the logits of the last are computed, as a sampler would need them."""
-        most = self.runner.widths.most
         while tokens:
-            count = min(tokens, most)
+            count = min(tokens, self._runner.widths.most)
             tokens -= count
-            ids = [(lease.length + i) % self.loaded.config.vocab_size for i in range(count)]
-            self.runner.run([Work(lease, ids, logits=int(tokens == 0))])
+            ids = [(lease.length + i) % self._loaded.config.vocab_size for i in range(count)]
+            self._runner.run([Work(lease, ids, logits=int(tokens == 0))])
 
     def _next_token(self, lease: Lease) -> None:
         length = lease.length
         self._feed(lease, 1)
-        self.runner.manager.rollback(lease, length)
+        self._runner.manager.rollback(lease, length)
 
     def _from_nothing(self, tokens: int) -> None:
-        lease = self.runner.manager.open()
+        lease = self._runner.manager.open()
         self._feed(lease, tokens)
-        self.runner.manager.release(lease)
-
-    def _seconds(self, work: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        work()
-        return time.perf_counter() - started
+        self._runner.manager.release(lease)
 
 
 def growth(lengths: Sequence[int], seconds: Sequence[float]) -> float:
     """The exponent e of seconds ~ length^e: the slope of the least-squares line through their logarithms."""
     xs, ys = [math.log(x) for x in lengths], [math.log(y) for y in seconds]
     return statistics.linear_regression(xs, ys).slope
+
+
+def plot(report: Report, path: Path) -> None:
+    """Tokens per second over the length, both axes logarithmic, a line per model and engine, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in report.rows:
+        if row.what.startswith("next token"):
+            lines.setdefault((row.shape, row.engine), []).append((row.context, row.value))
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    colors = {shape: f"C{index}" for index, shape in enumerate(dict.fromkeys(shape for shape, _ in lines))}
+    for (shape, engine), points in lines.items():
+        style = "o-" if engine == "kvist cached" else "o--"
+        axes.plot(
+            *zip(*points, strict=True), style, color=colors[shape], markersize=4, label=f"{shape}, {engine.split()[1]}"
+        )
+    axes.set(xscale="log", yscale="log", xlabel="tokens before it", ylabel="tokens per second")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvist.base.errors import RequestError
 from kvist.base.events import CacheEvent, Reserved
 from kvist.cache.manager import Lease
-from kvist.cache.plain import PlainView
+from kvist.models.plain import PlainView
 from kvist.runtime.batch import Work
 from kvist.runtime.engine import Engine
 from kvist.runtime.request import Request, Sampling

@@ -7,6 +7,7 @@ into place: it is there whole or not at all, also when several processes start a
 
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -113,11 +114,14 @@ def _run_compiler(namespace: str, flags: list[str], folder: str) -> None:
     from torch.utils import cpp_extension  # takes a while to import, and is needed once per machine
 
     sources = [str(path) for path in sorted(_SOURCES.glob("*.cpp"))]
-    path = os.environ.get("PATH", "")
+    logger = logging.getLogger(cpp_extension.__name__)
+    path, silent = os.environ.get("PATH", ""), logger.disabled
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), path])  # where pip puts ninja
+    logger.disabled = True  # it warns at length about compilers that PyTorch was not built with
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about compilers that PyTorch was not built with
+            warnings.simplefilter("ignore")
             cpp_extension.load(namespace, sources, flags, build_directory=folder, is_python_module=False)
     finally:
+        logger.disabled = silent
         os.environ["PATH"] = path

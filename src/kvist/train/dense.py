@@ -76,7 +76,7 @@ class DenseView:
         assert self._k is not None
         assert self._v is not None
         grouped = q.shape[1] != self._k.shape[1]
-        out = F.scaled_dot_product_attention(
+        out: Tensor = F.scaled_dot_product_attention(
             self._by_row(q), self._k, self._v, is_causal=True, scale=scale, enable_gqa=grouped
         )
         self._k = self._v = None
@@ -84,7 +84,8 @@ class DenseView:
 
     def _by_row(self, x: Tensor) -> Tensor:
         """`[T, heads, head_dim]` → `[rows, heads, T / rows, head_dim]`."""
-        return x.unflatten(0, (self._rows, -1)).transpose(1, 2)
+        rows: Tensor = x.unflatten(0, (self._rows, -1))
+        return rows.transpose(1, 2)
 
 
 def row_logits(model: Decoder, tokens: Tensor, dropout: Dropout) -> Tensor:
@@ -92,4 +93,4 @@ def row_logits(model: Decoder, tokens: Tensor, dropout: Dropout) -> Tensor:
     rows, length = tokens.shape
     views = [DenseView(rows, dropout) for _ in range(model.config.layers)]
     positions = torch.arange(length).repeat(rows)
-    return model.logits(model(tokens.flatten(), positions, views)).unflatten(0, (rows, length))
+    return model.logits(model(tokens.flatten(), positions, views)).view(rows, length, -1)

@@ -29,6 +29,8 @@ class Method(StrEnum):
 
 
 FAMILIES = ("gpt2", "llama", "qwen3")
+_MOST_WEIGHTS = 1_000_000_000
+_MOST_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,9 @@ class TrainSettings:
             raise TrainError(f"hidden_size {self.hidden_size} over {self.heads} heads: {reason}")
         if self.family == "gpt2" and self.kv_heads != self.heads:
             raise TrainError(f"GPT-2 has a KV head for each of its {self.heads} heads, not {self.kv_heads}")
+        weights = self.layers * self.hidden_size * (4 * self.hidden_size + 3 * self.intermediate_size)
+        if weights > _MOST_WEIGHTS:
+            raise TrainError(f"about {weights:,} weights are too many to train here; {_MOST_WEIGHTS:,} are the most")
         if self.vocabulary is Vocabulary.BYTES and not 257 <= self.vocab_size <= 65536:
             raise TrainError(f"a byte-level vocabulary has 257 to 65,536 tokens, got {self.vocab_size:,}")
 
@@ -117,6 +122,11 @@ class TrainSettings:
         for name in ("rows", "steps", "evaluate_every", "save_every"):
             if getattr(self, name) < 1:
                 raise TrainError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.tokens_per_step > _MOST_TOKENS:
+            raise TrainError(
+                f"{self.rows:,} rows of {self.context:,} tokens are too much for one step; "
+                f"{_MOST_TOKENS:,} tokens are the most"
+            )
         if not 0 < self.learning_rate < 1 or not 0 <= self.final_learning_rate <= self.learning_rate:
             raise TrainError(
                 "the learning rate must be between 0 and 1 and fall, got "

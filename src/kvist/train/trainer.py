@@ -108,7 +108,7 @@ class Trainer:
 
     def state(self, seconds: float) -> State:
         """All that `restore` needs."""
-        tensors = {f"weights.{name}": weight for name, weight in self.model.named_parameters()}
+        tensors: dict[str, Tensor] = {f"weights.{name}": weight for name, weight in self.model.named_parameters()}
         tensors |= {f"best.{name}": weight for name, weight in self._best.items()}
         tensors |= {f"moments.{name}": moment for name, moment in self._optimizer.tensors().items()}
         return State(self.losses, self.validations, seconds, tensors)

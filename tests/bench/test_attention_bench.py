@@ -1,0 +1,99 @@
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from kvist.base.errors import ConfigError, NumericsError
+from kvist.bench import attention
+from kvist.bench.machine import Memory, Samples, interleave
+from kvist.bench.report import Ratio, Report, Row
+from kvist.bench.shapes import SHAPES, Shape, shape_named
+
+SMALL = Shape("small", 1, 64, 128, 4, 2, 16, 100, tied=True)
+
+
+@pytest.fixture
+def small(monkeypatch) -> None:
+    monkeypatch.setattr(attention, "shape_named", lambda name: SMALL)
+    monkeypatch.setattr(attention, "_LAYER_BYTES", 1 << 18)
+    monkeypatch.setattr(attention, "PREFILL_QUERIES", 32)
+    monkeypatch.setattr(attention, "PREFILL_CONTEXT", 96)
+
+
+@pytest.mark.parametrize("kv", ["bf16", "fp32"])
+def test_a_whole_run(small, kv):
+    report = attention.run(["small"], [100, 600], kv, rounds=3)
+    whats = ["attention decode small 100", "attention decode small 600", "attention prefill of 32 small 96"]
+    assert [ratio.what for ratio in report.ratios] == whats
+    assert all(ratio.value > 0 for ratio in report.ratios)
+    assert {(ratio.a, ratio.b) for ratio in report.ratios} == {(f"kvist {kv}", f"torch {kv}")}
+    for what in whats:
+        rows = [row for row in report.rows if row.what == what]
+        assert {row.engine for row in rows} == {"kvist", "torch sdpa"}
+        assert {str(row.context) for row in rows} == {what.split()[-1]}
+        assert all(row.spread[0] <= row.value <= row.spread[1] for row in rows)
+    assert report.machine["read_gb_s"] > 0
+    assert json.loads(json.dumps(report.to_json()))["ratios"][0]["what"] == whats[0]
+
+
+def test_rates_follow_from_times(small):
+    report = attention.run(["small"], [600], rounds=3)
+    rows = {row.unit: row for row in report.rows if row.what == "attention decode small 600" and row.engine == "kvist"}
+    layer_bytes = 2 * 600 * 2 * 16 * 2
+    assert rows["GB/s"].value == pytest.approx(layer_bytes / (rows["us a layer"].value * 1e-6) / 1e9)
+
+
+def test_a_kernel_that_is_wrong_is_not_timed(small, monkeypatch):
+    ops = attention.select("cpu", torch.bfloat16, 16, 64)
+    wrong = type(ops)(**{**vars(ops), "attend": lambda *arguments: 2 * ops.attend(*arguments)})
+    monkeypatch.setattr(attention, "select", lambda *arguments: wrong)
+    with pytest.raises(NumericsError, match=r"differs from PyTorch's .*small, bf16"):
+        attention.run(["small"], [100], rounds=3)
+
+
+def test_unknown_names(small):
+    with pytest.raises(ConfigError, match="no KV type 'int3'"):
+        attention.run(["small"], [100], "int3")
+    with pytest.raises(ConfigError, match=r"no shape 'gpt-5'; choose one of smollm2-135m, "):
+        shape_named("gpt-5")
+
+
+def test_shapes_are_consistent():
+    for shape in SHAPES:
+        assert shape_named(shape.name) is shape
+        assert shape.heads * shape.head_dim == shape.hidden
+        assert shape.heads % shape.kv_heads == 0
+
+
+def test_interleaving_measures_each_function_in_every_round():
+    calls: list[str] = []
+    first, second = interleave([lambda: calls.append("a"), lambda: calls.append("b")], 4)
+    assert calls == ["b", "a", "a", "b", "b", "a", "a", "b", "b", "a"]
+    assert len(first.values) == len(second.values) == 4
+    assert all(value >= 0 for value in first.values)
+
+
+def test_samples():
+    samples = Samples((4.0, 1.0, 3.0, 2.0, 5.0))
+    assert samples.median == 3
+    assert samples.spread == (1.5, 4.5)
+    assert samples.over(Samples((2.0, 1.0, 1.0, 1.0, 10.0))).values == (2, 1, 3, 2, 0.5)
+
+
+def test_memory_bandwidth():
+    memory = Memory()
+    memory.read()
+    assert memory.gb_s(0.1) == pytest.approx(memory.buffer.nbytes / 0.1 / 1e9)
+
+
+def test_a_printed_report_has_every_number():
+    report = Report({"processor": "abacus", "read_gb_s": 33.3})
+    report.rows.append(Row("attention decode x 100", "kvist", "x", "none", "bf16", 100, 1, 12.5, "us", (12.0, 13.5)))
+    report.ratios.append(Ratio("attention decode x 100", "kvist bf16", "torch bf16", 4.321))
+    stream = io.StringIO()
+    report.print(Console(file=stream, width=120))
+    text = stream.getvalue()
+    for expected in ("attention decode x 100", "12.5", "12 to 13.5", "kvist bf16 as torch bf16", "4.32", "33.3"):
+        assert expected in text

@@ -1,0 +1,125 @@
+"""Small random models of transformers, written to disk by it: the oracle of every decoder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 99
+_SMALL = {
+    "vocab_size": VOCAB,
+    "intermediate_size": 172,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+# What each case is there for: grouped heads throughout; head sizes 8, 48, 64, 80, 128; biases; tied or not; RoPE
+# scaling; both GELUs.
+CASES: dict[str, dict[str, object]] = {
+    "llama-8-scaled": _SMALL
+    | {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "rope_parameters": _LLAMA3,
+    },
+    "llama-48-biased": _SMALL
+    | {
+        "model_type": "llama",
+        "hidden_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 48,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+    },
+    "mistral-128": _SMALL
+    | {
+        "model_type": "mistral",
+        "hidden_size": 256,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "sliding_window": None,
+    },
+    "qwen2-64": _SMALL
+    | {
+        "model_type": "qwen2",
+        "hidden_size": 192,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-80": _SMALL
+    | {
+        "model_type": "qwen3",
+        "hidden_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 80,
+        "attention_bias": True,
+    },
+    "gpt2-8": {
+        "model_type": "gpt2",
+        "vocab_size": VOCAB,
+        "n_embd": 64,
+        "n_head": 8,
+        "n_layer": 3,
+        "n_positions": 128,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+    "gpt2-64-exact-gelu": {
+        "model_type": "gpt2",
+        "vocab_size": VOCAB,
+        "n_embd": 128,
+        "n_head": 2,
+        "n_layer": 2,
+        "n_positions": 128,
+        "n_inner": 172,
+        "activation_function": "gelu",
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A model of transformers, in float32, and the directory that it was saved to."""
+
+    model: PreTrainedModel
+    directory: Path
+
+    @torch.inference_mode()
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """`[len(tokens), vocab]`, without a cache."""
+        return self.model(torch.tensor([tokens]), use_cache=False).logits[0]
+
+
+def write_checkpoint(case: str, directory: Path, seed: int) -> Written:
+    """A model of that case with weights from `seed`, saved by transformers."""
+    raw = dict(CASES[case])
+    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        # Vectors are biases, zero at first, or norms, one at first: each needs a value that is missed.
+        noise = torch.empty(parameter.shape).normal_(generator=generator)
+        parameter.data.copy_(parameter.data + 0.3 * noise if parameter.dim() == 1 else 0.1 * noise)
+    model.save_pretrained(directory)
+    return Written(model, directory)

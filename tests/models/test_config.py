@@ -1,0 +1,194 @@
+"""Configs as transformers reads them, or not at all."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+from hf_checkpoints import CASES, Written
+from transformers import AutoConfig
+
+from kvist.base.errors import ConfigError
+from kvist.models.config import INERT, Activation, Llama3Scaling, ModelConfig, Rope, read_config
+
+
+def saved(case: str, written: Callable[[str], Written]) -> dict[str, object]:
+    """The `config.json` that transformers wrote."""
+    return json.loads((written(case).directory / "config.json").read_text())
+
+
+def test_a_config_is_read_key_by_key(written: Callable[[str], Written]) -> None:
+    assert read_config(saved("llama-48-biased", written), "config.json") == ModelConfig(
+        family="llama",
+        vocab_size=99,
+        hidden_size=96,
+        intermediate_size=172,
+        layers=3,
+        heads=4,
+        kv_heads=1,
+        head_dim=48,
+        max_positions=512,
+        norm_eps=1e-6,
+        activation=Activation.SILU,
+        rope=Rope(500.0, linear_factor=2.0),
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        qk_norm=False,
+        tied=True,
+    )
+    scaled = read_config(saved("llama-8-scaled", written), "config.json")
+    assert scaled.rope == Rope(10_000.0, llama3=Llama3Scaling(8.0, 1.0, 4.0, 64))
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_key_left_out_means_what_it_means_to_transformers(case: str, written: Callable[[str], Written]) -> None:
+    """Each key in turn is dropped: the config is then refused, or it is the one transformers makes of the rest."""
+    raw = saved(case, written)
+    raw.pop("layer_types", None)  # transformers refuses it when the number of layers is another, which is its own check
+    kept = 0
+    for key in raw.keys() - {"model_type"}:
+        rest = {name: value for name, value in raw.items() if name != key}
+        theirs = AutoConfig.for_model(raw["model_type"], **{k: v for k, v in rest.items() if k != "model_type"})
+        try:
+            ours = read_config(rest, "config.json")
+        except ConfigError:
+            assert key not in INERT
+            continue
+        assert ours == read_config(theirs.to_dict(), "transformers"), key
+        kept += 1
+    assert kept > len(raw) // 2
+
+
+@pytest.mark.parametrize(
+    ("case", "legacy"),
+    [
+        ("llama-8-scaled", {"rope_theta": 10_000.0, "rope_scaling": {"rope_type": "llama3"}}),
+        ("llama-48-biased", {"rope_theta": 500, "rope_scaling": {"type": "linear", "factor": 2}}),
+        ("qwen2-64", {"rope_theta": 10_000, "rope_scaling": None}),
+        ("mistral-128", {}),
+    ],
+)
+def test_configs_from_before_rope_parameters_read_the_same(
+    case: str, legacy: dict[str, object], written: Callable[[str], Written]
+) -> None:
+    raw = saved(case, written)
+    parameters = raw.pop("rope_parameters")
+    if case == "llama-8-scaled":
+        parameters.pop("rope_theta")
+        legacy = legacy | {"rope_scaling": parameters}
+    expected = read_config(saved(case, written), "config.json")
+    assert read_config(raw | legacy, "config.json") == expected
+    theirs = AutoConfig.for_model(raw["model_type"], **{k: v for k, v in (raw | legacy).items() if k != "model_type"})
+    assert read_config(theirs.to_dict(), "transformers") == expected
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "finding"),
+    [
+        ("llama-8-scaled", {"model_type": "mamba"}, r"architecture 'mamba' is not supported \(gpt2, llama, "),
+        ("llama-8-scaled", {"model_type": None}, "the key 'model_type' is missing"),
+        ("llama-8-scaled", {"model_type": 3}, "model_type should be of type str, got 3"),
+        ("llama-8-scaled", {"hidden_size": None}, "the key 'hidden_size' is missing"),
+        ("llama-8-scaled", {"hidden_size": "64"}, "hidden_size should be of type int, got '64'"),
+        ("llama-8-scaled", {"hidden_size": 64.0}, "hidden_size should be of type int, got 64.0"),
+        ("llama-8-scaled", {"num_hidden_layers": True}, "num_hidden_layers should be of type int, got True"),
+        ("llama-8-scaled", {"attention_bias": 1}, "attention_bias should be of type bool, got 1"),
+        ("llama-8-scaled", {"rms_norm_eps": "1e-6"}, "rms_norm_eps should be of type float"),
+        ("llama-8-scaled", {"rms_norm_eps": float("nan")}, "epsilon must be finite and not negative, got nan"),
+        ("llama-8-scaled", {"rms_norm_eps": -1e-6}, "epsilon must be finite and not negative"),
+        ("llama-8-scaled", {"hidden_size": 0}, "hidden_size must be from 1"),
+        ("llama-8-scaled", {"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
+        ("llama-8-scaled", {"num_hidden_layers": -1}, "layers must be from 1"),
+        ("llama-8-scaled", {"num_hidden_layers": 10**9}, "layers must be from 1 to 16,777,216"),
+        ("llama-8-scaled", {"num_hidden_layers": 10**6}, "at most 4,096 layers"),
+        ("llama-8-scaled", {"vocab_size": 10**12}, "vocab_size must be from 1 to 16,777,216"),
+        ("llama-8-scaled", {"max_position_embeddings": 0}, "the context must be from 1"),
+        ("llama-8-scaled", {"num_key_value_heads": 3}, "8 query heads do not divide among 3 KV heads"),
+        ("llama-8-scaled", {"head_dim": 7}, "even head_dim, got 7"),
+        ("llama-8-scaled", {"hidden_act": "relu2"}, r"hidden_act='relu2' is not supported \(silu, swish\)"),
+        ("llama-8-scaled", {"hidden_act": "gelu"}, r"hidden_act='gelu' is not supported \(silu, swish\)"),
+        ("llama-8-scaled", {"pretraining_tp": 2}, r"pretraining_tp=2 changes the maths .* \(1 is\)"),
+        ("llama-8-scaled", {"rope_interleaved": True}, "rope_interleaved=True changes the maths"),
+        ("llama-8-scaled", {"logit_scale": 2.0}, "unknown key 'logit_scale', which may change the maths"),
+        ("llama-8-scaled", {"b": 1, "a": 2}, "unknown keys 'a', 'b', which"),
+        ("llama-8-scaled", {"sliding_window": 100}, "sliding_window=100 below max_position_embeddings=512"),
+        ("llama-8-scaled", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "RoPE scaling 'yarn'"),
+        ("llama-8-scaled", {"rope_parameters": {"rope_type": "dynamic"}}, "RoPE scaling 'dynamic'"),
+        (
+            "llama-8-scaled",
+            {"rope_parameters": {"rope_type": "linear"}},
+            "rope parameters: the key 'factor' is missing",
+        ),
+        ("llama-8-scaled", {"rope_parameters": LLAMA3}, "'original_max_position_embeddings' is missing"),
+        ("llama-8-scaled", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "unknown key 'partial_rotary_factor'"),
+        ("llama-8-scaled", {"rope_parameters": []}, "rope_parameters should be of type dict"),
+        ("llama-8-scaled", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "both stand there"),
+        ("llama-8-scaled", {"rope_parameters": {"rope_theta": 0.0}}, "rope_theta must be positive and finite, got 0.0"),
+        ("llama-8-scaled", {"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta must be positive and finite"),
+        (
+            "llama-8-scaled",
+            {"rope_parameters": {"rope_type": "linear", "factor": 0.0}},
+            "factor must be positive and finite, got 0.0",
+        ),
+        (
+            "llama-8-scaled",
+            {"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0, "original_max_position_embeddings": 8}},
+            "positive factors, the low one below the high",
+        ),
+        (
+            "llama-8-scaled",
+            {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 0}},
+            "original_max_position_embeddings must be at least 1",
+        ),
+        ("mistral-128", {"sliding_window": 100}, "sliding_window=100 below max_position_embeddings=512"),
+        ("mistral-128", {"attention_bias": True}, "unknown key 'attention_bias'"),
+        ("mistral-128", {"use_sliding_window": False}, "unknown key 'use_sliding_window'"),
+        ("qwen2-64", {"sliding_window": 100, "use_sliding_window": True}, "sliding_window=100 below"),
+        ("qwen2-64", {"use_mrope": True}, "use_mrope=True changes the maths"),
+        ("qwen2-64", {"layer_types": ["full_attention", "sliding_attention"]}, "layer type 'sliding_attention'"),
+        ("qwen3-80", {"layer_types": [{}]}, r"layer type \{\} is not supported"),
+        ("gpt2-8", {"n_head": 7}, "n_embd=64 does not divide among n_head=7"),
+        ("gpt2-8", {"n_head": 0}, "does not divide among n_head=0"),
+        ("gpt2-8", {"scale_attn_weights": False}, "scale_attn_weights=False changes the maths"),
+        ("gpt2-8", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True changes"),
+        ("gpt2-8", {"activation_function": "silu"}, r"activation_function='silu' is not supported \(gelu, gelu_new, "),
+        ("gpt2-8", {"hidden_act": "gelu"}, "unknown key 'hidden_act'"),
+    ],
+)
+def test_what_would_change_the_maths_is_refused_in_one_line(
+    case: str, change: dict[str, object], finding: str, written: Callable[[str], Written]
+) -> None:
+    with pytest.raises(ConfigError, match=finding) as refusal:
+        read_config(saved(case, written) | change, "models/x/config.json")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_keys_whose_default_differs_between_families_must_be_stated(
+    family: str, written: Callable[[str], Written]
+) -> None:
+    raw = saved({"mistral": "mistral-128", "qwen2": "qwen2-64", "qwen3": "qwen3-80"}[family], written)
+    del raw["num_key_value_heads"]
+    with pytest.raises(ConfigError, match="the key 'num_key_value_heads' is missing"):
+        read_config(raw, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        ("mistral-128", {"sliding_window": 512}),
+        ("qwen2-64", {"sliding_window": 100, "use_sliding_window": False}),
+        ("qwen2-64", {"sliding_window": 100, "use_mrope": False}),
+        ("llama-8-scaled", {"torch_dtype": "bfloat16", "_name_or_path": "x", "rope_interleaved": False}),
+        ("llama-8-scaled", {"hidden_act": "swish"}),
+        ("gpt2-8", {"n_ctx": 128, "activation_function": "gelu_pytorch_tanh"}),
+    ],
+)
+def test_what_changes_nothing_is_accepted(
+    case: str, change: dict[str, object], written: Callable[[str], Written]
+) -> None:
+    raw = saved(case, written)
+    assert read_config(raw | change, "config.json") == read_config(raw, "config.json")

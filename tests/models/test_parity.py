@@ -1,0 +1,71 @@
+"""The same logits as transformers in float32, through the loader, the cache and each backend."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hf_checkpoints import CASES, VOCAB, Written
+
+from kvist.cache.codecs import codec
+from kvist.cache.layout import plan_layout
+from kvist.models.config import Activation, ModelConfig, Rope
+from kvist.models.load import load, load_config
+from kvist.models.plain import PlainView
+from kvist.ops.backend import select
+from kvist.runtime.runner import Runner
+from oracle import feed, tokens_of
+
+TOLERANCE = 1e-4
+PREFILL, STEPS = 72, 32  # past one block of 64, and past the 64 positions that llama3 scaling starts from
+
+
+def runner_of(directory: Path, config: ModelConfig, backend_name: str | None = None) -> Runner:
+    """A float32 runner over the checkpoint, read as `config` says."""
+    backend = select("cpu", torch.float32, config.head_dim, 64, backend_name)
+    return Runner(load(directory, config, backend), plan_layout(config.layer_specs(), codec("fp32")), 4, backend)
+
+
+def prefill_and_decode(runner: Runner, tokens: list[int]) -> torch.Tensor:
+    """Logits of a prefill, then of one step per token."""
+    lease = runner.manager.open()
+    return feed(runner, lease, tokens, [PREFILL] + [1] * STEPS)
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_logits_are_those_of_transformers(case: str, written: Callable[[str], Written], backend_name: str) -> None:
+    theirs = written(case)
+    config = load_config(theirs.directory)
+    tokens = tokens_of(random.Random(0), PREFILL + STEPS, VOCAB)
+    runner = runner_of(theirs.directory, config, backend_name)
+    assert runner.backend.name == backend_name
+    expected = theirs.logits(tokens)
+    assert float(expected.std()) > 0.3, "logits too alike for a tolerance to mean anything"
+    torch.testing.assert_close(prefill_and_decode(runner, tokens), expected, rtol=0, atol=TOLERANCE)
+    with torch.inference_mode():
+        views = [PlainView() for _ in range(config.layers)]
+        plain = runner.model.logits(runner.model(torch.tensor(tokens), torch.arange(len(tokens)), views))
+    torch.testing.assert_close(plain, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("case", "misread"),
+    [
+        ("llama-8-scaled", lambda config: replace(config, rope=Rope(config.rope.theta))),
+        ("llama-8-scaled", lambda config: replace(config, norm_eps=1e-2)),
+        ("llama-48-biased", lambda config: replace(config, rope=replace(config.rope, linear_factor=2.02))),
+        ("qwen2-64", lambda config: replace(config, rope=replace(config.rope, theta=10_100.0))),
+        ("gpt2-8", lambda config: replace(config, activation=Activation.GELU)),
+        ("gpt2-64-exact-gelu", lambda config: replace(config, activation=Activation.GELU_TANH)),
+    ],
+)
+def test_the_tolerance_notices_a_config_that_is_misread(
+    case: str, misread: Callable[[ModelConfig], ModelConfig], written: Callable[[str], Written]
+) -> None:
+    theirs = written(case)
+    runner = runner_of(theirs.directory, misread(load_config(theirs.directory)))
+    tokens = tokens_of(random.Random(0), PREFILL + STEPS, VOCAB)
+    error = (prefill_and_decode(runner, tokens) - theirs.logits(tokens)).abs().max()
+    assert float(error) > 2 * TOLERANCE

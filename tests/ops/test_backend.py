@@ -1,0 +1,135 @@
+"""Choosing, forcing and building the operators."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from paged import BACKENDS
+
+from kvist.base.errors import BackendError
+from kvist.ops import build
+from kvist.ops.backend import explain, select
+
+SELECT = """
+import sys, torch
+from kvist.ops.backend import select
+for _ in range(2):
+    backend = select("cpu", torch.bfloat16, 64, 64, sys.argv[1] or None)
+print(backend.name, backend.silu_mul(torch.ones(1, 2)).item(), "torch.utils.cpp_extension" in sys.modules)
+"""
+
+
+def select_elsewhere(force: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Selects twice in a process of its own."""
+    command = [sys.executable, "-W", "error", "-c", SELECT, force]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_compiled_operators_come_first():
+    assert select("cpu", torch.bfloat16, 64, 64).name == "cpu"
+    for name in BACKENDS:
+        assert select("cpu", torch.bfloat16, 64, 64, name).name == name
+
+
+def test_explanations():
+    reasons = dict(explain("cpu", torch.bfloat16, 64, 64))
+    assert list(reasons) == ["cpu", "portable", "reference"]
+    assert reasons["cpu"] is None
+    assert "only when forced" in reasons["portable"]
+    assert reasons["reference"] is None
+    assert "not on cuda" in dict(explain("cuda", torch.bfloat16, 64, 64))["cpu"]
+    assert all("head_dim" in reason for name, reason in explain("cpu", torch.bfloat16, 65, 64) if name != "portable")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cpu", torch.bfloat16, 64, 64, "fastest"), "no backend 'fastest'; choose one of cpu, portable, reference"),
+        (("cuda", torch.bfloat16, 64, 64, "cpu"), "the cpu backend cannot run: .*not on cuda"),
+        (("cpu", torch.bfloat16, 64, 48, "reference"), "the reference backend cannot run: block_size"),
+        (("cpu", torch.float64, 64, 64, None), "no backend can run: .*float64"),
+    ],
+)
+def test_refusals_say_why(arguments, message):
+    with pytest.raises(BackendError, match=message):
+        select(*arguments)
+
+
+def test_a_library_that_is_there_is_loaded_without_a_compiler():
+    select("cpu", torch.bfloat16, 64, 64)  # is built from here on
+    result = select_elsewhere(CXX="/nonexistent")
+    assert result.stdout.split() == ["cpu", str(torch.sigmoid(torch.ones(())).item()), "False"]
+    assert result.stderr == ""
+
+
+def test_without_a_compiler_the_reference_runs_and_says_so_once(tmp_path):
+    result = select_elsewhere(CXX="/nonexistent", KVIST_CACHE=str(tmp_path))
+    assert result.stdout.startswith("reference")
+    assert len(result.stderr.splitlines()) == 1
+    assert "install g++" in result.stderr
+    forced = select_elsewhere("cpu", CXX="/nonexistent", KVIST_CACHE=str(tmp_path))
+    assert forced.returncode != 0
+    assert "BackendError: the cpu backend cannot run: there is no C++ compiler '/nonexistent'" in forced.stderr
+
+
+def test_a_compiler_that_fails_leaves_its_messages_and_no_library(tmp_path):
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\ncase $1 in -*v*|-dump*) echo g++ 13.1.0;; *) echo no such luck; exit 1;; esac\n")
+    compiler.chmod(0o755)
+    result = select_elsewhere(CXX=str(compiler), KVIST_CACHE=str(tmp_path / "cache"))
+    assert result.stdout.startswith("reference")
+    [line] = result.stderr.splitlines()
+    log = Path(line.split()[-1])
+    assert "no such luck" in log.read_text()
+    assert sorted(path.name for path in log.parent.iterdir()) == ["kvist_cpu.log", "lock"]
+
+
+def test_processes_that_start_together_build_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVIST_CACHE", str(tmp_path))
+    built: list[str] = []
+
+    def run_compiler(namespace: str, flags: list[str], folder: str) -> None:
+        built.append(folder)
+        time.sleep(0.2)
+        (Path(folder) / f"{namespace}.so").write_bytes(b"library")
+
+    monkeypatch.setattr(build, "_run_compiler", run_compiler)
+    found: list[Path] = []
+    workers = [threading.Thread(target=lambda: found.append(build._library("kvist_cpu", False))) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(built) == 1
+    assert len(set(found)) == 1
+    assert found[0].read_bytes() == b"library"
+    assert sorted(path.name for path in found[0].parent.iterdir()) == ["kvist_cpu.so", "lock"]
+
+
+def test_a_build_that_dies_leaves_no_library(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVIST_CACHE", str(tmp_path))
+
+    def killed(namespace: str, flags: list[str], folder: str) -> None:
+        (Path(folder) / f"{namespace}.so").write_bytes(b"half a libr")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "_run_compiler", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build._library("kvist_cpu", False)
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_each_build_has_its_own_place(monkeypatch):
+    usual = build._digest(["-O3"])
+    assert usual == build._digest(["-O3"])
+    assert usual != build._digest(["-O2"])
+    monkeypatch.setattr(build, "_processor", lambda: "flags: another processor")
+    assert usual != build._digest(["-O3"])
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    assert usual != build._digest(["-O3"])
