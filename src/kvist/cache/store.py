@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from kvist.base.errors import KvistError
+from kvist.base.units import format_bytes
 from kvist.cache.layout import Layout
 from kvist.cache.manager import Copy
 
@@ -16,13 +18,19 @@ class Store:
     """Planes for `blocks` blocks of a layout: one tensor per layer and plane, `[blocks, *plane.shape]`.
 
     Memory comes zeroed from the operating system page by page as blocks are first written, so a large pool costs
-    what is used of it.
+    what is used of it. Raises `KvistError` when even the promise cannot be had.
     """
 
     def __init__(self, layout: Layout, blocks: int) -> None:
         self.layout = layout
         self.blocks = blocks
-        self._layers = [tuple(_zeros((blocks, *p.shape), p.dtype) for p in layer.planes) for layer in layout.layers]
+        try:
+            self._layers = [tuple(_zeros((blocks, *p.shape), p.dtype) for p in layer.planes) for layer in layout.layers]
+        except MemoryError:
+            raise KvistError(
+                f"the KV of {blocks * layout.block_size:,} tokens takes {format_bytes(blocks * layout.block_bytes)}, "
+                "more than this machine can give; ask for fewer tokens or a smaller codec"
+            ) from None
 
     @property
     def nbytes(self) -> int:
