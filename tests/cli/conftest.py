@@ -3,40 +3,18 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from command import CONFIG, Kvist, Outcome
 
 from kvist.cli import main
 from kvist.models.config import read_config
 from kvist.models.load import build, export, randomize
+from kvist.models.plain import PlainActivations
 from kvist.text.training import save_tokenizer, train_characters
-from kvist.train.dense import DenseActivations, Dropout
 from kvist.weights.checkpoint import save
-
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 27,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +22,7 @@ def pristine_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "tiny"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(CONFIG))
-    model = build(read_config(CONFIG, "config.json"), DenseActivations(Dropout(0.0)), torch.float32)
+    model = build(read_config(CONFIG, "config.json"), PlainActivations(), torch.float32)
     save(directory / "model.safetensors", export(randomize(model, seed=1, std=0.3)))
     save_tokenizer(train_characters("abcdefghijklmnopqrstuvwxyz "), directory)
     return directory
@@ -57,7 +35,7 @@ def model(pristine_model: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def kvist(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def kvist(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kvist:
     """Run a command line as the console script does."""
 
     def run(*arguments: object) -> Outcome:

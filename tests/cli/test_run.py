@@ -4,16 +4,13 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, Outcome
+from command import CONFIG, Kvist, Outcome
 
 from kvist.weights.checkpoint import Checkpoint, save
-
-Kvist = Callable[..., Outcome]
 
 
 def as_json(outcome: Outcome) -> dict:

@@ -1,15 +1,12 @@
 """The other verbs: what they print, write and refuse."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command import Kvist
 
 from kvist.cache.store import Store
-from conftest import Outcome
-
-Kvist = Callable[..., Outcome]
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away. " * 40
 SMALL = [

@@ -1,16 +1,13 @@
-"""How training runs a decoder: differentiable activations, and views that attend over whole rows at once.
+"""How training runs a decoder, the same that the engine runs: without a cache, and with dropout.
 
-Nothing is paged here. Every row of a step starts at position 0, so a view needs no cache: what `write`
-receives is all that `attend` may see. The decoder is the one that the engine runs.
+Nothing is paged here. Every row of a step starts at position 0, so a view needs no cache.
 """
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvist.models.decoder import Decoder
+from kvist.models.plain import PlainActivations, PlainView
 
 
 class Dropout:
@@ -42,50 +39,36 @@ class Dropout:
         return x * mask.div_(keep)
 
 
-@dataclass(frozen=True)
 class DenseActivations:
-    """PyTorch's activations, which have gradients; dropout falls on what enters the MLP's last product."""
+    """Plain activations; dropout falls on what enters the MLP's last product."""
 
-    dropout: Dropout
+    def __init__(self, dropout: Dropout) -> None:
+        self._plain = PlainActivations()
+        self._dropout = dropout
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """`[T, 2 I]` → silu(first half) * second half, `[T, I]`."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.dropout(F.silu(gate) * up)
+        return self._dropout(self._plain.silu_mul(gate_up))
 
     def gelu(self, x: Tensor, tanh: bool) -> Tensor:
         """Gaussian error linear unit of `x`, exact or by its tanh approximation."""
-        return self.dropout(F.gelu(x, approximate="tanh" if tanh else "none"))
+        return self._dropout(self._plain.gelu(x, tanh))
 
 
 class DenseView:
-    """A `LayerView` over `rows` sequences of equal length, one after the other in a step of `T` tokens."""
+    """A plain `LayerView` over `rows` sequences of equal length; dropout falls on what attention gives."""
 
     def __init__(self, rows: int, dropout: Dropout) -> None:
-        self._rows = rows
+        self._plain = PlainView(rows)
         self._dropout = dropout
-        self._k: Tensor | None = None
-        self._v: Tensor | None = None
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Keep `k`, `v` `[T, kv_heads, head_dim]` for the `attend` that follows."""
-        self._k, self._v = self._by_row(k), self._by_row(v)
+        self._plain.write(k, v)
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
         """Causal attention of `q` `[T, heads, head_dim]` within each row. Same shape out."""
-        assert self._k is not None
-        assert self._v is not None
-        grouped = q.shape[1] != self._k.shape[1]
-        out: Tensor = F.scaled_dot_product_attention(
-            self._by_row(q), self._k, self._v, is_causal=True, scale=scale, enable_gqa=grouped
-        )
-        self._k = self._v = None
-        return self._dropout(out.transpose(1, 2).reshape(q.shape))
-
-    def _by_row(self, x: Tensor) -> Tensor:
-        """`[T, heads, head_dim]` → `[rows, heads, T / rows, head_dim]`."""
-        rows: Tensor = x.unflatten(0, (self._rows, -1))
-        return rows.transpose(1, 2)
+        return self._dropout(self._plain.attend(q, scale))
 
 
 def row_logits(model: Decoder, tokens: Tensor, dropout: Dropout) -> Tensor:
