@@ -1,19 +1,21 @@
-"""What the tests of several layers share: data beside the repository, backends, small random models."""
+"""What the tests of several layers share: data beside the repository, backends, one thread, the same examples."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from kvist.base.errors import BackendError
 from kvist.cache.layout import BLOCK_SIZE
-from kvist.models.config import ModelConfig
 from kvist.ops.backend import select
-from kvist.runtime.runner import Runner
-from oracle import LLAMA, make_runner
 
 REPOSITORY = Path(__file__).parent.parent
+
+# The same examples each time, and no example too slow for a busy machine.
+settings.register_profile("kvist", derandomize=True, database=None, deadline=None)
+settings.load_profile("kvist")
 
 
 @pytest.fixture(scope="session")
@@ -42,19 +44,3 @@ def backend_name(request: pytest.FixtureRequest) -> str:
     except BackendError as refusal:
         pytest.skip(str(refusal))
     return str(request.param)
-
-
-@pytest.fixture
-def tiny_runner() -> Callable[..., Runner]:
-    """Runners of small random models: `tiny_runner(config, dtype, kv, blocks, backend)`, all with defaults."""
-
-    def make(
-        config: ModelConfig = LLAMA,
-        dtype: torch.dtype = torch.float32,
-        kv: str = "fp32",
-        blocks: int = 40,
-        backend: str | None = None,
-    ) -> Runner:
-        return make_runner(config, dtype, kv, blocks, backend)
-
-    return make

@@ -25,9 +25,6 @@ ONE = st.integers(0, 2**16)
 SETTINGS = settings(
     max_examples=200,
     stateful_step_count=60,
-    deadline=None,
-    derandomize=True,
-    database=None,
     suppress_health_check=list(HealthCheck),
 )
 

@@ -181,7 +181,7 @@ def test_keys_whose_default_differs_between_families_must_be_stated(
     [
         ("mistral-128", {"sliding_window": 512}),
         ("qwen2-64", {"sliding_window": 100, "use_sliding_window": False}),
-        ("qwen2-64", {"sliding_window": 100, "use_mrope": False}),
+        ("qwen2-64", {"sliding_window": 100, "use_mrope": False, "use_sliding_window": None}),
         ("llama-8-scaled", {"torch_dtype": "bfloat16", "_name_or_path": "x", "rope_interleaved": False}),
         ("llama-8-scaled", {"hidden_act": "swish"}),
         ("gpt2-8", {"n_ctx": 128, "activation_function": "gelu_pytorch_tanh"}),

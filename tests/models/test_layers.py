@@ -27,7 +27,7 @@ def rotated(x: Tensor, position: int, frequencies: Tensor) -> Tensor:
 def test_rotations_turn_pairs_by_their_angle(rope: Rope, head_dim: int) -> None:
     positions = torch.tensor([0, 1, 63, 255, 256, 700])
     x = torch.randn(len(positions), 3, head_dim, generator=torch.Generator().manual_seed(0))
-    ours = RopeTable(rope, head_dim, torch.float32).at(positions).apply(x)
+    ours = RopeTable(rope, head_dim).at(positions, torch.float32).apply(x)
     frequencies = inverse_frequencies(rope, head_dim)
     for row, position in enumerate(positions.tolist()):
         for head in range(3):
@@ -54,13 +54,13 @@ def test_the_bits_of_a_position_depend_on_nothing_else(dtype: torch.dtype, threa
     """Tables grown in one go, step by step, and by other numbers of threads."""
     rng = random.Random(0)
     everything = torch.arange(3000)
-    expected = RopeTable(ROPES[0], 256, dtype).at(everything)
+    expected = RopeTable(ROPES[0], 256).at(everything, dtype)
     torch.set_num_threads(threads)
     for _ in range(2):
-        table = RopeTable(ROPES[0], 256, dtype)
+        table = RopeTable(ROPES[0], 256)
         for position in sorted(rng.sample(range(3000), 4)):
-            table.at(torch.tensor([position]))
+            table.at(torch.tensor([position]), dtype)
         order = torch.tensor(rng.sample(range(3000), 500))
-        ours = table.at(order)
+        ours = table.at(order, dtype)
         assert torch.equal(ours.cos, expected.cos[order])
         assert torch.equal(ours.sin, expected.sin[order])

@@ -102,36 +102,33 @@ def test_threads_change_nothing(case, threads):
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        results.append(
-            [cache.attend(ops, [rows(q, first, LENGTH)]) for first in (LENGTH - 1, LENGTH - 5, LENGTH - 200)]
-        )
+        results.append([cache.attend(ops, [rows(q, first, LENGTH)]) for first in (LENGTH - 1, LENGTH - 5, LENGTH - 40)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_unwritten_memory_has_no_influence(case, sequence, q):
     ops, dtype = case
-    for unused in (torch.nan, torch.inf, 0.0):
-        cache = paged(ops, [sequence], dtype, unused=unused)
-        result = whole(ops, cache, q)
-        assert result.isfinite().all()
-        if unused:
-            first = result
-        assert torch.equal(result, first)
+    results = [whole(ops, paged(ops, [sequence], dtype, unused=unused), q) for unused in (0.0, torch.nan, torch.inf)]
+    assert results[0].isfinite().all()
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("name", ["cpu", "portable"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_infinite_value_touches_only_the_rows_that_see_it(name, dtype, q):
+def test_what_is_not_a_number_touches_only_the_rows_that_see_it(name, dtype, q):
     ops = backend(name)
     k, v = random_sequence(LENGTH, HEADS, DIM, 1)
     expected = whole(ops, paged(ops, [(k, v)], dtype), q)
     for position in (700, 701):
-        broken = v.clone()
-        broken[position] = torch.inf
-        result = whole(ops, paged(ops, [(k, broken)], dtype), q)
-        assert torch.equal(result[:position], expected[:position])
-        assert not result[position:].isfinite().any()
+        broken_k, broken_v = k.clone(), v.clone()
+        broken_k[position] = torch.nan
+        broken_v[position] = torch.inf
+        for sequence in ((broken_k, v), (k, broken_v)):
+            result = whole(ops, paged(ops, [sequence], dtype), q)
+            assert torch.equal(result[:position], expected[:position])
+            assert not result[position:].isfinite().any()
 
 
 def test_a_wrong_position_is_noticed(case, sequence, q):

@@ -121,8 +121,8 @@ def beside_others(runner: Runner, tokens: list[int], expected: Tensor, rng: rand
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_the_number_of_threads_changes_no_bit(threads: int, rng: random.Random, backend_name: str) -> None:
-    runner = make_runner(QWEN3, torch.bfloat16, "bf16", backend=backend_name)
+def test_the_number_of_threads_changes_no_bit(threads: int, rng: random.Random) -> None:
+    runner = make_runner(QWEN3, torch.bfloat16, "bf16")
     tokens = tokens_of(rng, 140)
     expected = fresh(runner, tokens)
     torch.set_num_threads(threads)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvist.cache.view import LayerView
@@ -43,24 +44,30 @@ Product = tuple[Tensor, Tensor | None]  # a weight [out, in] and its bias [out]
 class Decoder(nn.Module, ABC):
     """Token ids in, logits out. A row is one token; rows of many sequences stand in one step."""
 
-    config: ModelConfig
+    blocks: nn.ModuleList
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @abstractmethod
     def forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerView]) -> Tensor:
         """`tokens`, `positions` `[T]` int64 → the last hidden states `[T, hidden_size]`, normed."""
 
     @abstractmethod
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`[R, hidden_size]` → `[R, vocab_size]` float32."""
-
-    @abstractmethod
     def slots(self) -> list[Slot]:
         """Every tensor of a Hugging Face checkpoint of this family, and where it goes. Covers each parameter."""
 
-    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[R, hidden_size]` → `[R, vocab_size]` float32."""
+        return F.linear(hidden, self.head_weight()).float()
+
+    def head_weight(self) -> Tensor:
+        """`[vocab_size, hidden_size]`: the embedding itself where the two are tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
     def linears(self) -> list[Product]:
         """Every matrix product of a step but the head's: what the width probe tests."""
-
-    @abstractmethod
-    def head_weight(self) -> Tensor:
-        """`[vocab_size, hidden_size]`: the weight that `logits` multiplies with."""
+        return [(m.weight, m.bias) for m in self.blocks.modules() if isinstance(m, nn.Linear)]

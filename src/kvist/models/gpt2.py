@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvist.cache.view import LayerView
 from kvist.models.config import Activation, ModelConfig
-from kvist.models.decoder import Activations, Decoder, Product, Slot
+from kvist.models.decoder import Activations, Decoder, Slot
 
 
 class Attention(nn.Module):
@@ -49,28 +48,16 @@ class GPT2(Decoder):
     """See `Decoder`."""
 
     def __init__(self, config: ModelConfig, activations: Activations) -> None:
-        super().__init__()
-        self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        super().__init__(config)
         self.positions = nn.Embedding(config.max_positions, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, activations) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
-        self.head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerView]) -> Tensor:
         x = self.embed(tokens) + self.positions(positions)
         for block, layer in zip(self.blocks, layers, strict=True):
             x = block(x, layer)
         return self.norm(x)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.head_weight()).float()
-
-    def linears(self) -> list[Product]:
-        return [(m.weight, m.bias) for m in self.blocks.modules() if isinstance(m, nn.Linear)]
-
-    def head_weight(self) -> Tensor:
-        return self.embed.weight if self.head is None else self.head.weight
 
     def slots(self) -> list[Slot]:
         config = self.config

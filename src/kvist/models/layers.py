@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Rotation:
-    """`cos` and `sin` of one step's positions, `[T, 1, head_dim]`, in the model's dtype."""
+    """`cos` and `sin` of one step's positions, `[T, 1, head_dim]`, in the dtype of what is rotated."""
 
     cos: Tensor
     sin: Tensor
@@ -36,30 +36,32 @@ class Rotation:
 
 
 class RopeTable:
-    """Rotations by position, computed in chunks of fixed size so that a position's bits never depend on the rest."""
+    """Rotations by position in float32, computed in chunks of fixed size so that a position's bits never depend on the
+    rest. On the CPU even where it is made under another default device: it is no part of the weights.
+    """
 
     CHUNK = 256  # positions
 
-    def __init__(self, rope: Rope, head_dim: int, dtype: torch.dtype) -> None:
-        self._frequencies = inverse_frequencies(rope, head_dim)
-        self._dtype = dtype
-        self._cos = torch.empty(0, 1, head_dim, dtype=dtype)
-        self._sin = torch.empty(0, 1, head_dim, dtype=dtype)
+    def __init__(self, rope: Rope, head_dim: int) -> None:
+        with torch.device("cpu"):
+            self._frequencies = inverse_frequencies(rope, head_dim)
+            self._cos = torch.empty(0, 1, head_dim)
+            self._sin = torch.empty(0, 1, head_dim)
 
-    def at(self, positions: Tensor) -> Rotation:
-        """The rotation of each of `positions` `[T]` int64."""
+    def at(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        """The rotation of each of `positions` `[T]` int64, rounded once to `dtype`."""
         needed = int(positions.max()) + 1
-        while self._cos.shape[0] < needed:
+        if self._cos.shape[0] < needed:
             self._grow(needed)
-        return Rotation(self._cos[positions], self._sin[positions])
+        return Rotation(self._cos[positions].to(dtype), self._sin[positions].to(dtype))
 
     def _grow(self, needed: int) -> None:
         cos, sin = [self._cos], [self._sin]
         for start in range(self._cos.shape[0], needed, self.CHUNK):
             angles = torch.outer(torch.arange(start, start + self.CHUNK, dtype=torch.float32), self._frequencies)
             angles = torch.cat((angles, angles), dim=-1)[:, None]
-            cos.append(angles.cos().to(self._dtype))
-            sin.append(angles.sin().to(self._dtype))
+            cos.append(angles.cos())
+            sin.append(angles.sin())
         self._cos, self._sin = torch.cat(cos), torch.cat(sin)
 
 

@@ -229,6 +229,7 @@ PRESETS: Mapping[str, TrainSettings] = MappingProxyType(
             rows=2,
             steps=2400,
             learning_rate=4e-3,
+            warmup_share=0.021,
             method=Method.MUON,
             dropout=0.1,
             short_context=256,

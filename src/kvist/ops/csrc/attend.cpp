@@ -1,9 +1,9 @@
 // Attention in splits of 512 keys at absolute positions. attend.h says what it computes, plan.h how the work is cut,
 // product.h how a row's sums are ordered.
 //
-// Per split and row: all scores, their maximum, the exponentials and their sum, the weighted values. The splits of a row
-// are merged first to last (online softmax, arXiv 1805.02867), by whoever does them: a task that walks them in order, or
-// the one among several tasks that finishes last.
+// Per split and row: all scores, their maximum, the exponentials and their sum, the weighted values. The splits of a
+// row are merged first to last (online softmax, arXiv 1805.02867), by whoever does them: a task that walks them in
+// order, or the one among several tasks that finishes last.
 #include "attend.h"
 
 #include <ATen/Parallel.h>
@@ -168,6 +168,7 @@ void Attention<Plane>::attend_split(const Group& group, int64_t split, const Scr
     for (int64_t row = first; row < group.rows; row++)
       soften(scratch.scores + (head * group.rows + row) * kScoreStride, visible(group, row, split),
              out + (head * group.rows + row) * state_);
+  const Unit* after = split + 1 < group.splits ? block(call_.keys, group, start + kSplit) : nullptr;
   const auto weigh = [&](int64_t row, int64_t rows, int64_t from, int64_t to) {
     for (int64_t key = from; key < to;) {
       const int64_t count = std::min(to - key, call_.block_size - (start + key) % call_.block_size);
@@ -176,6 +177,7 @@ void Attention<Plane>::attend_split(const Group& group, int64_t split, const Scr
       product.out = out + row * state_;
       product.rows = rows;
       product.fresh = key == 0;
+      product.upcoming = key + count < to ? block(call_.values, group, start + key + count) : after;
       multiply_values(group, start + key, count, product);
       key += count;
     }
@@ -189,12 +191,12 @@ void Attention<Plane>::attend_split(const Group& group, int64_t split, const Scr
 
 template <class Plane>
 void Attention<Plane>::multiply_keys(const Group& group, int64_t split, int64_t first, const Scratch& scratch) const {
-  const int64_t seen = visible(group, group.rows - 1, split);
+  const int64_t seen = visible(group, group.rows - 1, split), start = split * kSplit;
   for (int64_t key = 0; key < seen; key += call_.block_size) {
     for (int64_t head = 0; head < group.heads; head++) {
       const int64_t row = head * group.rows + first;
       Product<Plane> product;
-      product.vectors = block(call_.keys, group, split * kSplit + key) + head * block_units_;
+      product.vectors = block(call_.keys, group, start + key) + head * block_units_;
       product.column_stride = kLanes * call_.head_dim;
       product.step_stride = kLanes * Plane::kPack;
       product.scalars = scratch.queries + row * width_ / Plane::kPack;
@@ -205,6 +207,9 @@ void Attention<Plane>::multiply_keys(const Group& group, int64_t split, int64_t 
       product.columns = (std::min(call_.block_size, seen - key) + kLanes - 1) / kLanes;
       product.steps = call_.head_dim / Plane::kPack;
       product.fresh = true;
+      const Unit* next = key + call_.block_size < seen ? block(call_.keys, group, start + key + call_.block_size)
+                                                       : block(call_.values, group, start);
+      product.upcoming = next + head * block_units_;
       multiply(product, false);
     }
   }
@@ -248,6 +253,7 @@ void Attention<Plane>::multiply_values(const Group& group, int64_t token, int64_
       if (count % 2) multiply(last_step(product), half);
     }
     product.vectors += block_units_;
+    if (product.upcoming) product.upcoming += block_units_;
     product.scalars += group.rows * kScoreStride;
     product.out += group.rows * state_;
   }

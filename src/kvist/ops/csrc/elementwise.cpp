@@ -50,7 +50,8 @@ void silu_mul(Number type, const void* gate_up, void* out, int64_t rows, int64_t
     using T = decltype(kind);
     const T* from = static_cast<const T*>(gate_up);
     T* to = static_cast<T*>(out);
-    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)), [&](int64_t begin, int64_t end) {
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width));
+    at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; row++) {
         const T *gate = from + row * 2 * width, *up = gate + width;
         in_chunks(width, [&](int64_t i, int count) {

@@ -21,6 +21,7 @@ struct Product {
   int64_t out_stride;     // from row to row
   int64_t rows, columns, steps;
   bool fresh;  // sums start from zero, not from `out`
+  const typename Plane::Unit* upcoming;  // as much memory as the vectors take that is wanted next, or null
 };
 
 template <class Plane, int kRows, int kColumns, bool kHalf>
@@ -55,6 +56,19 @@ inline void product_rows(const Product<Plane>& p, int64_t count, int64_t row, in
 
 constexpr int tile_rows(int columns) { return std::min(kTileMaxRows, kTileVectors / columns); }
 
+template <class Plane>
+bool few_rows(const Product<Plane>& p) {
+  return p.rows <= kTileMaxRows;
+}
+
+// Of the `size` vectors from `first` on, what falls to rows [from, to): spread over the tiles, since only so many lines
+// can be under way. Memory that is read for few rows is read faster in plain order, without help.
+template <class Plane>
+inline void fetch_upcoming(const Product<Plane>& p, int64_t first, int64_t size, int64_t from, int64_t to) {
+  for (int64_t i = first + size * from / p.rows; i < first + size * to / p.rows; i++)
+    prefetch(p.upcoming + i * kLanes * Plane::kPack);
+}
+
 // All rows of one group of columns, in tiles of nearly equal height.
 template <class Plane, int kColumns, bool kHalf>
 void product_columns(const Product<Plane>& p, int64_t column) {
@@ -62,6 +76,7 @@ void product_columns(const Product<Plane>& p, int64_t column) {
   for (int64_t row = 0; row < p.rows;) {
     const int64_t left = p.rows - row, tiles = (left + kRows - 1) / kRows;
     const int64_t count = (left + tiles - 1) / tiles;
+    if (p.upcoming && !few_rows(p)) fetch_upcoming(p, column * p.steps, kColumns * p.steps, row, row + count);
     product_rows<Plane, kRows, kColumns, kHalf>(p, count, row, column);
     row += count;
   }
@@ -82,10 +97,10 @@ int64_t product_groups(const Product<Plane>& p, int64_t column) {
 // rows (prefill) want the tile with the fewest loads per product.
 template <class Plane>
 void multiply(const Product<Plane>& p, bool half) {
-  const bool few = p.rows <= tile_rows(1), steps_adjoin = p.step_stride < p.column_stride;
+  const bool steps_adjoin = p.step_stride < p.column_stride;
   int64_t column = 0;
-  if (!few || !steps_adjoin) {
-    if (p.rows <= tile_rows(8)) column = product_groups<Plane, 8>(p, column);
+  if (!few_rows(p) || !steps_adjoin) {
+    if (few_rows(p)) column = product_groups<Plane, 8>(p, column);
     column = product_groups<Plane, 4>(p, column);
     column = product_groups<Plane, 2>(p, column);
   }
@@ -106,7 +121,8 @@ Product<FirstOnly<Plane>> last_step(const Product<Plane>& p) {
           p.rows,
           p.columns,
           1,
-          p.fresh && p.steps == 0};
+          p.fresh && p.steps == 0,
+          nullptr};
 }
 
 }  // namespace kvist

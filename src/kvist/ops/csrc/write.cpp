@@ -44,7 +44,8 @@ void write_heads(const WriteCall& call, int64_t begin, int64_t end) {
   for (int64_t head = begin; head < end; head++) {
     for (int64_t token = 0; token < call.tokens; token++) {
       if (call.slots[token] < 0) continue;
-      const int64_t start = (call.slots[token] / size * call.heads + head) * size * dims, within = call.slots[token] % size;
+      const int64_t block = call.slots[token] / size, within = call.slots[token] % size;
+      const int64_t start = (block * call.heads + head) * size * dims;
       convert(static_cast<const From*>(call.k) + token * call.k_stride + head * dims, dims, vector);
       To* keys = static_cast<To*>(call.keys) + start + within / kLanes * kLanes * dims + within % kLanes * kPack;
       spread(vector, dims, kPack, kLanes * kPack, keys);
