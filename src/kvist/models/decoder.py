@@ -1,7 +1,7 @@
 """What every decoder offers to the runtime, the loader and the trainer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,12 +44,13 @@ Product = tuple[Tensor, Tensor | None]  # a weight [out, in] and its bias [out]
 class Decoder(nn.Module, ABC):
     """Token ids in, logits out. A row is one token; rows of many sequences stand in one step."""
 
-    blocks: nn.ModuleList
-
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, blocks: Iterable[nn.Module], norm: nn.Module) -> None:
+        """`blocks` and the last `norm` are the family's; the embedding and the head are everybody's."""
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
         self.head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @abstractmethod

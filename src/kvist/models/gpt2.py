@@ -48,10 +48,9 @@ class GPT2(Decoder):
     """See `Decoder`."""
 
     def __init__(self, config: ModelConfig, activations: Activations) -> None:
-        super().__init__(config)
+        blocks = (Block(config, activations) for _ in range(config.layers))
+        super().__init__(config, blocks, nn.LayerNorm(config.hidden_size, config.norm_eps))
         self.positions = nn.Embedding(config.max_positions, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, activations) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerView]) -> Tensor:
         x = self.embed(tokens) + self.positions(positions)

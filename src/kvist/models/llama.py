@@ -54,11 +54,10 @@ class Llama(Decoder):
     """See `Decoder`."""
 
     def __init__(self, config: ModelConfig, activations: Activations) -> None:
-        super().__init__(config)
+        blocks = (Block(config, activations) for _ in range(config.layers))
+        super().__init__(config, blocks, RMSNorm(config.hidden_size, config.norm_eps))
         assert config.rope is not None
         self._rope = RopeTable(config.rope, config.head_dim)
-        self.blocks = nn.ModuleList(Block(config, activations) for _ in range(config.layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerView]) -> Tensor:
         x = self.embed(tokens)
