@@ -1,7 +1,7 @@
 """Which step widths agree: found on this machine, and with products made to disagree on purpose."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,6 +14,14 @@ from kvist.runtime.widths import HEAD_LADDER, LADDER, Widths, probe
 
 WEIGHT = torch.empty(96, 64)
 linear = F.linear
+
+
+@pytest.fixture(autouse=True)
+def measured_afresh() -> Iterator[None]:
+    """What a process remembers of its products must not outlive the products that a test replaces."""
+    widths._most_agreeing.cache_clear()
+    yield
+    widths._most_agreeing.cache_clear()
 
 
 def nudged(out: Tensor) -> Tensor:

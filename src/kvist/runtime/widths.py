@@ -8,6 +8,7 @@ weights: widths that differ from each other in a single bit are not used togethe
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,12 @@ def probe(products: Iterable[tuple[Tensor, Tensor | None]], ladder: tuple[int, .
     shapes = dict.fromkeys(
         _Shape(len(weight), weight.shape[1], weight.dtype, bias is not None) for weight, bias in products
     )
+    return Widths(_most_agreeing(tuple(shapes), ladder, torch.get_num_threads()))
+
+
+@cache
+def _most_agreeing(shapes: tuple[_Shape, ...], ladder: tuple[int, ...], threads: int) -> tuple[int, ...]:
+    """A fact of this machine and PyTorch, and of how many `threads` share a product; measured once a process."""
     # Few outputs show less of a difference, so such products are tested with more weights.
     tests = [shape for shape in shapes for _ in range(max(1, 256 // shape.outputs))]
     best: tuple[int, ...] = ()
@@ -72,7 +79,7 @@ def probe(products: Iterable[tuple[Tensor, Tensor | None]], ladder: tuple[int, .
             "on this machine a row's bits depend on its place in a step, so nothing can be exact, for one of this "
             f"model's matrix products ({sizes} numbers); try another dtype"
         )
-    return Widths(best)
+    return best
 
 
 def _agreeing(tests: list[_Shape], ladder: tuple[int, ...]) -> tuple[int, ...]:
