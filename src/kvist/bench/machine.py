@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _READ_BYTES = 256 << 20  # beyond any cache
+_HUGE_PAGE = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def interleave(functions: Sequence[Callable[[], object]], rounds: int) -> list[S
 
 
 def in_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros as the cache allocates its planes: from numpy, which asks for huge pages; at a cache line."""
+    """Zeros from numpy, which asks for huge pages, beginning with one."""
     count = math.prod(shape) * dtype.itemsize
-    raw = np.zeros(count + 64, np.uint8)
-    start = -raw.ctypes.data % 64
+    raw = np.zeros(count + _HUGE_PAGE, np.uint8)
+    start = -raw.ctypes.data % _HUGE_PAGE
     return torch.from_numpy(raw[start : start + count]).view(dtype).view(tuple(shape))
 
 

@@ -61,14 +61,20 @@ class Attention {
     const std::unique_ptr<std::atomic<int64_t>[]> unfinished(new std::atomic<int64_t>[plan_.groups.size()]);
     for (size_t i = 0; i < plan_.groups.size(); i++) unfinished[i] = plan_.groups[i].splits;
     std::atomic<size_t> next{0};
-    // Tasks differ in cost, so each thread takes the next one when it is done.
+    // Each thread takes half of its share of what is left: at first tasks whose memory adjoins, which is read faster,
+    // at the end one at a time, since tasks differ in cost.
     at::parallel_for(0, plan_.threads, 1, [&](int64_t thread, int64_t) {
       float* mine = memory.get() + thread * per_thread;
       const Scratch scratch{reinterpret_cast<Scalar*>(mine), mine + plan_.largest * width_,
                             mine + plan_.largest * (width_ + kScoreStride),
                             mine + plan_.largest * (width_ + kScoreStride + state_)};
-      for (size_t i = next++; i < plan_.tasks.size(); i = next++)
-        work(plan_.tasks[i], scratch, kept.get(), unfinished[plan_.tasks[i].group]);
+      const size_t count = plan_.tasks.size();
+      for (size_t begin = next; begin < count; begin = next) {
+        const size_t end = begin + std::max<size_t>(1, (count - begin) / (2 * plan_.threads));
+        if (!next.compare_exchange_weak(begin, end)) continue;
+        for (size_t i = begin; i < end; i++)
+          work(plan_.tasks[i], scratch, kept.get(), unfinished[plan_.tasks[i].group]);
+      }
     });
   }
 
@@ -154,7 +160,7 @@ void Attention<Plane>::load_queries(const Group& group, Scalar* queries) const {
       const auto* from = static_cast<const decltype(kind)*>(call_.q) + offset;
       for (int64_t i = 0; i < width_; i += kLanes)
         Plane::store_scalars(queries + (row * width_ + i) / Plane::kPack,
-                             load_first(from + i, std::min<int64_t>(kLanes, call_.head_dim - i)));
+                             load_first(from + i, call_.head_dim - i));
     });
   });
 }
@@ -275,7 +281,7 @@ void Attention<Plane>::finish(const Group& group, const float* sum) const {
     with_type(call_.q_type, [&](auto kind) {
       auto* to = static_cast<decltype(kind)*>(call_.out) + offset;
       for (int64_t i = 0; i < width_; i += kLanes)
-        store_first(to + i, load(state + i) / set1(state[width_ + 1]), std::min<int64_t>(kLanes, call_.head_dim - i));
+        store_first(to + i, load(state + i) / set1(state[width_ + 1]), call_.head_dim - i);
     });
   });
 }

@@ -12,23 +12,6 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 14;  // numbers that pay for waking one more thread
 
-// Calls f(first, count) for chunks of at most sixteen of [0, size).
-template <class F>
-void in_chunks(int64_t size, F f) {
-  for (int64_t i = 0; i < size; i += kLanes) f(i, static_cast<int>(std::min<int64_t>(kLanes, size - i)));
-}
-
-template <class T>
-Vec load_up_to(const T* from, int count) {
-  return count == kLanes ? load(from) : load_first(from, count);
-}
-
-template <class T>
-void store_up_to(T* to, Vec x, int count) {
-  if (count == kLanes) store(to, x);
-  else store_first(to, x, count);
-}
-
 inline Vec silu(Vec x) { return x / (set1(1.0f) + exp(zero() - x)); }
 
 // 0.5 x (1 + tanh u) = x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3); arXiv 1606.08415.
@@ -54,9 +37,9 @@ void silu_mul(Number type, const void* gate_up, void* out, int64_t rows, int64_t
     at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; row++) {
         const T *gate = from + row * 2 * width, *up = gate + width;
-        in_chunks(width, [&](int64_t i, int count) {
-          store_up_to(to + row * width + i, silu(load_up_to(gate + i, count)) * load_up_to(up + i, count), count);
-        });
+        for (int64_t i = 0; i < width; i += kLanes)
+          store_first(to + row * width + i, silu(load_first(gate + i, width - i)) * load_first(up + i, width - i),
+                      width - i);
       }
     });
   });
@@ -68,10 +51,10 @@ void gelu(Number type, const void* x, void* out, int64_t count, bool tanh) {
     at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
       const T* from = static_cast<const T*>(x) + begin;
       T* to = static_cast<T*>(out) + begin;
-      in_chunks(end - begin, [&](int64_t i, int lanes) {
-        const Vec number = load_up_to(from + i, lanes);
-        store_up_to(to + i, tanh ? gelu_tanh(number) : gelu_exact(number), lanes);
-      });
+      for (int64_t i = 0; i < end - begin; i += kLanes) {
+        const Vec number = load_first(from + i, end - begin - i);
+        store_first(to + i, tanh ? gelu_tanh(number) : gelu_exact(number), end - begin - i);
+      }
     });
   });
 }

@@ -48,13 +48,15 @@ inline void product_tile(const Product<Plane>& p, int64_t row, int64_t column) {
     KVIST_UNROLL for (int c = 0; c < kColumns; c++) store(out + r * p.out_stride + c * kLanes, acc[r][c]);
 }
 
+// One tile of rows, over columns [column, end).
 template <class Plane, int kRows, int kColumns, bool kHalf>
-inline void product_rows(const Product<Plane>& p, int64_t count, int64_t row, int64_t column) {
-  if (count == kRows) return product_tile<Plane, kRows, kColumns, kHalf>(p, row, column);
-  if constexpr (kRows > 1) product_rows<Plane, kRows - 1, kColumns, kHalf>(p, count, row, column);
+void product_strip(const Product<Plane>& p, int64_t count, int64_t row, int64_t column, int64_t end) {
+  if (count == kRows) {
+    for (; column < end; column += kColumns) product_tile<Plane, kRows, kColumns, kHalf>(p, row, column);
+    return;
+  }
+  if constexpr (kRows > 1) product_strip<Plane, kRows - 1, kColumns, kHalf>(p, count, row, column, end);
 }
-
-constexpr int tile_rows(int columns) { return std::min(kTileMaxRows, kTileVectors / columns); }
 
 template <class Plane>
 bool few_rows(const Product<Plane>& p) {
@@ -69,25 +71,25 @@ inline void fetch_upcoming(const Product<Plane>& p, int64_t first, int64_t size,
     prefetch(p.upcoming + i * kLanes * Plane::kPack);
 }
 
-// All rows of one group of columns, in tiles of nearly equal height.
+// As many groups of kColumns as there are before column `end`, for all rows, in tiles of nearly equal height. Returns
+// the column after them. One tile of rows goes through all columns; several go through each group, which stays cached.
 template <class Plane, int kColumns, bool kHalf>
-void product_columns(const Product<Plane>& p, int64_t column) {
-  constexpr int kRows = tile_rows(kColumns);
-  for (int64_t row = 0; row < p.rows;) {
-    const int64_t left = p.rows - row, tiles = (left + kRows - 1) / kRows;
-    const int64_t count = (left + tiles - 1) / tiles;
-    if (p.upcoming && !few_rows(p)) fetch_upcoming(p, column * p.steps, kColumns * p.steps, row, row + count);
-    product_rows<Plane, kRows, kColumns, kHalf>(p, count, row, column);
-    row += count;
+int64_t product_columns(const Product<Plane>& p, int64_t column, int64_t end) {
+  constexpr int64_t kRows = std::min(kTileMaxRows, kTileVectors / kColumns);
+  end -= (end - column) % kColumns;
+  if (p.rows <= kRows) {
+    product_strip<Plane, kRows, kColumns, kHalf>(p, p.rows, 0, column, end);
+    return end;
   }
-}
-
-// As many groups of kColumns as there are from `column` on. Returns the column after them.
-template <class Plane, int kColumns>
-int64_t product_groups(const Product<Plane>& p, int64_t column) {
-  if constexpr (kColumns <= kTileVectors)
-    for (; column + kColumns <= p.columns; column += kColumns) product_columns<Plane, kColumns, false>(p, column);
-  return column;
+  for (; column < end; column += kColumns) {
+    for (int64_t row = 0; row < p.rows;) {
+      const int64_t left = p.rows - row, tiles = (left + kRows - 1) / kRows, count = (left + tiles - 1) / tiles;
+      if (p.upcoming && !few_rows(p)) fetch_upcoming(p, column * p.steps, kColumns * p.steps, row, row + count);
+      product_strip<Plane, kRows, kColumns, kHalf>(p, count, row, column, column + kColumns);
+      row += count;
+    }
+  }
+  return end;
 }
 
 // `half`: after the columns comes one more of eight numbers, whose other lanes of `out` are left undefined.
@@ -100,12 +102,14 @@ void multiply(const Product<Plane>& p, bool half) {
   const bool steps_adjoin = p.step_stride < p.column_stride;
   int64_t column = 0;
   if (!few_rows(p) || !steps_adjoin) {
-    if (few_rows(p)) column = product_groups<Plane, 8>(p, column);
-    column = product_groups<Plane, 4>(p, column);
-    column = product_groups<Plane, 2>(p, column);
+    if constexpr (kTileVectors >= 8) {
+      if (few_rows(p)) column = product_columns<Plane, 8, false>(p, column, p.columns);
+      column = product_columns<Plane, 4, false>(p, column, p.columns);
+    }
+    column = product_columns<Plane, 2, false>(p, column, p.columns);
   }
-  column = product_groups<Plane, 1>(p, column);
-  if (half) product_columns<Plane, 1, true>(p, column);
+  column = product_columns<Plane, 1, false>(p, column, p.columns);
+  if (half) product_columns<Plane, 1, true>(p, column, column + 1);
 }
 
 // The step after a product over pairs whose last pair is only half visible.

@@ -4,7 +4,6 @@
 // whatever vectors the compiler has. KVIST_PORTABLE chooses the latter on any machine, so that it can be tested there.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -35,32 +34,19 @@ namespace kvist {
 // Starts to bring a cache line into the second-level cache.
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
-// Sum of the lanes by halves: 16 to 8 to 4 to 2 to 1.
-inline float sum(Vec x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
-// The largest lane, when none is NaN.
-inline float maximum(Vec x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  return *std::max_element(lanes, lanes + kLanes);
-}
-
-// The first `count` numbers, zeros after them; reads nothing beyond.
+// The first `count` numbers, at most sixteen, zeros after them; reads nothing beyond.
 template <class T>
-inline Vec load_first(const T* from, int count) {
+inline Vec load_first(const T* from, int64_t count) {
+  if (count >= kLanes) return load(from);
   T lanes[kLanes] = {};
   std::memcpy(lanes, from, count * sizeof(T));
   return load(lanes);
 }
 
+// The first `count` lanes, at most sixteen; writes nothing beyond.
 template <class T>
-inline void store_first(T* to, Vec x, int count) {
+inline void store_first(T* to, Vec x, int64_t count) {
+  if (count >= kLanes) return store(to, x);
   T lanes[kLanes];
   store(lanes, x);
   std::memcpy(to, lanes, count * sizeof(T));

@@ -38,6 +38,12 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 
+// Sum of the lanes by halves: 16 to 8 to 4 to 2 to 1.
+inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
+
+// The largest lane, when none is NaN.
+inline float maximum(Vec x) { return _mm512_reduce_max_ps(x); }
+
 // x - floor(x); 0 for an infinite x.
 inline Vec fraction(Vec x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 

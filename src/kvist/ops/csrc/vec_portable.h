@@ -1,6 +1,8 @@
 // Sixteen lanes as two or four of the machine's own vectors, in the vector extension of GCC and Clang.
 #pragma once
 
+#include <algorithm>
+
 namespace kvist {
 
 #if defined(__AVX__)
@@ -83,6 +85,22 @@ inline Vec larger(Vec a, Vec b) {
 }
 inline Vec smaller(Vec a, Vec b) {
   return each([&](int i) { return a.part[i] < b.part[i] ? a.part[i] : b.part[i]; });
+}
+
+// Sum of the lanes by halves: 16 to 8 to 4 to 2 to 1.
+inline float sum(Vec x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  KVIST_UNROLL for (int half = kLanes / 2; half; half /= 2)
+    KVIST_UNROLL for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// The largest lane, when none is NaN.
+inline float maximum(Vec x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  return *std::max_element(lanes, lanes + kLanes);
 }
 
 // floor(x) for x in [-200, 200], to which all others are moved. Adding 1.5 * 2^23 leaves no fraction bits.

@@ -21,10 +21,7 @@ void convert(const From* from, int64_t count, To* to) {
   if constexpr (std::is_same_v<From, To>) {
     std::memcpy(to, from, count * sizeof(To));
   } else {
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const int lanes = static_cast<int>(std::min<int64_t>(kLanes, count - i));
-      store_first(to + i, load_first(from + i, lanes), lanes);
-    }
+    for (int64_t i = 0; i < count; i += kLanes) store_first(to + i, load_first(from + i, count - i), count - i);
   }
 }
 
