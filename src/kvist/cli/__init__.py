@@ -10,9 +10,10 @@ def main() -> None:
     """Run a verb. A `KvistError` is one line on stderr and its exit code; a reader that went away is no error."""
     from kvist.cli.app import app
 
-    # Read by PyTorch's threads when they start. They wait for each other several hundred times a token; spinning, each
-    # wait beside another busy program costs a time slice (seen: 4 tokens/s where sleeping gives 400).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Read by PyTorch's threads when they start. They wait for each other several hundred times a token. Spinning long,
+    # a wait beside another busy program costs a time slice (seen: 4 tokens/s for 400); going to sleep at once costs a
+    # wake-up each time (half the speed). This many turns, some tens of microseconds, then sleep.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         app()
     except KvistError as error:
