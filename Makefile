@@ -8,9 +8,10 @@ BIN := $(VENV)/bin
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1 · /p' $(MAKEFILE_LIST) | awk -F' · ' '{printf "  %-10s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.run ## text from the bundled model, with a report of what its cache did, then the proof
+demo: $(VENV)/.run ## text from the bundled model, with a report of what its cache did, then the proof; and compressed
 	@$(BIN)/kvist run --prompt "ROMEO:" --max-tokens 300 --temperature 0.7 --seed 1
 	@$(BIN)/kvist verify
+	@$(BIN)/kvist verify --kv turbo4
 
 test: $(VENV)/.dev ## the whole suite, offline
 	@$(BIN)/pytest -m "not slow"
@@ -30,6 +31,7 @@ format: $(VENV)/.dev ## apply the formatter and the safe fixes
 
 bench: $(VENV)/.run ## the figures of the README
 	@$(BIN)/kvist bench attention
+	@$(BIN)/kvist bench decode
 	@$(BIN)/kvist bench cache
 
 clean: ## remove the environment and what tools left behind

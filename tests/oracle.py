@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kvist.base.events import Listener
-from kvist.cache.codecs import codec
+from kvist.cache.choice import parse_choice
+from kvist.cache.codecs import BF16, FP16, FP32
 from kvist.cache.layout import plan_layout
 from kvist.cache.manager import Lease
 from kvist.models.config import Activation, ModelConfig, Rope
@@ -77,8 +78,9 @@ def make_runner(
     listener: Listener | None = None,
 ) -> Runner:
     """A runner over a model with random weights, large enough for every layer to matter."""
-    layout = plan_layout(config.layer_specs(), codec(kv))
-    operators = select("cpu", layout.layers[0].planes[0].dtype, config.head_dim, layout.block_size, backend)
+    full = next(codec for codec in (FP32, BF16, FP16) if codec.dtype == dtype)
+    layout = plan_layout(config.layer_specs(), parse_choice(kv), full=full)
+    operators = select("cpu", dtype, config.head_dim, layout.block_size, backend)
     model = randomize(build(config, operators, dtype), seed=1, std=0.2)
     return Runner(model, layout, blocks, operators, listener)
 

@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,51 +12,63 @@ from kvist.bench.machine import Memory, Samples, interleave
 from kvist.bench.report import Ratio, Report, Row
 from kvist.bench.shapes import SHAPES, Shape, shape_named
 
-SMALL = Shape("small", 1, 64, 128, 4, 2, 16, 100, tied=True)
+SMALL = Shape("small", 1, 64, 128, 4, 2, 32, 100, tied=True)
+COUNT = 3
 
 
 @pytest.fixture
 def small(monkeypatch) -> None:
     monkeypatch.setattr(attention, "shape_named", lambda name: SMALL)
-    monkeypatch.setattr(attention, "_LAYER_BYTES", 1 << 18)
+    monkeypatch.setattr(attention, "_CYCLE_BYTES", COUNT * 64 * 2 * 2 * 32 * 2)
     monkeypatch.setattr(attention, "PREFILL_QUERIES", 32)
     monkeypatch.setattr(attention, "PREFILL_CONTEXT", 96)
 
 
-@pytest.mark.parametrize("kv", ["bf16", "fp32"])
-def test_a_whole_run(small, kv):
-    report = attention.run(["small"], [100, 600], kv, rounds=3)
+@pytest.mark.parametrize(("kvs", "full"), [(["bf16", "turbo4"], "bf16"), (["fp32"], "fp32"), (["int8"], "bf16")])
+def test_a_whole_run(small, kvs, full):
+    report = attention.run(["small"], [100, 600], kvs, rounds=3)
     whats = ["attention decode small 100", "attention decode small 600", "attention prefill of 32 small 96"]
-    assert [ratio.what for ratio in report.ratios] == whats
+    pairs = [(f"kvist {kv}", f"torch {full}") for kv in kvs]
+    pairs += [(f"kvist {kv}", f"kvist {full}") for kv in kvs if kv != full and full in kvs]
+    assert [(ratio.what, ratio.a, ratio.b) for ratio in report.ratios] == [
+        (what, *pair) for what in whats for pair in pairs
+    ]
     assert all(ratio.value > 0 for ratio in report.ratios)
-    assert {(ratio.a, ratio.b) for ratio in report.ratios} == {(f"kvist {kv}", f"torch {kv}")}
     for what in whats:
         rows = [row for row in report.rows if row.what == what]
-        assert {row.engine for row in rows} == {"kvist", "torch sdpa"}
+        assert {(row.engine, row.kv) for row in rows} == {*(("kvist", kv) for kv in kvs), ("torch sdpa", full)}
         assert {str(row.context) for row in rows} == {what.split()[-1]}
         assert all(row.spread[0] <= row.value <= row.spread[1] for row in rows)
     assert report.machine["read_gb_s"] > 0
     assert json.loads(json.dumps(report.to_json()))["ratios"][0]["what"] == whats[0]
 
 
-def test_rates_follow_from_times(small):
-    report = attention.run(["small"], [600], rounds=3)
+@pytest.mark.parametrize(
+    ("kv", "layer_bytes"),
+    [
+        ("bf16", 600 * 2 * 2 * 32 * 2),
+        # Nine blocks in codes of 4 bits with a scale of 16 for 32 of them, and 24 tokens as they are.
+        ("turbo4", 9 * 64 * 2 * 2 * (16 + 2) + 24 * 2 * 2 * 32 * 2),
+    ],
+)
+def test_rates_follow_from_times(small, kv, layer_bytes):
+    report = attention.run(["small"], [600], [kv], rounds=3)
     rows = {row.unit: row for row in report.rows if row.what == "attention decode small 600" and row.engine == "kvist"}
-    layer_bytes = 2 * 600 * 2 * 16 * 2
     assert rows["GB/s"].value == pytest.approx(layer_bytes / (rows["us a layer"].value * 1e-6) / 1e9)
 
 
-def test_a_kernel_that_is_wrong_is_not_timed(small, monkeypatch):
-    ops = attention.select("cpu", torch.bfloat16, 16, 64)
-    wrong = type(ops)(**{**vars(ops), "attend": lambda *arguments: 2 * ops.attend(*arguments)})
+@pytest.mark.parametrize(("kv", "operator"), [("bf16", "attend"), ("turbo4", "attend_coded")])
+def test_a_kernel_that_is_wrong_is_not_timed(small, monkeypatch, kv, operator):
+    ops = attention.select("cpu", torch.bfloat16, 32, 64)
+    wrong = replace(ops, **{operator: lambda *arguments: 2 * getattr(ops, operator)(*arguments)})
     monkeypatch.setattr(attention, "select", lambda *arguments: wrong)
-    with pytest.raises(NumericsError, match=r"differs from PyTorch's .*small, bf16"):
-        attention.run(["small"], [100], rounds=3)
+    with pytest.raises(NumericsError, match=rf"differs from PyTorch's .*small, {kv}"):
+        attention.run(["small"], [100], [kv], rounds=3)
 
 
 def test_unknown_names(small):
-    with pytest.raises(ConfigError, match="no KV type 'int3'"):
-        attention.run(["small"], [100], "int3")
+    with pytest.raises(ConfigError, match="no KV codec 'int3'"):
+        attention.run(["small"], [100], ["int3"])
     with pytest.raises(ConfigError, match=r"no shape 'gpt-5'; choose one of smollm2-135m, "):
         shape_named("gpt-5")
 

@@ -4,13 +4,15 @@ import psutil
 import pytest
 import torch
 
+from kvist.cache.choice import parse_choice
 from kvist.cache.codecs import CODECS, codec
 from kvist.cache.layout import plan_layout
 from kvist.cache.manager import Copy
 from kvist.cache.spec import LayerSpec, key_value
 from kvist.cache.store import Store
 
-SPECS = [key_value(2, 16), key_value(3, 8), LayerSpec((), source=0)]
+SPECS = [key_value(2, 32), key_value(3, 48), LayerSpec((), source=0)]
+IN_PLACE = [name for name, codec in CODECS.items() if codec.in_place]
 
 
 def filled(name: str, blocks: int) -> Store:
@@ -29,6 +31,7 @@ def test_a_store_takes_what_its_layout_says_and_starts_empty(name: str) -> None:
     layout = plan_layout(SPECS, codec(name), 16)
     store = Store(layout, 5)
     assert store.nbytes == 5 * layout.block_bytes
+    assert Store(layout, 5, kept=3).nbytes == 5 * layout.block_bytes + 3 * layout.open_bytes
     for layer in (0, 1):
         for plane, described in zip(store.planes(layer), layout.layers[layer].planes, strict=True):
             assert (tuple(plane.shape), plane.dtype) == ((5, *described.shape), described.dtype)
@@ -48,7 +51,7 @@ def test_planes_begin_on_a_cache_line(blocks: int) -> None:
     assert {plane.data_ptr() % 64 for layer in (0, 1) for plane in store.planes(layer)} == {0}
 
 
-@pytest.mark.parametrize("name", list(CODECS))
+@pytest.mark.parametrize("name", IN_PLACE)
 def test_copies_are_exact_and_touch_nothing_else(name: str) -> None:
     """Random bytes: among them NaN and infinities, which a copy through arithmetic would not keep."""
     store = filled(name, 6)
@@ -59,6 +62,34 @@ def test_copies_are_exact_and_touch_nothing_else(name: str) -> None:
             now = plane.view(torch.uint8)
             for block, source in enumerate((0, 1, 2, 0, 4, 1)):
                 assert torch.equal(now[block], old[source])
+
+
+def test_copies_of_open_blocks_are_exact_and_touch_nothing_else() -> None:
+    """Layers of one shape share a plane: each has its own kept blocks behind the passing ones, which all use."""
+    layout = plan_layout([key_value(2, 32), key_value(1, 64), key_value(2, 32)], parse_choice("turbo4,1:v=bf16"), 16)
+    store = Store(layout, 4, kept=5, passing=2)
+    assert [open.layers for open in store.open_planes] == [(0, 2), (1,)]
+    generator = torch.Generator().manual_seed(0)
+    planes = [plane for open in store.open_planes for plane in (open.keys, open.values)]
+    for plane in planes:
+        plane.copy_(torch.randn(plane.shape, generator=generator))
+    before, coded = [plane.clone() for plane in planes], [plane.clone() for plane in store.planes(1)]
+    store.copy([Copy(0, 3, open=True), Copy(1, 2)])
+    for plane, old in zip(planes, before, strict=True):
+        layers = (len(plane) - 2) // 5
+        moved = {2 + layer * 5 + 3: 2 + layer * 5 for layer in range(layers)}
+        for block in range(len(plane)):
+            assert torch.equal(plane[block], old[moved.get(block, block)])
+    # A block that is coded is never written while it is shared, so its bytes are not worth copying.
+    assert all(torch.equal(plane, old) for plane, old in zip(store.planes(1), coded, strict=True))
+
+
+def test_ids_lie_behind_those_of_earlier_layers() -> None:
+    store = Store(plan_layout([key_value(2, 32)] * 3, codec("int8"), 16), 4, kept=5, passing=2)
+    (open,) = store.open_planes
+    assert open.for_layers(torch.tensor([0, 1, 2, 6]), 1).tolist() == [[0, 1, 2, 6], [0, 1, 7, 11], [0, 1, 12, 16]]
+    slots = open.for_layers(torch.tensor([-1, 31, 32, 47]), 16)
+    assert slots.tolist() == [[-1, 31, 32, 47], [-1, 31, 112, 127], [-1, 31, 192, 207]]
 
 
 def test_no_copies_change_nothing() -> None:

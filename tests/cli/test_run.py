@@ -26,7 +26,14 @@ def test_json_counts_what_was_done(kvist: Kvist, model: Path) -> None:
     assert len(answer["tokens"]) == len(answer["text"]) == 70
     assert answer["finish_reason"] == "length"
     # Two layers, two KV heads of eight numbers, keys and values, four bytes each; 74 tokens fill two blocks.
-    assert answer["kv"] == {"codec": "fp32", "blocks": 2, "bytes": 2 * 64 * 256, "bytes_per_token": 256.0}
+    size = 2 * 64 * 256
+    assert answer["kv"] == {
+        "codec": "fp32",
+        "blocks": 2,
+        "bytes": size,
+        "allocated_bytes": size,
+        "bytes_per_token": 256.0,
+    }
     assert set(answer["timings"]) == {"prefill_s", "decode_s", "prefill_tokens_per_s", "decode_tokens_per_s"}
 
 

@@ -47,7 +47,7 @@ GPT2 = dataclasses.replace(
 
 def random_model(config: ModelConfig, dtype: torch.dtype = torch.float32, kv: str = "fp32") -> Loaded:
     layout = plan_layout(config.layer_specs(), codec(kv))
-    backend = select_backend(config, layout)
+    backend = select_backend(config, torch.float32)
     model = randomize(build(config, backend, dtype), seed=3, std=0.2)
     return Loaded("random", config, model, layout, backend, Path())
 
@@ -83,8 +83,8 @@ def failures(loaded: Loaded) -> set[str]:
 
 
 def test_a_wrong_position_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shifted(works, block_size, widths):
-        batch = build_batch(works, block_size, widths)
+    def shifted(works, *rest):
+        batch = build_batch(works, *rest)
         behind = batch.positions if len(works[0].tokens) > 1 else batch.positions + 1
         return dataclasses.replace(batch, positions=behind)
 
@@ -93,8 +93,8 @@ def test_a_wrong_position_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_position_wrong_everywhere_fails_against_plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shifted(works, block_size, widths):
-        batch = build_batch(works, block_size, widths)
+    def shifted(works, *rest):
+        batch = build_batch(works, *rest)
         return dataclasses.replace(batch, positions=batch.positions // 2)
 
     monkeypatch.setattr(runner_module, "build_batch", shifted)

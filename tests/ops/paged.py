@@ -10,8 +10,8 @@ from torch import Tensor
 from kvist.ops.backend import Backend, select
 from kvist.ops.packing import key_plane_shape, value_plane_shape
 
-BACKENDS = ("reference", "cpu", "portable")
-COMPILED = ("cpu", "portable")
+BACKENDS = ("reference", "cpu", "avx2", "portable")
+COMPILED = ("cpu", "avx2", "portable")
 
 
 def backend(name: str) -> Backend:

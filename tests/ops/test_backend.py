@@ -38,18 +38,24 @@ def test_the_compiled_operators_come_first():
 
 def test_explanations():
     reasons = dict(explain("cpu", torch.bfloat16, 64, 64))
-    assert list(reasons) == ["cpu", "portable", "reference"]
+    assert list(reasons) == ["cpu", "portable", "avx2", "reference"]
     assert reasons["cpu"] is None
     assert "only when forced" in reasons["portable"]
+    assert "only when forced" in reasons["avx2"]
     assert reasons["reference"] is None
     assert "not on cuda" in dict(explain("cuda", torch.bfloat16, 64, 64))["cpu"]
-    assert all("head_dim" in reason for name, reason in explain("cpu", torch.bfloat16, 65, 64) if name != "portable")
+    assert all(
+        "head_dim" in reason for name, reason in explain("cpu", torch.bfloat16, 65, 64) if name in ("cpu", "reference")
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("cpu", torch.bfloat16, 64, 64, "fastest"), "no backend 'fastest'; choose one of cpu, portable, reference"),
+        (
+            ("cpu", torch.bfloat16, 64, 64, "fastest"),
+            "no backend 'fastest'; choose one of cpu, portable, avx2, reference",
+        ),
         (("cuda", torch.bfloat16, 64, 64, "cpu"), "the cpu backend cannot run: .*not on cuda"),
         (("cpu", torch.bfloat16, 64, 48, "reference"), "the reference backend cannot run: block_size"),
         (("cpu", torch.float64, 64, 64, None), "no backend can run: .*float64"),
@@ -100,7 +106,10 @@ def test_processes_that_start_together_build_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(build, "_run_compiler", run_compiler)
     found: list[Path] = []
-    workers = [threading.Thread(target=lambda: found.append(build._library("kvist_cpu", False))) for _ in range(3)]
+    workers = [
+        threading.Thread(target=lambda: found.append(build._library("kvist_cpu", build.Variant.NATIVE)))
+        for _ in range(3)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -120,7 +129,7 @@ def test_a_build_that_dies_leaves_no_library(tmp_path, monkeypatch):
 
     monkeypatch.setattr(build, "_run_compiler", killed)
     with pytest.raises(KeyboardInterrupt):
-        build._library("kvist_cpu", False)
+        build._library("kvist_cpu", build.Variant.NATIVE)
     assert not list(tmp_path.rglob("*.so"))
 
 

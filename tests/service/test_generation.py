@@ -36,7 +36,7 @@ def runner() -> Runner:
         rope=Rope(10_000.0),
     )
     layout = plan_layout(config.layer_specs(), codec("fp32"))
-    backend = select_backend(config, layout)
+    backend = select_backend(config, torch.float32)
     model = randomize(build(config, backend, torch.float32), seed=2, std=0.3)
     return Runner(model, layout, blocks=8, backend=backend)
 

@@ -1,4 +1,6 @@
-"""Attention over the paged cache beside PyTorch's, on the same numbers, in the same minutes, with the same threads."""
+"""Attention over the paged cache: each KV codec beside the others and beside PyTorch, on the same numbers, in the same
+minutes, with the same threads.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,127 +9,160 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvist.base.errors import ConfigError, NumericsError
+from kvist.base.errors import NumericsError
+from kvist.bench.filled import FilledCache
 from kvist.bench.machine import Memory, Samples, facts, in_huge_pages, interleave
 from kvist.bench.report import Ratio, Report, Row
 from kvist.bench.shapes import Shape, shape_named
+from kvist.cache.choice import parse_choice
+from kvist.cache.codecs import BF16, FP16, FP32, DenseCodec
+from kvist.cache.layout import BLOCK_SIZE, Layout, plan_layout
+from kvist.cache.manager import Lease
+from kvist.cache.spec import key_value
+from kvist.cache.view import LayerView
 from kvist.ops.backend import Backend, select
-from kvist.ops.packing import key_plane_shape, value_plane_shape
 
-BLOCK_SIZE = 64
 PREFILL_QUERIES, PREFILL_CONTEXT = 512, 4608
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_LAYER_BYTES = 128 << 20  # keys and values that are cycled through, so that none is still in a cache
+DENSE = {codec.name: codec for codec in (BF16, FP16, FP32)}
+_Dense = tuple[Tensor, Tensor]  # keys and values of one layer, [1, H, T, D]
+# What is cycled through by each, so that none of it is still in a processor's cache when its turn comes again.
+_CYCLE_BYTES = 256 << 20
+# Of the largest result: what the types in the cache may lose, and what 2 bits may.
+_DENSE_TOLERANCE, _CODED_TOLERANCE = 0.02, 0.6
 
 
 def run(
-    shapes: Sequence[str], contexts: Sequence[int], kv: str = "bf16", rounds: int = 9, force: str | None = None
+    shapes: Sequence[str], contexts: Sequence[int], kvs: Sequence[str], rounds: int = 9, force: str | None = None
 ) -> Report:
-    """Decode at each context, and prefill of 512 at 4,608, for each shape. `force` names a backend.
+    """Decode at each context, and prefill of 512 at 4,608, for each shape, over each of `kvs`. `force` names a backend.
 
-    PyTorch's attention runs in whichever of its forms is the fastest here. Raises `ConfigError` for unknown names and
-    `NumericsError` when the two do not agree.
+    The first dense one of `kvs` (bf16, fp16, fp32; bf16 when there is none) is also what PyTorch's attention runs in,
+    in whichever of its forms is the fastest here. Raises `ConfigError` for unknown names and `NumericsError` when a
+    result is not near PyTorch's.
     """
-    if kv not in DTYPES:
-        raise ConfigError(f"there is no KV type {kv!r} to compare with PyTorch; choose one of {', '.join(DTYPES)}")
+    full = next((DENSE[kv] for kv in kvs if kv in DENSE), BF16)
     memory = Memory()
     report = Report(facts())
     reads: list[Samples] = []
     for shape in map(shape_named, shapes):
-        ops = select("cpu", DTYPES[kv], shape.head_dim, BLOCK_SIZE, force)
+        ops = select("cpu", full.dtype, shape.head_dim, BLOCK_SIZE, force)
         report.machine["operators"] = f"{ops.name} operators ({ops.instruction_set})"
-        reads += [_decode(report, _Layers(shape, context, kv, ops), memory, rounds) for context in contexts]
-        _prefill(report, _Layers(shape, PREFILL_CONTEXT, kv, ops, most=1), rounds)
+        reads += [_decode(report, _Layers(shape, context, kvs, full, ops), memory, rounds) for context in contexts]
+        _prefill(report, _Layers(shape, PREFILL_CONTEXT, kvs, full, ops, most=1), rounds)
     if reads:
         report.machine["read_gb_s"] = Samples(tuple(value for read in reads for value in read.values)).median
     return report
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """The same keys and values twice: dense `[1, H, T, D]`, and in planes."""
+class _Cached:
+    """One choice of codecs over all layers, with the context but its last `queries` tokens committed."""
 
-    dense: tuple[Tensor, Tensor]
-    planes: tuple[Tensor, Tensor]
+    kv: str
+    cache: FilledCache
+    lease: Lease
+    views: Sequence[LayerView]
+
+    def read_bytes(self) -> float:
+        """What a step reads once, in all layers: blocks through their codec, and the open one as it is."""
+        layout, length = self.cache.store.layout, self.lease.length + self.lease.reserved
+        if not layout.open_bytes:
+            return length * layout.bytes_per_token
+        coded = (length - 1) // layout.block_size
+        return coded * layout.block_bytes + (length / layout.block_size - coded) * layout.open_bytes
 
 
 class _Layers:
-    """Enough layers of one shape that reading them all goes to memory; at most `most`."""
+    """Enough layers of one shape that reading them all goes to memory; at most `most`. All hold the same numbers."""
 
-    def __init__(self, shape: Shape, context: int, kv: str, ops: Backend, most: int | None = None) -> None:
-        self.shape, self.context, self.kv, self.ops = shape, context, kv, ops
-        self.dtype = DTYPES[kv]
-        self.layer_bytes = 2 * context * shape.kv_heads * shape.head_dim * self.dtype.itemsize
+    def __init__(
+        self,
+        shape: Shape,
+        context: int,
+        kvs: Sequence[str],
+        full: DenseCodec,
+        ops: Backend,
+        most: int | None = None,
+    ) -> None:
+        self.shape, self.context, self.full, self.ops = shape, context, full, ops
         self.scale = shape.head_dim**-0.5
-        blocks = -(-context // BLOCK_SIZE)
-        self.table = torch.arange(blocks, dtype=torch.int32)[None]
-        count = max(2, -(-_LAYER_BYTES // self.layer_bytes)) if most is None else most
-        self.layers = [self._layer(blocks) for _ in range(count)]
+        one = [self._layout(kv, 1) for kv in kvs]
+        smallest = min(layout.bytes_for(context) for layout in one)
+        self.count = max(2, -(-_CYCLE_BYTES // smallest)) if most is None else most
+        self.layouts = [self._layout(kv, self.count) for kv in kvs]
+        generator = torch.Generator().manual_seed(0)
+        heads, dim = shape.kv_heads, shape.head_dim
+        self.k, self.v = (torch.randn(context, heads, dim, generator=generator).to(full.dtype) for _ in range(2))
+        self.dense: list[_Dense] = [(_by_head(self.k), _by_head(self.v)) for _ in range(self.count)]
 
-    def _layer(self, blocks: int) -> _Layer:
-        heads, dim = self.shape.kv_heads, self.shape.head_dim
-        dense = [in_huge_pages([1, heads, self.context, dim], self.dtype).normal_() for _ in range(2)]
-        keys = in_huge_pages(key_plane_shape(blocks, heads, BLOCK_SIZE, dim, self.dtype), self.dtype)
-        values = in_huge_pages(value_plane_shape(blocks, heads, BLOCK_SIZE, dim, self.dtype), self.dtype)
-        k, v = (x[0].transpose(0, 1) for x in dense)
-        self.ops.write(keys, values, k, v, torch.arange(self.context))
-        return _Layer((dense[0], dense[1]), (keys, values))
+    def _layout(self, kv: str, layers: int) -> Layout:
+        specs = [key_value(self.shape.kv_heads, self.shape.head_dim)] * layers
+        return plan_layout(specs, parse_choice(kv), full=self.full)
 
-    def queries(self, count: int) -> Tensor:
-        """[count, Hq, D] in the type of the cache."""
-        return torch.randn(count, self.shape.heads, self.shape.head_dim).to(self.dtype)
+    def cached(self, layout: Layout, queries: int) -> _Cached:
+        """The context in a cache of its own, its last `queries` tokens written and not yet committed."""
+        cache = FilledCache.for_one(layout, self.context, self.ops)
+        lease = cache.manager.open()
+        cache.append(lease, self.k[:-queries], self.v[:-queries])
+        views = cache.step(lease, queries)
+        for view in views:
+            view.write(self.k[-queries:], self.v[-queries:])
+        return _Cached(layout.kv, cache, lease, views)
 
-    def kvist(self, q: Tensor) -> Callable[[_Layer], Tensor]:
-        """Attention of q [n, Hq, D] at the last n positions over a layer's planes."""
-        starts = torch.tensor([0, len(q)], dtype=torch.int32)
-        lengths = torch.tensor([self.context], dtype=torch.int32)
-
-        def attend(layer: _Layer) -> Tensor:
-            return self.ops.attend(q, *layer.planes, self.table, starts, lengths, self.scale)
-
-        return attend
-
-    def torch_forms(self, q: Tensor) -> list[Callable[[_Layer], Tensor]]:
-        """PyTorch's ways to the same [n, Hq, D], masks and copies of queries made beforehand."""
+    def torch_forms(self, q: Tensor) -> list[Callable[[_Dense], Tensor]]:
+        """PyTorch's ways to [n, Hq, D] from q of that shape, masks and copies of queries made beforehand."""
         heads, group = self.shape.kv_heads, self.shape.heads // self.shape.kv_heads
         by_head = q.transpose(0, 1)[None].contiguous()
         if len(q) == 1:  # sees everything: the query heads of a KV head may also be rows of one product
             grouped = q.view(1, heads, group, -1)
             return [
-                lambda layer: _sdpa(by_head, *layer.dense, None)[0].transpose(0, 1),
-                lambda layer: F.scaled_dot_product_attention(grouped, *layer.dense).view(q.shape),
+                lambda layer: _sdpa(by_head, *layer, None)[0].transpose(0, 1),
+                lambda layer: F.scaled_dot_product_attention(grouped, *layer).view(q.shape),
             ]
         seen = torch.ones(len(q), self.context, dtype=torch.bool).tril(self.context - len(q))
-        added = torch.zeros(seen.shape, dtype=self.dtype).masked_fill(~seen, -torch.inf)
+        added = torch.zeros(seen.shape, dtype=self.full.dtype).masked_fill(~seen, -torch.inf)
         return [
-            lambda layer: _sdpa(by_head, *layer.dense, seen)[0].transpose(0, 1),
-            lambda layer: _sdpa(by_head, *layer.dense, added)[0].transpose(0, 1),
+            lambda layer: _sdpa(by_head, *layer, seen)[0].transpose(0, 1),
+            lambda layer: _sdpa(by_head, *layer, added)[0].transpose(0, 1),
         ]
 
-    def over_all(self, attend: Callable[[_Layer], Tensor]) -> Callable[[], None]:
-        def work() -> None:
-            for layer in self.layers:
-                attend(layer)
+    def contenders(self, queries: int) -> tuple[list[_Cached], list[Callable[[], None]]]:
+        """Kvist's caches; and attention of `queries` queries over all layers, in each and in the fastest of PyTorch's
+        forms, which stands last, after comparing their results.
+        """
+        q = torch.randn(queries, self.shape.heads, self.shape.head_dim).to(self.full.dtype)
+        caches = [self.cached(layout, queries) for layout in self.layouts]
+        forms = self.torch_forms(q)
+        expected = forms[0](self.dense[0]).float()
+        for cached in caches:
+            self._compare(cached, q, expected)
 
-        return work
+        def over_views(views: Sequence[LayerView]) -> Callable[[], None]:
+            return lambda: [view.attend(q, self.scale) for view in views] and None
 
-    def pair(self, count: int) -> tuple[Callable[[], None], Callable[[], None]]:
-        """Kvist's attention of `count` queries over all layers, and the fastest of PyTorch's, after comparing them."""
-        q = self.queries(count)
-        kvist, forms = self.kvist(q), self.torch_forms(q)
-        expected = forms[0](self.layers[0]).float()
-        error = float((kvist(self.layers[0]).float() - expected).abs().max())
-        if not error < 0.02 * float(expected.abs().max()):
-            raise NumericsError(f"attention differs from PyTorch's by {error:.2g} ({self.shape.name}, {self.kv})")
-        trials = interleave([self.over_all(form) for form in forms], 2)
+        def over_dense(form: Callable[[_Dense], Tensor]) -> Callable[[], None]:
+            return lambda: [form(layer) for layer in self.dense] and None
+
+        trials = interleave([over_dense(form) for form in forms], 2)
         best = min(range(len(forms)), key=lambda i: min(trials[i].values))
-        return self.over_all(kvist), self.over_all(forms[best])
+        return caches, [*(over_views(cached.views) for cached in caches), over_dense(forms[best])]
 
-    def row(self, what: str, engine: str, samples: Samples, unit: str) -> Row:
+    def _compare(self, cached: _Cached, q: Tensor, expected: Tensor) -> None:
+        error = float((cached.views[0].attend(q, self.scale).float() - expected).norm() / expected.norm())
+        tolerance = _CODED_TOLERANCE if cached.cache.store.layout.open_bytes else _DENSE_TOLERANCE
+        if not error < tolerance:
+            raise NumericsError(f"attention differs from PyTorch's by {error:.2g} ({self.shape.name}, {cached.kv})")
+
+    def row(self, what: str, engine: str, kv: str, samples: Samples, unit: str) -> Row:
         """Weights take no part in attention."""
-        return Row(
-            what, engine, self.shape.name, "none", self.kv, self.context, 1, samples.median, unit, samples.spread
-        )
+        return Row(what, engine, self.shape.name, "none", kv, self.context, 1, samples.median, unit, samples.spread)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """[T, H, D] → [1, H, T, D] of its own, in huge pages."""
+    dense = in_huge_pages([1, x.shape[1], len(x), x.shape[2]], x.dtype)
+    dense[0].copy_(x.transpose(0, 1))
+    return dense
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -137,31 +172,47 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 def _decode(report: Report, layers: _Layers, memory: Memory, rounds: int) -> Samples:
     """One new token. Returns the read bandwidth of the same rounds, in GB/s."""
     what = f"attention decode {layers.shape.name} {layers.context}"
-    kvist, torch_best = layers.pair(1)
-    times = interleave([kvist, torch_best, memory.read], rounds)
-    read = times[2].map(memory.gb_s)
-    moved = layers.layer_bytes * len(layers.layers) / 1e9
-    for engine, seconds in (("kvist", times[0]), ("torch sdpa", times[1])):
-        rate = seconds.map(lambda s: moved / s)
-        report.rows.append(layers.row(what, engine, seconds.map(lambda s: s / len(layers.layers) * 1e6), "us a layer"))
-        report.rows.append(layers.row(what, engine, rate, "GB/s"))
-        report.rows.append(layers.row(what, engine, rate.over(read), "of read bandwidth"))
-    report.ratios.append(_ratio(what, layers.kv, times[0], times[1]))
+    caches, works = layers.contenders(1)
+    *times, torch_time, memory_time = interleave([*works, memory.read], rounds)
+    read = memory_time.map(memory.gb_s)
+    dense_bytes = sum(x.nbytes for layer in layers.dense for x in layer)
+    measured = [("kvist", cached.kv, cached.read_bytes(), time) for cached, time in zip(caches, times, strict=True)]
+    for engine, kv, nbytes, seconds in (*measured, ("torch sdpa", layers.full.name, dense_bytes, torch_time)):
+        rate = seconds.map(lambda s, nbytes=nbytes: nbytes / s / 1e9)
+        per_layer = seconds.map(lambda s: s / layers.count * 1e6)
+        report.rows.append(layers.row(what, engine, kv, per_layer, "us a layer"))
+        report.rows.append(layers.row(what, engine, kv, rate, "GB/s"))
+        report.rows.append(layers.row(what, engine, kv, rate.over(read), "of read bandwidth"))
+    report.ratios.extend(_ratios(what, layers, caches, times, torch_time))
     return read
 
 
 def _prefill(report: Report, layers: _Layers, rounds: int) -> None:
     """The last 512 tokens of a prompt."""
     what = f"attention prefill of {PREFILL_QUERIES} {layers.shape.name} {layers.context}"
-    times = interleave(layers.pair(PREFILL_QUERIES), rounds)
+    caches, works = layers.contenders(PREFILL_QUERIES)
+    *times, torch_time = interleave(works, rounds)
     # Two products of two operations for each key that a query sees.
     seen = PREFILL_QUERIES * (layers.context - PREFILL_QUERIES) + PREFILL_QUERIES * (PREFILL_QUERIES + 1) // 2
-    operations = 4 * layers.shape.heads * layers.shape.head_dim * seen * len(layers.layers)
-    for engine, seconds in (("kvist", times[0]), ("torch sdpa", times[1])):
-        report.rows.append(layers.row(what, engine, seconds.map(lambda s: s * 1e3), "ms a layer"))
-        report.rows.append(layers.row(what, engine, seconds.map(lambda s: operations / s / 1e9), "GFLOP/s"))
-    report.ratios.append(_ratio(what, layers.kv, times[0], times[1]))
+    operations = 4 * layers.shape.heads * layers.shape.head_dim * seen * layers.count
+    measured = [("kvist", cached.kv, time) for cached, time in zip(caches, times, strict=True)]
+    for engine, kv, seconds in (*measured, ("torch sdpa", layers.full.name, torch_time)):
+        report.rows.append(layers.row(what, engine, kv, seconds.map(lambda s: s * 1e3 / layers.count), "ms a layer"))
+        report.rows.append(layers.row(what, engine, kv, seconds.map(lambda s: operations / s / 1e9), "GFLOP/s"))
+    report.ratios.extend(_ratios(what, layers, caches, times, torch_time))
 
 
-def _ratio(what: str, kv: str, kvist: Samples, other: Samples) -> Ratio:
-    return Ratio(what, f"kvist {kv}", f"torch {kv}", other.over(kvist).median)
+def _ratios(
+    what: str, layers: _Layers, caches: Sequence[_Cached], times: Sequence[Samples], torch_time: Samples
+) -> list[Ratio]:
+    """Each cache against PyTorch, and each other one against the first that is dense."""
+    full = layers.full.name
+    ratios = [
+        Ratio(what, f"kvist {cached.kv}", f"torch {full}", torch_time.over(time).median)
+        for cached, time in zip(caches, times, strict=True)
+    ]
+    dense = next((time for cached, time in zip(caches, times, strict=True) if cached.kv == full), None)
+    for cached, time in zip(caches, times, strict=True):
+        if dense is not None and cached.kv != full:
+            ratios.append(Ratio(what, f"kvist {cached.kv}", f"kvist {full}", dense.over(time).median))
+    return ratios

@@ -112,7 +112,7 @@ class _CacheBench:
 
     def _add(self, what: str, engine: str, context: int, values: Sequence[float], unit: str) -> None:
         samples = Samples(tuple(values))
-        weights, kv = str(next(self._loaded.model.parameters()).dtype), self._loaded.layout.codec.name
+        weights, kv = str(next(self._loaded.model.parameters()).dtype), self._loaded.layout.kv
         row = Row(
             what,
             engine,
@@ -128,7 +128,7 @@ class _CacheBench:
         self._report.rows.append(row)
 
     def _compare(self, what: str, a: str, b: str, value: float) -> None:
-        kv = self._loaded.layout.codec.name
+        kv = self._loaded.layout.kv
         self._report.ratios.append(Ratio(what, f"kvist {a} {kv}", f"kvist {b} {kv}", value))
 
     def _feed(self, lease: Lease, tokens: int) -> None:

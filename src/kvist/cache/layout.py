@@ -1,29 +1,75 @@
-"""Specs + codec + block size, resolved to bytes. Plan, pool, store and report all read this one description."""
+"""Specs + codecs + block size, resolved to bytes. Plan, pool, store and report all read this one description."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import numpy as np
+from torch import Tensor
 
 from kvist.base.errors import ConfigError
-from kvist.cache.codecs import Codec, Plane
-from kvist.cache.spec import LayerSpec, Retention, check_sources
+from kvist.cache.calibration import Calibration
+from kvist.cache.choice import KvChoice
+from kvist.cache.codecs import FP32, Codec, DenseCodec, Plane
+from kvist.cache.spec import LayerSpec, Retention, Role, Stream, check_sources
+from kvist.ops.coding import Frame
 
 # Part of the fingerprint: raised whenever the same description comes to mean other bytes.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BLOCK_SIZE = 64  # tokens; a multiple of 16 (vector lanes) that divides 512 (the attention's split)
+# The open blocks that a sequence may hold at once: the one it is filling, and the one that a step goes on to.
+OPEN_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class StreamLayout:
+    """One stream of one layer: its codec, where that puts its vectors, and the planes of one block."""
+
+    stream: Stream
+    codec: Codec
+    frame: Frame
+    planes: tuple[Plane, ...]
+    open: Plane  # of one block in full precision
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the operators read its planes. Otherwise its codec decodes them."""
+        return self.codec.in_place or self.codec.coding(self.stream) is not None
+
+    @cached_property
+    def operands(self) -> tuple[list[int], list[Tensor]]:
+        """Coding and frame as the operators take them; empty lists for a dense plane."""
+        coding = self.codec.coding(self.stream)
+        return ([], []) if coding is None else (coding.flat(), self.frame.tensors(coding))
 
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """One layer's spec and the planes of one of its blocks, stream by stream. No planes where a source is read."""
+    """One layer's spec and its streams. None where a source is read."""
 
     spec: LayerSpec
-    planes: tuple[Plane, ...]
+    streams: tuple[StreamLayout, ...]
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """The planes of one block, stream by stream."""
+        return tuple(plane for stream in self.streams for plane in stream.planes)
 
     @property
     def block_bytes(self) -> int:
         return sum(plane.nbytes for plane in self.planes)
+
+    @property
+    def opens(self) -> bool:
+        """Whether blocks stay open, in full precision, until they are full: some stream is not coded in place."""
+        return any(not stream.codec.in_place for stream in self.streams)
+
+    @property
+    def open_bytes(self) -> int:
+        """Bytes of one open block."""
+        return sum(stream.open.nbytes for stream in self.streams) if self.opens else 0
 
 
 @dataclass(frozen=True)
@@ -37,11 +83,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """The whole cache of one model under one codec. Built by `plan_layout`."""
+    """The whole cache of one model under one choice of codecs, `kv` as people write it. Built by `plan_layout`."""
 
     layers: tuple[LayerLayout, ...]
     groups: tuple[Group, ...]
-    codec: Codec
+    kv: str
+    full: DenseCodec  # what an open block is kept in
     block_size: int
 
     @property
@@ -50,13 +97,32 @@ class Layout:
         return sum(group.block_bytes for group in self.groups)
 
     @property
+    def open_bytes(self) -> int:
+        """Bytes of one open block in every layer that has them; 0 where every codec writes in place."""
+        return sum(layer.open_bytes for layer in self.layers)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether some codec wants to know the model's own keys and values."""
+        codecs = [stream.codec for layer in self.layers for stream in layer.streams]
+        return any(codec.centred or codec.ordered for codec in codecs)
+
+    @property
     def bytes_per_token(self) -> float:
         """Bytes that one more token costs where every group keeps it."""
         return self.block_bytes / self.block_size
 
+    @property
+    def bits_per_value(self) -> float:
+        """Stored bits per number, scales included."""
+        numbers = sum(stream.heads * stream.dim for layer in self.layers for stream in layer.spec.streams)
+        return self.bytes_per_token * 8 / numbers
+
     def bytes_for(self, tokens: int) -> int:
-        """Bytes of the blocks that a sequence of `tokens` tokens holds, group by group, whole blocks."""
-        return sum(group.retention.blocks(tokens, self.block_size) * group.block_bytes for group in self.groups)
+        """Bytes of the blocks that a sequence of `tokens` tokens holds, group by group, whole blocks, and of the open
+        blocks it may need."""
+        kept = sum(group.retention.blocks(tokens, self.block_size) * group.block_bytes for group in self.groups)
+        return kept + OPEN_BLOCKS * self.open_bytes
 
     @property
     def fingerprint(self) -> str:
@@ -64,10 +130,12 @@ class Layout:
         facts = {
             "format": FORMAT_VERSION,
             "block_size": self.block_size,
-            "codec": self.codec.name,
+            "full": self.full.name if self.open_bytes else None,
             "layers": [
                 {
                     "spec": asdict(layer.spec) | {"retention": repr(layer.spec.retention)},
+                    "codecs": [stream.codec.name for stream in layer.streams],
+                    "frames": [_digest(stream.frame) for stream in layer.streams],
                     "planes": [[plane.name, list(plane.shape), str(plane.dtype)] for plane in layer.planes],
                 }
                 for layer in self.layers
@@ -76,19 +144,64 @@ class Layout:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def plan_layout(specs: Sequence[LayerSpec], codec: Codec, block_size: int = BLOCK_SIZE) -> Layout:
-    """Resolve a model's layer specs. Raises `ConfigError` when the codec or the block size does not fit them."""
+def plan_layout(
+    specs: Sequence[LayerSpec],
+    kv: Codec | KvChoice,
+    block_size: int = BLOCK_SIZE,
+    *,
+    full: DenseCodec = FP32,
+    calibration: Calibration | None = None,
+) -> Layout:
+    """Resolve a model's layer specs. `kv`: one codec for everything, or a choice. `full`: the type of open blocks.
+
+    Without a calibration keys are not centred and channels stay in their own order. Raises `ConfigError` when a codec
+    or the block size does not fit the specs.
+    """
     if block_size < 16 or 512 % block_size:
         raise ConfigError(f"a block holds 16, 32, 64, 128, 256 or 512 tokens, not {block_size}")
     if not specs:
         raise ConfigError("a cache needs at least one layer")
     check_sources(specs)
-    layers = tuple(
-        LayerLayout(spec, tuple(plane for stream in spec.streams for plane in codec.planes(stream, block_size)))
-        for spec in specs
-    )
+    choice = kv if isinstance(kv, KvChoice) else KvChoice.of(kv)
+    choice.check(specs)
+    if calibration is not None and len(calibration.streams) != len(specs):
+        raise ConfigError(
+            f"the calibration is of another model: it has {len(calibration.streams)} layers where this model has "
+            f"{len(specs)}; run kvist calibrate again"
+        )
+    layers = []
+    for index, spec in enumerate(specs):
+        streams = []
+        for stream in spec.streams:
+            codec = choice.codec(index, stream.name)
+            frame = _frame(codec, index, stream, calibration)
+            planes = codec.planes(stream, block_size)
+            streams.append(StreamLayout(stream, codec, frame, planes, *full.planes(stream, block_size)))
+        layers.append(LayerLayout(spec, tuple(streams)))
     groups = []
     for retention in dict.fromkeys(spec.retention for spec in specs):
         members = tuple(index for index, spec in enumerate(specs) if spec.retention == retention)
         groups.append(Group(retention, members, sum(layers[index].block_bytes for index in members)))
-    return Layout(layers, tuple(groups), codec, block_size)
+    return Layout(tuple(layers), tuple(groups), choice.name, full, block_size)
+
+
+def _frame(codec: Codec, layer: int, stream: Stream, calibration: Calibration | None) -> Frame:
+    """Where `codec` wants this stream's vectors."""
+    frame = Frame.plain(stream.heads, stream.dim)
+    if calibration is None or not (codec.centred or codec.ordered):
+        return frame
+    found = calibration.streams[layer][stream.name]
+    if found.mean.shape != frame.mean.shape:
+        raise ConfigError(
+            f"the calibration is of another model: layer {layer} has {list(found.mean.shape)} numbers for stream "
+            f"{stream.name!r} where this model has {list(frame.mean.shape)}; run kvist calibrate again"
+        )
+    centred = codec.centred and stream.role is Role.KEYS
+    return Frame(found.mean if centred else frame.mean, found.order() if codec.ordered else frame.order, frame.signs)
+
+
+def _digest(frame: Frame) -> str:
+    digest = hashlib.sha256()
+    for tensor in (frame.mean, frame.order, frame.signs):
+        digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+    return digest.hexdigest()

@@ -1,31 +1,60 @@
 """The only tensors that hold KV."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kvist.base.errors import KvistError
 from kvist.base.units import format_bytes
+from kvist.cache.codecs import Plane
 from kvist.cache.layout import Layout
 from kvist.cache.manager import Copy
 
 _CACHE_LINE = 64  # bytes
 
 
+@dataclass(frozen=True)
+class OpenPlanes:
+    """The open blocks of all layers of one shape, in full precision, in one pair of planes.
+
+    First `passing` blocks that every layer uses in its turn, for blocks that a step fills whole; then `kept` blocks of
+    each layer, by the ids of the pool of open blocks.
+    """
+
+    keys: Tensor
+    values: Tensor
+    layers: tuple[int, ...]
+    passing: int
+    kept: int
+
+    def for_layers(self, ids: Tensor, size: int) -> Tensor:
+        """Ids of blocks, or of slots in blocks of `size` tokens, as they lie for each layer: [layers, *ids.shape].
+
+        Numbers below `passing` blocks name passing blocks, those from there on the kept ones of the layer.
+        """
+        kept = (ids >= self.passing * size).to(ids.dtype)
+        layer = torch.arange(len(self.layers), dtype=ids.dtype).view(-1, *[1] * ids.dim())
+        return ids + layer * (kept * (self.kept * size))
+
+
 class Store:
     """Planes for `blocks` blocks of a layout: one tensor per layer and plane, `[blocks, *plane.shape]`.
 
-    Memory comes zeroed from the operating system page by page as blocks are first written, so a large pool costs
-    what is used of it. Raises `KvistError` when even the promise cannot be had.
+    Where layers have open blocks, also `kept` of them for each and `passing` for all. Memory comes zeroed from the
+    operating system page by page as blocks are first written, so a large pool costs what is used of it. Raises
+    `KvistError` when even the promise cannot be had.
     """
 
-    def __init__(self, layout: Layout, blocks: int) -> None:
+    def __init__(self, layout: Layout, blocks: int, kept: int = 0, passing: int = 0) -> None:
         self.layout = layout
         self.blocks = blocks
         try:
             self._layers = [tuple(_zeros((blocks, *p.shape), p.dtype) for p in layer.planes) for layer in layout.layers]
+            self.open_planes = _open_planes(layout, kept, passing)
         except MemoryError:
             raise KvistError(
                 f"the KV of {blocks * layout.block_size:,} tokens takes {format_bytes(blocks * layout.block_bytes)}, "
@@ -35,25 +64,51 @@ class Store:
     @property
     def nbytes(self) -> int:
         """Bytes of all planes, read from the tensors themselves."""
-        return sum(plane.nbytes for planes in self._layers for plane in planes)
+        own = sum(plane.nbytes for planes in self._layers for plane in planes)
+        return own + sum(open.keys.nbytes + open.values.nbytes for open in self.open_planes)
 
-    def planes(self, layer: int) -> tuple[torch.Tensor, ...]:
+    def planes(self, layer: int) -> tuple[Tensor, ...]:
         """The planes that `layer` reads: its own, or those of its source."""
+        return self._layers[self.owner(layer)]
+
+    def owner(self, layer: int) -> int:
+        """The layer whose planes `layer` reads: itself, or its source."""
         source = self.layout.layers[layer].spec.source
-        return self._layers[layer if source is None else source]
+        return layer if source is None else source
 
     def copy(self, copies: Sequence[Copy]) -> None:
-        """Carry out what a reservation asked for: whole blocks, every plane."""
-        if not copies:
-            return
-        sources = torch.tensor([copy.source for copy in copies])
-        targets = torch.tensor([copy.target for copy in copies])
-        for planes in self._layers:
-            for plane in planes:
-                plane[targets] = plane[sources]
+        """Carry out what a reservation asked for: whole blocks, every plane that is written before it is full."""
+        own = _ids(copy for copy in copies if not copy.open)
+        for layer, planes in zip(self.layout.layers, self._layers, strict=True):
+            for plane in () if layer.opens or not own.numel() else planes:
+                plane[own[1]] = plane[own[0]]
+        opened = _ids(copy for copy in copies if copy.open)
+        for open in self.open_planes if opened.numel() else ():
+            sources, targets = open.for_layers(open.passing + opened, 1).transpose(0, 1).flatten(1)
+            open.keys[targets] = open.keys[sources]
+            open.values[targets] = open.values[sources]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _ids(copies: Iterable[Copy]) -> Tensor:
+    """Sources and targets [2, n] int64."""
+    return torch.tensor([(copy.source, copy.target) for copy in copies], dtype=torch.int64).view(-1, 2).T
+
+
+def _open_planes(layout: Layout, kept: int, passing: int) -> list[OpenPlanes]:
+    """One pair of planes for each shape of heads that a layer with open blocks has."""
+    shapes: dict[tuple[Plane, ...], list[int]] = {}
+    for index, layer in enumerate(layout.layers):
+        if layer.opens:
+            shapes.setdefault(tuple(stream.open for stream in layer.streams), []).append(index)
+    planes = []
+    for streams, layers in shapes.items():
+        count = passing + kept * len(layers)
+        keys, values = (_zeros((count, *plane.shape), plane.dtype) for plane in streams)
+        planes.append(OpenPlanes(keys, values, tuple(layers), passing, kept))
+    return planes
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     # numpy's zeros are calloc's: untouched pages cost nothing, and large arrays ask for huge pages. They begin
     # wherever malloc's header ends, so a plane begins at the first cache line, or each vector would span two.
     count = math.prod(shape) * dtype.itemsize

@@ -1,25 +1,45 @@
 """All that a model sees of the cache: write this step's vectors, attend over everything before and including them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
+from torch import Tensor
 
-from kvist.cache.store import Store
+from kvist.cache.decoded import Sequences, attend_decoded, seal_decoded
+from kvist.cache.layout import LayerLayout
+from kvist.cache.spec import Role
+from kvist.cache.store import OpenPlanes, Store
 from kvist.ops.backend import Backend
 
 
 class LayerView(Protocol):
     """One layer's cache during one step of `T` rows, padding rows included."""
 
-    def write(self, k: torch.Tensor, v: torch.Tensor) -> None:
+    def write(self, k: Tensor, v: Tensor) -> None:
         """Store `k`, `v`: `[T, kv_heads, head_dim]`, one row per token of the step."""
         ...
 
-    def attend(self, q: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(self, q: Tensor, scale: float) -> Tensor:
         """Softmax attention of `q` `[T, heads, head_dim]` over the tokens up to each row's own. Same shape out."""
         ...
+
+
+@dataclass(frozen=True)
+class OpenStep:
+    """The blocks that one step writes, in full precision; ids as `OpenPlanes` counts them. Made by the batch.
+
+    `slots` `[T]` int64: block * block_size + offset of each row, -1 for padding. `tables` `[N, 1]` int32: each block.
+    `starts` `[N + 1]` int32: its first row. `lengths` `[N]` int32: its tokens once this step is written.
+    `sources` `[M]` int64: those that are then full; `targets` `[M]` int64: the blocks of the pool they are coded into.
+    """
+
+    slots: Tensor
+    tables: Tensor
+    starts: Tensor
+    lengths: Tensor
+    sources: Tensor
+    targets: Tensor
 
 
 @dataclass(frozen=True)
@@ -28,36 +48,97 @@ class Step:
 
     `slots` `[T]` int64: block * block_size + offset of each row, -1 for padding.
     `tables` `[S, blocks]` int32: each sequence's block ids. `starts` `[S + 1]` int32: its first row.
-    `lengths` `[S]` int32: its tokens in the cache once this step is written.
+    `lengths` `[S]` int32: its tokens in the cache once this step is written. `open`: where codecs are lossy.
     """
 
-    slots: torch.Tensor
-    tables: torch.Tensor
-    starts: torch.Tensor
-    lengths: torch.Tensor
+    slots: Tensor
+    tables: Tensor
+    starts: Tensor
+    lengths: Tensor
+    open: OpenStep | None = None
 
 
 @dataclass(frozen=True)
 class PagedView:
-    """A layer's view of the store: `keys` and `values` are its planes."""
+    """A layer's view of the store, where codecs write in place: `keys` and `values` are its planes."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: Tensor
+    values: Tensor
     step: Step
     backend: Backend
 
-    def write(self, k: torch.Tensor, v: torch.Tensor) -> None:
+    def write(self, k: Tensor, v: Tensor) -> None:
         self.backend.write(self.keys, self.values, k, v, self.step.slots)
 
-    def attend(self, q: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(self, q: Tensor, scale: float) -> Tensor:
         step = self.step
         return self.backend.attend(q, self.keys, self.values, step.tables, step.starts, step.lengths, scale)
 
 
+@dataclass(frozen=True)
+class OpenView:
+    """A layer's view of the store, where blocks stay open until they are full.
+
+    `keys`, `values`: its coded planes. `planes`: its open blocks; `open`: where this step's rows lie in them.
+    """
+
+    layout: LayerLayout
+    keys: list[Tensor]
+    values: list[Tensor]
+    planes: OpenPlanes
+    step: Step
+    open: OpenStep
+    block_size: int
+    backend: Backend
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        open = self.open
+        self.backend.write(self.planes.keys, self.planes.values, k, v, open.slots)
+        if not len(open.sources):
+            return
+        keys, values = self.layout.streams
+        for stream, plane, coded in ((keys, self.planes.keys, self.keys), (values, self.planes.values, self.values)):
+            if stream.has_kernel:
+                is_keys = stream.stream.role is Role.KEYS
+                self.backend.seal(plane, coded, *stream.operands, is_keys, open.sources, open.targets)
+            else:
+                seal_decoded(plane, coded, stream, open.sources, open.targets)
+
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        step, open, planes = self.step, self.open, self.planes
+        own = self.backend.attend_own(q, planes.keys, planes.values, open.tables, open.starts, open.lengths, scale)
+        keys, values = self.layout.streams
+        if keys.has_kernel and values.has_kernel:
+            coded = (self.keys, *keys.operands, self.values, *values.operands)
+            where = (step.tables, step.starts, step.lengths, self.block_size)
+            return self.backend.attend_coded(q, *own, *coded, *where, scale)
+        sequences = Sequences(step.tables, step.starts, step.lengths, self.block_size)
+        return attend_decoded(q, *own, (keys, self.keys), (values, self.values), sequences, scale)
+
+
 def paged_views(store: Store, step: Step, backend: Backend) -> Sequence[LayerView]:
     """One view per layer of the model, in order."""
-    views = []
-    for layer in range(len(store.layout.layers)):
-        keys, values = store.planes(layer)
-        views.append(PagedView(keys, values, step, backend))
+    layout, views = store.layout, list[LayerView]()
+    opened = {} if step.open is None else _by_layer(store, step.open)
+    for index in range(len(layout.layers)):
+        layer = layout.layers[store.owner(index)]
+        planes = store.planes(index)
+        if not layer.opens:
+            views.append(PagedView(planes[0], planes[1], step, backend))
+            continue
+        count = len(layer.streams[0].planes)
+        keys, values = list(planes[:count]), list(planes[count:])
+        open, where = opened[store.owner(index)]
+        views.append(OpenView(layer, keys, values, open, step, where, layout.block_size, backend))
     return views
+
+
+def _by_layer(store: Store, step: OpenStep) -> dict[int, tuple[OpenPlanes, OpenStep]]:
+    """The open blocks of a step as they lie for each layer, worked out for all layers at once."""
+    found, size = {}, store.layout.block_size
+    for planes in store.open_planes:
+        slots, tables = planes.for_layers(step.slots, size), planes.for_layers(step.tables, 1)
+        sources = planes.for_layers(step.sources, 1)
+        for index, layer in enumerate(planes.layers):
+            found[layer] = (planes, replace(step, slots=slots[index], tables=tables[index], sources=sources[index]))
+    return found

@@ -3,7 +3,7 @@
 import typer
 
 from kvist import __version__
-from kvist.cli import bench, convert, run, trace, train, verify
+from kvist.cli import bench, calibrate, convert, eval_codecs, evals, fidelity, run, trace, train, verify
 
 app = typer.Typer(
     name="kvist",
@@ -29,7 +29,11 @@ def _kvist(
 
 app.command("run")(run.run)
 app.command("verify")(verify.verify)
+app.command("fidelity")(fidelity.fidelity)
+app.command("calibrate")(calibrate.calibrate)
 app.command("trace")(trace.trace)
 app.command("train")(train.train)
 app.command("convert")(convert.convert)
 app.add_typer(bench.app, name="bench")
+evals.app.command("codecs")(eval_codecs.codecs)
+app.add_typer(evals.app, name="eval")

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvist.base.errors import KvistError
-from kvist.cli.options import Json, Model, note, print_json
+from kvist.cli.options import Json, Model, note, numbers, print_json
 
 if TYPE_CHECKING:
     from kvist.bench.report import Report
@@ -16,26 +15,61 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure, beside others, in one run on one machine.", no_args_is_help=True)
 
 ATTENTION_SHAPES = "smollm2-135m,qwen2.5-0.5b,llama-3.2-1b,llama-3.1-8b"
+DECODE_SHAPES = "smollm2-135m,llama-3.2-1b"
 CACHE_SHAPES = "nanogpt-0.2m,smollm2-135m"
 
 Shapes = Annotated[str, typer.Option("--shape", metavar="NAME,...", help="Standard shapes.")]
 Contexts = Annotated[str, typer.Option("--context", metavar="N,...", help="Tokens in the cache.")]
 
+Kvs = Annotated[
+    list[str] | None,
+    typer.Option("--kv", metavar="CODECS", help="May be given several times; by default bf16, turbo4."),
+]
+KVS = ("bf16", "turbo4")
+
 
 @app.command()
 def attention(
     shape: Shapes = ATTENTION_SHAPES,
-    context: Contexts = "16384",
-    kv: Annotated[str, typer.Option("--kv", metavar="fp32|bf16|fp16", help="The type of keys and values.")] = "bf16",
+    context: Contexts = "32768",
+    kv: Kvs = None,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved measurements of each.")] = 11,
     as_json: Json = False,
 ) -> None:
-    """Decode and prefill attention over pages beside PyTorch's, and the memory's read bandwidth."""
+    """Decode and prefill attention over each KV codec beside PyTorch's, and the memory's read bandwidth."""
     import os
 
     from kvist.bench.attention import run
 
-    report = run(shape.split(","), _numbers(context), kv, rounds, os.environ.get("KVIST_OPS") or None)
+    report = run(
+        shape.split(","),
+        numbers(context, "--context", "1024,4096"),
+        kv or KVS,
+        rounds,
+        os.environ.get("KVIST_OPS") or None,
+    )
+    _print(report, as_json)
+
+
+@app.command()
+def decode(
+    shape: Shapes = DECODE_SHAPES,
+    context: Contexts = "4096,32768",
+    kv: Kvs = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved measurements of each.")] = 7,
+    dtype: Annotated[str, typer.Option(metavar="fp32|bf16|fp16", help="Of the random weights.")] = "bf16",
+    as_json: Json = False,
+) -> None:
+    """Whole decode steps and prefills at growing depths over each KV codec, random weights in standard shapes."""
+    from rich.console import Console
+
+    from kvist.bench import decode as bench
+    from kvist.bench.models import random_model
+
+    models = [(name, random_model(name, dtype)) for name in shape.split(",")]
+    with Console(stderr=True).status("measuring", spinner="line") as status:
+        observe = lambda what: status.update(f"measuring {what}")  # noqa: E731
+        report = bench.run(models, numbers(context, "--context", "1024,4096"), kv or KVS, rounds, observe)
     _print(report, as_json)
 
 
@@ -61,13 +95,35 @@ def cache(
             (name, random_model(name, "fp32" if name.startswith("nanogpt") else "bf16")) for name in shape.split(",")
         ]
     with Console(stderr=True).status("measuring", spinner="line") as status:
-        report = bench.run(models, _numbers(context), observe=lambda what: status.update(f"measuring {what}"))
+        report = bench.run(
+            models, numbers(context, "--context", "1024,4096"), observe=lambda what: status.update(f"measuring {what}")
+        )
     _print(report, as_json)
     if importlib.util.find_spec("matplotlib") is None:
         note("no picture: matplotlib is missing; pip install 'kvist[plots]' brings it")
         return
     bench.plot(report, plot)
     note(f"picture: {plot}")
+
+
+@app.command()
+def vectors(
+    data: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Sets of vectors; by default all that there are.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Vector search over 4 and 2 bits a number: recall, time to index and to search, beside faiss at equal bytes."""
+    from rich.console import Console
+
+    from kvist.bench import vectors as bench
+
+    if not bench.has_faiss():
+        note("nothing to compare with: faiss is missing; pip install 'kvist[bench]' brings it")
+    names = list(bench.DATA) if data is None else data.split(",")
+    with Console(stderr=True).status("measuring", spinner="line") as status:
+        report = bench.run(names, observe=lambda what: status.update(f"measuring {what}"))
+    _print(report, as_json)
 
 
 def _print(report: "Report", as_json: bool) -> None:
@@ -77,13 +133,3 @@ def _print(report: "Report", as_json: bool) -> None:
         print_json(report.to_json())
     else:
         report.print(Console(width=None if sys.stdout.isatty() else 140))
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise KvistError(f"--context takes numbers of tokens, as in 1024,4096; got {text!r}")
-    return numbers

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from kvist.base.errors import KvistError
+
 Model = Annotated[
     str | None,
     typer.Argument(metavar="[MODEL]", help="A directory or a hub id; the bundled model when left out."),
@@ -33,6 +35,17 @@ def print_json(value: Any) -> None:
 def note(text: str) -> None:
     """A quiet line beside the output: dimmed on a terminal, plain otherwise, always on stderr."""
     print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr)
+
+
+def numbers(text: str, option: str, example: str) -> list[int]:
+    """Positive numbers between commas. Raises `KvistError` that names the option."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise KvistError(f"{option} takes numbers of tokens, as in {example}; got {text!r}")
+    return found
 
 
 @dataclass

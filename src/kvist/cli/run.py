@@ -131,6 +131,7 @@ def _as_json(loaded: "Loaded", result: "Result", sampling: "Sampling") -> dict[s
             "codec": result.kv_codec,
             "blocks": result.kv_blocks,
             "bytes": result.kv_bytes,
+            "allocated_bytes": result.kv_allocated_bytes,
             "bytes_per_token": result.kv_bytes_per_token,
         },
     }

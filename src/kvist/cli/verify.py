@@ -27,7 +27,7 @@ def verify(
 
     loaded = open_model(model, dtype=dtype, kv=kv)
     verifier = Verifier(loaded, tokens, steps, trials, seed)
-    title = f"{loaded.name} · operators {loaded.backend.name} · KV {loaded.layout.codec.name}"
+    title = f"{loaded.name} · operators {loaded.backend.name} · KV {loaded.layout.kv}"
     table = Table("check", "result", "compared", "evidence", title=title, title_justify="left")
     checks = []
     with Console(stderr=True).status("verifying", spinner="line") as status:

@@ -3,6 +3,8 @@
 For training, and as the oracle that `verify` holds the paged run against.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,15 +28,51 @@ class PlainView:
 
     def __init__(self, sequences: int = 1) -> None:
         self._sequences = sequences
-        self._k = self._v = torch.empty(0)
+        self.k = self.v = torch.empty(0)
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """`k`, `v` `[sequences * T, kv_heads, head_dim]`: all that the next `attend` sees."""
-        self._k, self._v = k, v
+        self.k, self.v = k, v
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
         """Causal attention of `q` `[sequences * T, heads, head_dim]` within each sequence. Same shape out."""
-        q, k, v = (x.unflatten(0, (self._sequences, -1)).transpose(1, 2) for x in (q, self._k, self._v))
+        q, k, v = (x.unflatten(0, (self._sequences, -1)).transpose(1, 2) for x in (q, self.k, self.v))
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(0, 1)
+
+
+class CodedPlainView:
+    """One sequence under a lossy cache, written out plainly: a query sees its own block as it is, and of earlier whole
+    blocks what `keys` and `values` make of them ([B, H, D] float32 to the same).
+    """
+
+    def __init__(self, block_size: int, keys: Callable[[Tensor], Tensor], values: Callable[[Tensor], Tensor]) -> None:
+        self._block_size, self._keys, self._values = block_size, keys, values
+        self._own: list[Tensor] = []
+        self._earlier: list[Tensor] = []
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """`k`, `v` `[T, kv_heads, head_dim]`: all that the next `attend` sees."""
+        self._own = [k.float(), v.float()]
+        self._earlier = []
+        for x, codec in zip(self._own, (self._keys, self._values), strict=True):
+            whole = len(x) // self._block_size * self._block_size
+            blocks = [codec(block) for block in x[:whole].split(self._block_size) if whole]
+            self._earlier.append(torch.cat([*blocks, x[whole:]]))
+
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        """Causal attention of `q` `[T, heads, head_dim]`, block by block of queries. Same shape out."""
+        parts = []
+        for start in range(0, len(q), self._block_size):
+            rows = q[start : start + self._block_size].float()
+            k, v = (
+                torch.cat([earlier[:start], own[start : start + len(rows)]]).transpose(0, 1)[None]
+                for earlier, own in zip(self._earlier, self._own, strict=True)
+            )
+            seen = torch.ones(len(rows), start + len(rows), dtype=torch.bool).tril(start)
+            out = F.scaled_dot_product_attention(
+                rows.transpose(0, 1)[None], k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            parts.append(out[0].transpose(0, 1))
+        return torch.cat(parts).to(q.dtype)

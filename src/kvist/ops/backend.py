@@ -20,6 +20,9 @@ class Backend:
     instruction_set: str
     write: Callable[..., None]
     attend: Callable[..., torch.Tensor]
+    attend_own: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    seal: Callable[..., None]
+    attend_coded: Callable[..., torch.Tensor]
     silu_mul: Callable[..., torch.Tensor]
     gelu: Callable[..., torch.Tensor]
 
@@ -85,6 +88,9 @@ def _backend(candidate: _Candidate) -> Backend:
         operators.instruction_set.default(),
         operators.write.default,
         operators.attend.default,
+        operators.attend_own.default,
+        operators.seal.default,
+        operators.attend_coded.default,
         operators.silu_mul.default,
         operators.gelu.default,
     )
@@ -95,21 +101,27 @@ def _planes_exist(wanted: _Wanted) -> str | None:
 
 
 def _cpu(wanted: _Wanted) -> str | None:
-    return _planes_exist(wanted) or _kernels(wanted, schema.CPU, portable=False)
+    return _kernels(wanted, schema.CPU, "NATIVE")
 
 
 def _portable(wanted: _Wanted) -> str | None:
-    return _planes_exist(wanted) or _kernels(wanted, schema.PORTABLE, portable=True)
+    return _kernels(wanted, schema.PORTABLE, "PORTABLE")
 
 
-def _kernels(wanted: _Wanted, namespace: str, portable: bool) -> str | None:
+def _avx2(wanted: _Wanted) -> str | None:
+    return _kernels(wanted, schema.AVX2, "AVX2")
+
+
+def _kernels(wanted: _Wanted, namespace: str, variant: str) -> str | None:
+    if reason := _planes_exist(wanted):
+        return reason
     if torch.device(wanted.device).type != "cpu":
         return f"the C++ kernels run on the CPU, not on {wanted.device}"
     if os.name != "posix":
         return "the C++ kernels are built on Linux and macOS only"
-    from kvist.ops.build import load_kernels  # locks files in the way of these systems
+    from kvist.ops.build import Variant, load_kernels  # locks files in the way of these systems
 
-    return load_kernels(namespace, portable)
+    return load_kernels(namespace, Variant[variant])
 
 
 @cache
@@ -117,13 +129,10 @@ def _say_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+_UNASKED = "it runs only when forced: cpu is the same source, compiled for this processor"
 _CANDIDATES = (
     _Candidate("cpu", schema.CPU, _cpu),
-    _Candidate(
-        "portable",
-        schema.PORTABLE,
-        _portable,
-        unasked="it runs only when forced: cpu is the same source, compiled for this processor",
-    ),
+    _Candidate("portable", schema.PORTABLE, _portable, _UNASKED),
+    _Candidate("avx2", schema.AVX2, _avx2, _UNASKED),
     _Candidate("reference", reference.NAMESPACE, _planes_exist),
 )

@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from functools import cache
 from pathlib import Path
 
@@ -29,32 +30,41 @@ from kvist.base.files import atomic_file, cache_folder
 _SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = (
     "-O3",
-    "-march=native",
     "-ffp-contract=off",  # the order of roundings is part of the result
     "-fno-strict-aliasing",  # scores become weights, and bytes become pairs, in place
+    "-fwrapv",  # whole numbers run over where a number is not finite, which the floats beside them show
     "-fvisibility=hidden",  # two builds of one source may be loaded side by side
     "-Wno-psabi",
 )
 _USUAL_SECONDS = 25
 
 
+class Variant(Enum):
+    """What the one source is compiled for, as flags of the compiler."""
+
+    NATIVE = ("-march=native",)
+    PORTABLE = ("-march=native", "-DKVIST_PORTABLE")  # without what is made for one kind of processor
+    AVX2 = ("-march=x86-64-v3",)
+
+
 @cache
-def load_kernels(namespace: str, portable: bool) -> str | None:
+def load_kernels(namespace: str, variant: Variant) -> str | None:
     """Loads the kernels as operators in `namespace`, compiling them first where needed; says why when it cannot.
 
-    `portable` leaves out all that is made for one kind of processor. The outcome holds for the process.
+    The outcome holds for the process.
     """
+    if variant is Variant.AVX2 and not {"avx2", "fma", "bmi2"} <= set(_processor().split()):
+        return "this processor is not known to have AVX2"
     try:
-        torch.ops.load_library(_library(namespace, portable))
+        torch.ops.load_library(_library(namespace, variant))
     except (KvistError, OSError) as error:
         return str(error).splitlines()[0]
     return None
 
 
-def _library(namespace: str, portable: bool) -> Path:
-    flags = [*_FLAGS, f"-DKVIST_NAMESPACE={namespace}"]
+def _library(namespace: str, variant: Variant) -> Path:
+    flags = [*_FLAGS, *variant.value, f"-DKVIST_NAMESPACE={namespace}"]
     flags += ["-fopenmp"] if sys.platform == "linux" else []
-    flags += ["-DKVIST_PORTABLE"] if portable else []
     folder = cache_folder() / "ops" / _digest(flags)
     library = folder / f"{namespace}.so"
     if not library.exists():

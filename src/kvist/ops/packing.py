@@ -81,6 +81,17 @@ def geometry(keys: Tensor, values: Tensor) -> Geometry:
     return found
 
 
+def plane_geometry(plane: Tensor, keys: bool) -> tuple[int, int, int]:
+    """Block size, heads and head dim of one plane. Raises `ValueError` when it is none."""
+    paired = plane.dtype is torch.bfloat16
+    if plane.dtype not in DTYPES or plane.dim() != 4 + keys + paired or not plane.is_contiguous():
+        raise ValueError(f"not a contiguous plane of {'keys' if keys else 'values'}: {list(plane.shape)} {plane.dtype}")
+    pack = 2 if paired else 1
+    if keys:
+        return plane.shape[2] * LANES, plane.shape[1], plane.shape[3] * pack
+    return plane.shape[2] * pack, plane.shape[1], plane.shape[3]
+
+
 def scatter_keys(plane: Tensor, slots: Tensor, x: Tensor) -> None:
     """Stores x [T, H, D] at slots [T] int64 (block * block_size + offset), rounded to the plane's dtype."""
     view = _keys_by_token(plane)

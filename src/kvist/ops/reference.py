@@ -1,21 +1,20 @@
 """The operators in plain PyTorch: slow, obvious, and what every other implementation is tested against.
 
-A row's bits cannot depend on its neighbours because every product has one fixed shape: 16 query rows at their absolute
-position modulo 16, against one split of 512 keys, absent rows and keys being zeros. Within a split there is one
-maximum and one sum; splits are merged in order (online softmax, Milakov and Gimelshein, arXiv 1805.02867).
+`attention.py` says why a row's bits do not depend on its neighbours.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from kvist.ops import packing
-from kvist.ops.packing import SPLIT, Geometry
+from kvist.ops import coding, packing
+from kvist.ops.attention import Rows, sum_by_halves
+from kvist.ops.packing import Geometry
 from kvist.ops.schema import LIBRARIES, REFERENCE
 
 NAMESPACE = REFERENCE
-QUERY_ROWS = 16
 
 
 def write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -41,16 +40,122 @@ def attend(
     q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
     """Causal attention over paged keys and values; see `kvist.ops.schema`. Raises `ValueError` or `IndexError`."""
+    return attend_own(q, keys, values, tables, starts, lengths, scale)[0].to(q.dtype)
+
+
+def attend_own(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`attend` in float32 [T, Hq, D], and each row's lse [T, Hq]; see `kvist.ops.schema`."""
     geometry = packing.geometry(keys, values)
     _check_attend(geometry, q, tables, starts, lengths, scale)
+    out = torch.zeros(q.shape)
+    lse = torch.full(q.shape[:2], -torch.inf)
+    for sequence, rows, length in sequences(starts, lengths):
+
+        def load(start: int, count: int, table: Tensor = tables[sequence]) -> tuple[Tensor, Tensor]:
+            blocks = table[start // geometry.block_size :]
+            return packing.gather_keys(keys, blocks, count), packing.gather_values(values, blocks, count)
+
+        attention = Rows(geometry.heads, length, scale, load, rounded=geometry.dtype is torch.bfloat16)
+        out[rows], lse[rows] = attention.attend(q[rows].float())
+    return out, lse
+
+
+def seal(
+    open: Tensor,
+    planes: list[Tensor],
+    flat: list[int],
+    frame: list[Tensor],
+    keys: bool,
+    sources: Tensor,
+    targets: Tensor,
+) -> None:
+    """Codes whole blocks of one stream; see `kvist.ops.schema`. Raises `ValueError` or `IndexError`."""
+    block_size, heads, dim = _check_stream(planes, flat, frame, keys)
+    gather = packing.gather_keys if keys else packing.gather_values
+    for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+        if not 0 <= source < len(open) or not 0 <= target < len(planes[0]):
+            raise IndexError(f"block {source} of {len(open)} cannot be sealed into block {target} of {len(planes[0])}")
+        x = gather(open, torch.tensor([source]), block_size)
+        if x.shape[1:] != (heads, dim):
+            raise ValueError(f"the open plane holds {list(x.shape[1:])} a token, the coded one {[heads, dim]}")
+        if not flat:
+            scatter = packing.scatter_keys if keys else packing.scatter_values
+            scatter(planes[0], target * block_size + torch.arange(block_size), x)
+            continue
+        how, where = coding.parse(flat, frame[3]), coding.Frame(*frame[:3])
+        codes, scales = coding.encode(x, how, where)
+        planes[0][target] = coding.pack_block(codes, how, keys)
+        planes[1][target] = scales.permute(1, 2, 0)
+
+
+def attend_coded(
+    q: Tensor,
+    own: Tensor,
+    lse: Tensor,
+    key_planes: list[Tensor],
+    key_coding: list[int],
+    key_frame: list[Tensor],
+    value_planes: list[Tensor],
+    value_coding: list[int],
+    value_frame: list[Tensor],
+    tables: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    """Attention over coded blocks, merged with `own`; see `kvist.ops.schema`. Raises `ValueError` or `IndexError`."""
+    size, heads, dim = _check_stream(key_planes, key_coding, key_frame, keys=True)
+    if (block_size, heads, dim) != _check_stream(value_planes, value_coding, value_frame, keys=False):
+        raise ValueError("the key planes and the value planes hold different blocks, heads or dims")
+    geometry = Geometry(min(len(key_planes[0]), len(value_planes[0])), heads, size, dim, torch.float32)
+    _check_attend(geometry, q, tables, starts, lengths, scale)
+    if own.shape != q.shape or lse.shape != q.shape[:2] or own.dtype != torch.float32 or lse.dtype != torch.float32:
+        raise ValueError(f"own and lse are float32 {list(q.shape)} and {list(q.shape[:2])}")
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    bounds = starts.tolist()
-    for sequence, length in enumerate(lengths.tolist()):
-        first, last = bounds[sequence], bounds[sequence + 1]
-        if first < last:
-            rows = _rounded(q[first:last].float(), geometry)
-            out[first:last] = _Sequence(geometry, keys, values, tables[sequence], length, scale).attend(rows)
+    for sequence, rows, length in sequences(starts, lengths):
+
+        def load(start: int, count: int, table: Tensor = tables[sequence]) -> tuple[Tensor, Tensor]:
+            blocks = table[start // block_size :]
+            return (
+                decode_blocks(key_planes, key_coding, key_frame, True, blocks, count),
+                decode_blocks(value_planes, value_coding, value_frame, False, blocks, count),
+            )
+
+        centre = key_frame[0] if key_coding else torch.zeros(heads, dim)
+        attention = Rows(heads, length, scale, load, own_block=block_size)
+        out[rows] = merge(q[rows].float(), *attention.attend(q[rows].float()), own[rows], lse[rows], centre, scale)
     return out
+
+
+def merge(q: Tensor, out: Tensor, sum: Tensor, own: Tensor, own_sum: Tensor, centre: Tensor, scale: float) -> Tensor:
+    """Attention over two sets of keys together, from the results [n, Hq, D] and binary log sums [n, Hq] of each.
+
+    The keys behind `out` have lost their mean `centre` [H, D].
+    """
+    lost = q.unflatten(1, (len(centre), -1)) * centre[:, None]
+    sum = sum + sum_by_halves(lost).flatten(1) * (scale * math.log2(math.e))
+    top = torch.maximum(sum, own_sum)
+    # `torch.exp2` has other bits in the tail of its vector loop; `torch.exp` has not.
+    share, own_share = (torch.exp((x - top) * math.log(2))[..., None] for x in (sum, own_sum))
+    return (out * share + own * own_share) / (share + own_share)
+
+
+def decode_blocks(
+    planes: Sequence[Tensor], flat: Sequence[int], frame: Sequence[Tensor], keys: bool, blocks: Tensor, count: int
+) -> Tensor:
+    """The first `count` tokens of the blocks [n] of one stream, [count, H, D] float32; coded keys less their mean."""
+    if not flat:
+        return (packing.gather_keys if keys else packing.gather_values)(planes[0], blocks, count)
+    how = coding.parse(list(flat), frame[3])
+    size, heads = planes[1].shape[3], planes[1].shape[1]
+    ids = blocks[: -(-count // size)].long()
+    codes = coding.unpack_block(planes[0][ids].flatten(0, 1), how, keys, size)  # [B, n * H, D]
+    codes = codes.unflatten(1, (-1, heads)).transpose(0, 1).flatten(0, 1)[:count]
+    scales = planes[1][ids].permute(0, 3, 1, 2).flatten(0, 1)[:count]
+    return coding.decode(codes, scales, how, coding.Frame(frame[0], frame[1], frame[2]))
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -75,102 +180,37 @@ def gelu(x: Tensor, tanh: bool) -> Tensor:
     return (0.5 * wide * (1 + torch.erf(wide * 0.7071067811865476))).to(x.dtype)
 
 
-@dataclass(frozen=True)
-class _Partial:
-    """Attention of query rows over some of their keys: maximum and sum [H, R, 1], unnormalized output [H, R, D]."""
+def sequences(starts: Tensor, lengths: Tensor) -> Iterator[tuple[int, slice, int]]:
+    """Number, rows and length of each sequence that has rows."""
+    bounds = starts.tolist()
+    for sequence, length in enumerate(lengths.tolist()):
+        if bounds[sequence] < bounds[sequence + 1]:
+            yield sequence, slice(bounds[sequence], bounds[sequence + 1]), length
 
-    maximum: Tensor
-    total: Tensor
-    weighted: Tensor
 
-    def merge(self, later: "_Partial") -> "_Partial":
-        """Both together. Rows that see none of the later keys (maximum -inf, all else zero) keep their bits."""
-        maximum = torch.maximum(self.maximum, later.maximum)
-        mine, theirs = torch.exp(self.maximum - maximum), torch.exp(later.maximum - maximum)
-        return _Partial(
-            maximum,
-            self.total * mine + later.total * theirs,
-            self.weighted * mine + later.weighted * theirs,
+def _check_stream(
+    planes: Sequence[Tensor], flat: Sequence[int], frame: Sequence[Tensor], keys: bool
+) -> tuple[int, int, int]:
+    """Block size, heads and dim of a stream's planes. Raises `ValueError` unless all belong together."""
+    if not flat:
+        if len(planes) != 1 or frame:
+            raise ValueError("a stream that is not coded has one plane and no frame")
+        return packing.plane_geometry(planes[0], keys)
+    if len(planes) != 2 or len(frame) != 4:
+        raise ValueError(
+            f"a coded stream has two planes and four tensors of its frame, got {len(planes)}, {len(frame)}"
         )
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    """One sequence's keys and values, and its causal attention. `table` names its blocks."""
-
-    geometry: Geometry
-    keys: Tensor
-    values: Tensor
-    table: Tensor
-    length: int
-    scale: float
-
-    def attend(self, rows: Tensor) -> Tensor:
-        """Rows [n, Hq, D] float32 of the last n positions → [n, Hq, D] float32."""
-        first = self.length - rows.shape[0]
-        tiles = range(first // QUERY_ROWS, (self.length - 1) // QUERY_ROWS + 1)
-        queries = {tile: self._place(rows, tile * QUERY_ROWS - first) for tile in tiles}
-        partials: dict[int, _Partial] = {}
-        for start in range(0, self.length, SPLIT):
-            keys, values = self._load(start)
-            for tile, query in queries.items():
-                position = tile * QUERY_ROWS + torch.arange(QUERY_ROWS, device=rows.device)
-                if int(position[-1]) < start:
-                    continue
-                part = self._partial(query, keys, values, position - start)
-                partials[tile] = partials[tile].merge(part) if tile in partials else part
-        out = torch.empty_like(rows)
-        for tile, part in partials.items():
-            result = (part.weighted / part.total).unflatten(1, (-1, QUERY_ROWS)).permute(2, 0, 1, 3).flatten(1, 2)
-            low, high = self._span(rows.shape[0], tile * QUERY_ROWS - first)
-            out[low:high] = result[low - (tile * QUERY_ROWS - first) :][: high - low]
-        return out
-
-    def _span(self, count: int, offset: int) -> tuple[int, int]:
-        """The rows of a call of `count` rows that lie in the tile whose first row would be row `offset`."""
-        return max(offset, 0), min(offset + QUERY_ROWS, count)
-
-    def _place(self, rows: Tensor, offset: int) -> Tensor:
-        """The rows of one tile as [H, G * 16, D], each at its place in the tile, zeros elsewhere."""
-        low, high = self._span(rows.shape[0], offset)
-        tile = rows.new_zeros(QUERY_ROWS, *rows.shape[1:])
-        tile[low - offset : high - offset] = rows[low:high]
-        return tile.unflatten(1, (self.geometry.heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
-
-    def _load(self, start: int) -> tuple[Tensor, Tensor]:
-        """Keys [H, D, 512] and values [H, 512, D] from token `start` on, zeros beyond the sequence."""
-        blocks = self.table[start // self.geometry.block_size :]
-        count = min(SPLIT, self.length - start)
-        shape = (SPLIT, self.geometry.heads, self.geometry.head_dim)
-        keys = torch.zeros(shape, device=self.keys.device)
-        values = torch.zeros(shape, device=self.keys.device)
-        keys[:count] = packing.gather_keys(self.keys, blocks, count)
-        values[:count] = packing.gather_values(self.values, blocks, count)
-        return keys.permute(1, 2, 0).contiguous(), values.permute(1, 0, 2).contiguous()
-
-    def _partial(self, query: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> _Partial:
-        """One tile over one split. `position` [16] is each row's last visible key, counted within the split."""
-        token = torch.arange(SPLIT, device=keys.device)
-        hidden = (token > position[:, None]).repeat(query.shape[1] // QUERY_ROWS, 1)
-        scores = (torch.bmm(query, keys) * self.scale).masked_fill(hidden, -torch.inf)
-        maximum = scores.amax(-1, keepdim=True)
-        # A row that sees nothing here has only -inf; any finite maximum makes its weights exact zeros.
-        weights = torch.exp(scores - maximum.masked_fill(maximum == -torch.inf, 0))
-        known = values.masked_fill((token > position[-1])[:, None], 0)
-        return _Partial(maximum, _sum(weights), torch.bmm(_rounded(weights, self.geometry), known))
-
-
-def _sum(weights: Tensor) -> Tensor:
-    """Sum over the last axis, kept, in one fixed order: by halves."""
-    while weights.shape[-1] > 1:
-        low, high = weights.chunk(2, dim=-1)
-        weights = low + high
-    return weights
-
-
-def _rounded(x: Tensor, geometry: Geometry) -> Tensor:
-    """x as the plane's products take it: bf16 planes multiply bf16 numbers, the others float32."""
-    return x.to(torch.bfloat16).float() if geometry.dtype is torch.bfloat16 else x
+    how, (codes, scales) = coding.parse(list(flat), frame[3]), planes
+    if scales.dim() != 4 or scales.dtype is not torch.float16 or scales.shape[2] != len(how.segments):
+        raise ValueError(f"scales are [blocks, H, {len(how.segments)}, B] float16, got {list(scales.shape)}")
+    blocks, heads, _, size = scales.shape
+    if reason := coding.unsupported_coding(how.dim, size):
+        raise ValueError(reason)
+    if codes.dtype is not torch.uint8 or tuple(codes.shape) != (blocks, heads, how.code_bytes(size)):
+        raise ValueError(f"codes are {[blocks, heads, how.code_bytes(size)]} uint8, got {list(codes.shape)}")
+    if [list(x.shape) for x in frame[:3]] != [[heads, how.dim], [heads, how.dim], [how.dim]]:
+        raise ValueError(f"the frame of {heads} heads of {how.dim} has other shapes: {[list(x.shape) for x in frame]}")
+    return size, heads, how.dim
 
 
 def _check_attend(geometry: Geometry, q: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor, scale: float) -> None:
@@ -206,6 +246,9 @@ def _check_attend(geometry: Geometry, q: Tensor, tables: Tensor, starts: Tensor,
 
 LIBRARIES[REFERENCE].impl("write", write, "CompositeExplicitAutograd")
 LIBRARIES[REFERENCE].impl("attend", attend, "CompositeExplicitAutograd")
+LIBRARIES[REFERENCE].impl("attend_own", attend_own, "CompositeExplicitAutograd")
+LIBRARIES[REFERENCE].impl("seal", seal, "CompositeExplicitAutograd")
+LIBRARIES[REFERENCE].impl("attend_coded", attend_coded, "CompositeExplicitAutograd")
 LIBRARIES[REFERENCE].impl("silu_mul", silu_mul, "CompositeExplicitAutograd")
 LIBRARIES[REFERENCE].impl("gelu", gelu, "CompositeExplicitAutograd")
 LIBRARIES[REFERENCE].impl("instruction_set", lambda: "PyTorch", "CompositeExplicitAutograd")

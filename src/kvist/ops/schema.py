@@ -4,6 +4,9 @@
 |---|---|
 | `write` | stores k and v [T, H, D] in the planes at `slots` [T] int64 = block * block_size + offset; -1 is padding |
 | `attend` | causal attention of ragged batches of queries over paged keys and values |
+| `attend_own` | `attend` with a float32 result, and what is needed to merge it with other keys |
+| `seal` | codes whole blocks of one stream |
+| `attend_coded` | attention over the coded blocks before each query's own, merged with what `attend_own` gave |
 | `silu_mul` | gate_up [..., 2I] → silu(gate) * up [..., I] |
 | `gelu` | exact GELU, or its tanh form |
 
@@ -16,6 +19,23 @@ on are padding and come out as zeros. Result [T, Hq, D] in q's dtype.
 A row's bits depend on its own q, on the keys and values it sees, and on scale: never on the other rows or sequences of
 the call, on where its blocks lie or how large they are, nor on the number of threads. So decoding, prefilling and any
 cut of a prompt into chunks agree to the bit. Every implementation gives this; different ones agree only closely.
+
+Coded streams (`kvist.ops.coding` says how vectors are coded). Where a cache is lossy, a query sees its own block (of
+`block_size` tokens, at multiples of it) in full precision and every earlier block through the codec, so what it sees
+depends on its position alone. Each block that a step touches is then a sequence of its own for `attend_own`, whose
+planes are those of `attend`: it gives `own` [T, Hq, D] float32 and `lse` [T, Hq] float32, the binary logarithm of the
+sum of exp(scale * q.k) over the keys that the row sees; padding rows have zeros and -inf.
+
+`attend_coded(q, own, lse, key_planes, key_coding, key_frame, value_planes, value_coding, value_frame, tables, starts,
+lengths, block_size, scale)`: q, tables, starts, lengths as in `attend`. The query at position p sees the first
+p // block_size blocks of its sequence through their codes; the result [T, Hq, D] in q's dtype is attention over these
+and its own block together. A stream's planes are [codes, scales] with `Coding.flat` and `Frame.tensors` behind them,
+or, not coded, one plane as `attend` has it with two empty lists. Coded keys have lost their mean, so a row's scores
+lack q.mean: its own keys are weighed as if they did, too.
+
+`seal(open, planes, coding, frame, keys, sources, targets)`: codes block sources[i] of the plane `open` (as `write`
+fills it) into block targets[i] of `planes` ([N] int64 each), as keys or as values; without a coding it is copied into
+the plane, rounded to its type.
 """
 
 import torch
@@ -27,11 +47,24 @@ SCHEMAS = {
     "attend": (
         "(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor starts, Tensor lengths, float scale) -> Tensor"
     ),
+    "attend_own": (
+        "(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor starts, Tensor lengths, float scale) "
+        "-> (Tensor, Tensor)"
+    ),
+    "seal": (
+        "(Tensor open, Tensor(a!)[] planes, int[] coding, Tensor[] frame, bool keys, Tensor sources, Tensor targets) "
+        "-> ()"
+    ),
+    "attend_coded": (
+        "(Tensor q, Tensor own, Tensor lse, Tensor[] key_planes, int[] key_coding, Tensor[] key_frame, "
+        "Tensor[] value_planes, int[] value_coding, Tensor[] value_frame, Tensor tables, Tensor starts, "
+        "Tensor lengths, int block_size, float scale) -> Tensor"
+    ),
     "silu_mul": "(Tensor gate_up) -> Tensor",
     "gelu": "(Tensor x, bool tanh) -> Tensor",
     "instruction_set": "() -> str",
 }
-REFERENCE, CPU, PORTABLE = "kvist_reference", "kvist_cpu", "kvist_portable"
+REFERENCE, CPU, PORTABLE, AVX2 = "kvist_reference", "kvist_cpu", "kvist_portable", "kvist_avx2"
 
 
 def _fake_write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -40,6 +73,43 @@ def _fake_write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tenso
 
 def _fake_attend(
     q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _fake_attend_own(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape, dtype=torch.float32), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def _fake_seal(
+    open: Tensor,
+    planes: list[Tensor],
+    coding: list[int],
+    frame: list[Tensor],
+    keys: bool,
+    sources: Tensor,
+    targets: Tensor,
+) -> None:
+    pass
+
+
+def _fake_attend_coded(
+    q: Tensor,
+    own: Tensor,
+    lse: Tensor,
+    key_planes: list[Tensor],
+    key_coding: list[int],
+    key_frame: list[Tensor],
+    value_planes: list[Tensor],
+    value_coding: list[int],
+    value_frame: list[Tensor],
+    tables: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    block_size: int,
+    scale: float,
 ) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
@@ -58,10 +128,13 @@ def _define(namespace: str) -> Library:
         library.define(name + schema)
     torch.library.register_fake(f"{namespace}::write", _fake_write, lib=library)
     torch.library.register_fake(f"{namespace}::attend", _fake_attend, lib=library)
+    torch.library.register_fake(f"{namespace}::attend_own", _fake_attend_own, lib=library)
+    torch.library.register_fake(f"{namespace}::seal", _fake_seal, lib=library)
+    torch.library.register_fake(f"{namespace}::attend_coded", _fake_attend_coded, lib=library)
     torch.library.register_fake(f"{namespace}::silu_mul", _fake_silu_mul, lib=library)
     torch.library.register_fake(f"{namespace}::gelu", _fake_gelu, lib=library)
     return library
 
 
 # The definitions last as long as these objects. Implementations register themselves under the same names.
-LIBRARIES = {namespace: _define(namespace) for namespace in (REFERENCE, CPU, PORTABLE)}
+LIBRARIES = {namespace: _define(namespace) for namespace in (REFERENCE, CPU, PORTABLE, AVX2)}

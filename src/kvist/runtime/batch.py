@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvist.base.errors import InvariantError
 from kvist.cache.manager import Lease
-from kvist.cache.view import Step
+from kvist.cache.view import OpenStep, Step
 from kvist.runtime.widths import Widths
 
 
@@ -42,10 +43,11 @@ def pad_rows(rows: list[int], widths: Widths) -> Tensor:
     return torch.tensor(rows + [0] * (widths.fit(len(rows)) - len(rows)))
 
 
-def build_batch(works: Sequence[Work], block_size: int, widths: Widths) -> Batch:
+def build_batch(works: Sequence[Work], block_size: int, widths: Widths, passing: int | None = None) -> Batch:
     """Lay reserved works side by side, one row a token, and pad rows to a width that keeps every bit.
 
-    Padding rows hold token 0 at position 0; they are written nowhere (slot -1) and attend to nothing.
+    Padding rows hold token 0 at position 0; they are written nowhere (slot -1) and attend to nothing. `passing`: how
+    many passing blocks the store has where codecs are lossy, else None.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -70,10 +72,44 @@ def build_batch(works: Sequence[Work], block_size: int, widths: Widths) -> Batch
         tables=tables,
         starts=torch.tensor(starts, dtype=torch.int32),
         lengths=torch.tensor([work.lease.length + len(work.tokens) for work in works], dtype=torch.int32),
+        open=None if passing is None else _open_step(works, block_size, padding, passing),
     )
     return Batch(
         tokens=torch.tensor(tokens + [0] * padding),
         positions=torch.tensor(positions + [0] * padding),
         step=step,
         logit_rows=rows,
+    )
+
+
+def _open_step(works: Sequence[Work], block_size: int, padding: int, passing: int) -> OpenStep:
+    """The blocks that the works write, in the order of rows. Those a lease does not keep open pass by."""
+    tables: list[int] = []
+    lengths: list[int] = []
+    slots: list[int] = []
+    starts = [0]
+    full: list[tuple[int, int]] = []
+    passed = 0
+    for work in works:
+        first, end = work.lease.length, work.lease.length + len(work.tokens)
+        for index in range(first // block_size, -(-end // block_size)):
+            kept = work.lease.open.get(index)
+            block = passed if kept is None else passing + kept
+            passed += kept is None
+            start, stop = index * block_size, min(end, (index + 1) * block_size)
+            slots += range(block * block_size + max(first, start) - start, block * block_size + stop - start)
+            tables.append(block)
+            lengths.append(stop - start)
+            starts.append(len(slots))
+            if stop - start == block_size:
+                full.append((block, work.lease.table[index]))
+    if passed > passing:
+        raise InvariantError(f"a step fills {passed} blocks whole and the store has {passing} for them")
+    return OpenStep(
+        slots=torch.tensor(slots + [-1] * padding),
+        tables=torch.tensor(tables, dtype=torch.int32)[:, None],
+        starts=torch.tensor(starts, dtype=torch.int32),
+        lengths=torch.tensor(lengths, dtype=torch.int32),
+        sources=torch.tensor([source for source, _ in full], dtype=torch.int64),
+        targets=torch.tensor([target for _, target in full], dtype=torch.int64),
     )

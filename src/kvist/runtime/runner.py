@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvist.base.errors import ConfigError, NumericsError
 from kvist.base.events import Listener
-from kvist.cache.layout import Layout
+from kvist.cache.layout import OPEN_BLOCKS, Layout
 from kvist.cache.manager import CacheManager, Lease
 from kvist.cache.pool import BlockPool
 from kvist.cache.spec import Full
@@ -18,22 +18,35 @@ from kvist.ops.backend import Backend
 from kvist.runtime.batch import Batch, Work, build_batch, pad_rows
 from kvist.runtime.widths import HEAD_LADDER, probe
 
+SEQUENCES = 8
+
 
 class Runner:
-    """A model and its cache of `blocks` blocks."""
+    """A model and its cache of `blocks` blocks. `sequences`: how many of them may be under way at once where codecs
+    are lossy, since each then keeps a block or two in full precision.
+    """
 
     def __init__(
-        self, model: Decoder, layout: Layout, blocks: int, backend: Backend, listener: Listener | None = None
+        self,
+        model: Decoder,
+        layout: Layout,
+        blocks: int,
+        backend: Backend,
+        listener: Listener | None = None,
+        sequences: int = SEQUENCES,
     ) -> None:
         if any(layer.spec.retention != Full() or layer.spec.source is not None for layer in layout.layers):
             raise ConfigError("every layer must keep all its tokens itself: windows and sources are not supported")
         self.model = model
         self.layout = layout
         self.backend = backend
-        self.manager = CacheManager(BlockPool(blocks), layout.block_size, listener)
-        self.store = Store(layout, blocks)
         self.widths = probe(model.linears())
         self.head_widths = probe([(model.head_weight(), None)], HEAD_LADDER)
+        open_pool = BlockPool(OPEN_BLOCKS * sequences) if layout.open_bytes else None
+        self.manager = CacheManager(BlockPool(blocks), layout.block_size, listener, open_pool)
+        # A step fills no more blocks whole than this; other blocks that it writes are open ones of a lease.
+        self.passing = self.widths.most // layout.block_size if open_pool else None
+        self.store = Store(layout, blocks, open_pool.capacity if open_pool else 0, self.passing or 0)
 
     def run(self, works: Sequence[Work]) -> list[Tensor]:
         """One step. Returns each work's logits `[work.logits, vocab_size]` float32 and commits its tokens.
@@ -48,7 +61,7 @@ class Runner:
                 reserved.append(work.lease)
                 # Copied at once: a lease never holds a fresh block without the tokens it stands for.
                 self.store.copy(copies)
-            batch = build_batch(works, self.layout.block_size, self.widths)
+            batch = build_batch(works, self.layout.block_size, self.widths, self.passing)
             logits = self._forward(batch)
         except BaseException:
             for lease in reserved:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from kvist.cache.layout import Layout
+from kvist.cache.layout import OPEN_BLOCKS, Layout
 from kvist.runtime.engine import Engine
 from kvist.runtime.request import FinishReason, Request, Sampling
 from kvist.service.loaded import Loaded
@@ -15,7 +15,8 @@ from kvist.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Result:
-    """What a generation came to. Times in seconds; `kv_bytes` is what its blocks took, whole blocks."""
+    """What a generation came to. Times in seconds; `kv_bytes` is what its blocks took, whole blocks, open
+    ones included; `kv_allocated_bytes` what the engine's planes take in all."""
 
     prompt_tokens: int
     tokens: list[int]
@@ -26,6 +27,7 @@ class Result:
     kv_codec: str
     kv_blocks: int
     kv_bytes: int
+    kv_allocated_bytes: int
     kv_bytes_per_token: float
 
     @property
@@ -90,9 +92,10 @@ class Generation:
             finish_reason=FinishReason.STOP if self._stops.matched else sequence.finish_reason,
             prefill_seconds=self._first - self._started,
             decode_seconds=self._last - self._first,
-            kv_codec=layout.codec.name,
+            kv_codec=layout.kv,
             kv_blocks=sequence.kv_blocks,
-            kv_bytes=sequence.kv_blocks * layout.block_bytes,
+            kv_bytes=sequence.kv_blocks * layout.block_bytes + OPEN_BLOCKS * layout.open_bytes,
+            kv_allocated_bytes=self._engine.runner.store.nbytes,
             kv_bytes_per_token=layout.bytes_per_token,
         )
 

@@ -1,26 +1,30 @@
 """A model in memory with its tokenizer: what engines are made from."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from kvist.base.errors import ConfigError
 from kvist.base.events import Listener
-from kvist.cache.codecs import codec
-from kvist.cache.layout import Layout, plan_layout
+from kvist.cache.choice import parse_choice
+from kvist.cache.codecs import BF16, FP16, FP32
+from kvist.cache.layout import BLOCK_SIZE, Layout, plan_layout
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Decoder
 from kvist.models.load import DTYPES, load, load_config, stored_dtype
 from kvist.ops.backend import Backend, select
 from kvist.runtime.engine import Engine
 from kvist.runtime.runner import Runner
+from kvist.service.calibration import AUTO, planned
 from kvist.text.tokenizer import Tokenizer
 from kvist.weights.checkpoint import Checkpoint
 from kvist.weights.hub import resolve
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
+RECALL = BUNDLED / "recall"
+_FULL = {codec.dtype: codec for codec in (FP32, BF16, FP16)}
 _KV_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -39,31 +43,39 @@ class Loaded:
         """The tokenizer beside the weights, read afresh. Raises `TextError` when there is none."""
         return Tokenizer.load(self.directory)
 
+    def with_kv(self, kv: str) -> "Loaded":
+        """The same model in memory over a cache of other codecs; `kv` as `open_model` takes it."""
+        return replace(self, layout=planned(self.model, self.directory, kv, self.layout.full))
+
     def engine(self, tokens: int, sequences: int = 1, listener: Listener | None = None) -> Engine:
         """An engine whose cache holds `sequences` sequences of `tokens` tokens each, at most the context's."""
         tokens = min(tokens, self.config.max_positions)
         blocks = sequences * -(-tokens // self.layout.block_size)
-        return Engine(Runner(self.model, self.layout, blocks, self.backend, listener))
+        return Engine(Runner(self.model, self.layout, blocks, self.backend, listener, sequences))
 
 
 def open_model(name: str | None, *, dtype: str | None = None, kv: str | None = None) -> Loaded:
     """Load a directory or a hub id; without a name the bundled model.
 
-    `dtype`: fp32, bf16 or fp16, by default as stored. `kv`: the cache's codec, by default the one of the same type,
-    which loses nothing. The environment's KVIST_OPS forces an operator implementation (cpu, portable, reference).
+    `dtype`: fp32, bf16 or fp16, by default as stored. `kv`: the cache's codecs, as `parse_choice` reads them, by
+    default the one of the same type, which loses nothing; "auto" is what `kvist calibrate` proposed for this model. A
+    model whose codecs want to be calibrated is, at its first use. The environment's KVIST_OPS forces an operator
+    implementation (cpu, portable, reference).
     """
     directory = BUNDLED if name is None else resolve(name, progress=True)
     config = load_config(directory)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     compute = DTYPES[dtype] if dtype else stored_dtype(Checkpoint(directory))
-    layout = plan_layout(config.layer_specs(), codec(kv or _KV_OF[compute]))
-    backend = select_backend(config, layout)
+    kv = kv or _KV_OF[compute]
+    if kv != AUTO:  # before anything large is read, so that a choice that cannot be is refused at once
+        plan_layout(config.layer_specs(), parse_choice(kv), full=_FULL[compute])
+    backend = select_backend(config, compute)
     model = load(directory, config, backend, compute)
+    layout = planned(model, directory, kv, _FULL[compute])
     return Loaded(name or "kvist-shakespeare", config, model, layout, backend, directory)
 
 
-def select_backend(config: ModelConfig, layout: Layout) -> Backend:
-    """The best operators for this cache on this machine, or those that KVIST_OPS names."""
-    plane_dtype: torch.dtype = layout.layers[0].planes[0].dtype
-    return select("cpu", plane_dtype, config.head_dim, layout.block_size, os.environ.get("KVIST_OPS") or None)
+def select_backend(config: ModelConfig, compute: torch.dtype) -> Backend:
+    """The best operators for this model's heads on this machine, or those that KVIST_OPS names."""
+    return select("cpu", compute, config.head_dim, BLOCK_SIZE, os.environ.get("KVIST_OPS") or None)

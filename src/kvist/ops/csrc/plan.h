@@ -8,19 +8,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "attend.h"
+#include "batch.h"
 
 namespace kvist {
-
-struct Group {
-  int64_t sequence;
-  int64_t head, heads;      // KV heads
-  int64_t first_row, rows;  // of each; token-major: row = token * query heads per KV head + query head
-  int64_t splits;
-  int64_t kept = -1;  // where its partial results begin, in rows, when its splits are tasks of their own
-
-  int64_t all_rows() const { return heads * rows; }
-};
 
 struct Task {
   int64_t group, split;  // split -1: all of them, in order
@@ -34,6 +24,6 @@ struct Plan {
   int64_t kept_rows = 0;  // rows of all partial results
 };
 
-Plan make_plan(const AttendCall& call, int64_t most_threads);
+Plan make_plan(const Batch& batch, int64_t most_threads);
 
 }  // namespace kvist

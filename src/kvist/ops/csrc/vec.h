@@ -1,7 +1,8 @@
 // Sixteen floats at a time: the primitives of the machine, and the functions built from them alone.
 //
 // Every kernel is written against this interface. vec_avx512.h gives it one 512-bit register; vec_portable.h gives it
-// whatever vectors the compiler has. KVIST_PORTABLE chooses the latter on any machine, so that it can be tested there.
+// whatever vectors the compiler has. KVIST_PORTABLE chooses the latter on any machine, so that it can be tested there;
+// it also leaves out what bytes_avx2.h adds for codes.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +25,7 @@ constexpr int kLanes = 16;
 
 #if !defined(KVIST_PORTABLE) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
     defined(__AVX512VL__)
+#define KVIST_AVX512
 #include "vec_avx512.h"
 #else
 #include "vec_portable.h"

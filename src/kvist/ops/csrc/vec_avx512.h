@@ -44,6 +44,15 @@ inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 // The largest lane, when none is NaN.
 inline float maximum(Vec x) { return _mm512_reduce_max_ps(x); }
 
+// The largest lanes of four vectors, when none is NaN, in the first four lanes.
+inline Vec four_maxima(const Vec (&x)[4]) {
+  const auto both = [](Vec a, Vec b) { return larger(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+  const __m512d a = _mm512_castps_pd(both(x[0], x[1])), b = _mm512_castps_pd(both(x[2], x[3]));
+  Vec all = larger(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  all = larger(all, _mm512_shuffle_f32x4(all, all, 0x4e));
+  return larger(all, _mm512_shuffle_f32x4(all, all, 0xb1));
+}
+
 // x - floor(x); 0 for an infinite x.
 inline Vec fraction(Vec x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 
@@ -61,6 +70,13 @@ inline Vec by_sign(Vec sign, Vec negative, Vec positive) {
 }
 
 inline Vec absolute(Vec x) { return _mm512_abs_ps(x); }
+inline Vec larger_magnitude(Vec a, Vec b) { return _mm512_range_ps(a, b, 0b1011); }
+inline Vec square_root(Vec x) { return _mm512_sqrt_ps(x); }
+
+// x + amount in the lanes where a >= b.
+inline Vec add_where_at_least(Vec x, Vec a, Vec b, Vec amount) {
+  return _mm512_mask_add_ps(x, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), x, amount);
+}
 
 inline Vec load(const BFloat16* from) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 namespace kvist {
 
@@ -25,7 +26,11 @@ struct Pairs {  // sixteen pairs of bf16, the first of a pair in the low half
   NativeBits part[kParts];
 };
 
+#if defined(__AVX2__) && !defined(KVIST_PORTABLE)
+inline const char* instruction_set() { return "avx2"; }
+#else
 inline const char* instruction_set() { return "portable"; }
+#endif
 
 // Vectors of sums that the registers hold beside the operands, and the rows that a tile spreads them over at most.
 constexpr int kTileVectors = 6;
@@ -103,6 +108,13 @@ inline float maximum(Vec x) {
   return *std::max_element(lanes, lanes + kLanes);
 }
 
+// The largest lanes of four vectors, when none is NaN, in the first four lanes.
+inline Vec four_maxima(const Vec (&x)[4]) {
+  float lanes[kLanes] = {};
+  for (int i = 0; i < 4; i++) lanes[i] = maximum(x[i]);
+  return load(lanes);
+}
+
 // floor(x) for x in [-200, 200], to which all others are moved. Adding 1.5 * 2^23 leaves no fraction bits.
 inline Vec whole(Vec x) {
   x = smaller(set1(200.0f), larger(set1(-200.0f), x));
@@ -143,6 +155,20 @@ inline Vec by_sign(Vec sign, Vec negative, Vec positive) {
 
 inline Vec absolute(Vec x) {
   return each([&](int i) { return as_float(as_bits(x.part[i]) & 0x7fffffffu); });
+}
+
+inline Vec larger_magnitude(Vec a, Vec b) { return larger(absolute(a), absolute(b)); }
+
+inline Vec square_root(Vec x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  KVIST_UNROLL for (int i = 0; i < kLanes; i++) lanes[i] = std::sqrt(lanes[i]);
+  return load(lanes);
+}
+
+// x + amount in the lanes where a >= b.
+inline Vec add_where_at_least(Vec x, Vec a, Vec b, Vec amount) {
+  return each([&](int i) { return a.part[i] >= b.part[i] ? x.part[i] + amount.part[i] : x.part[i]; });
 }
 
 inline Vec load(const BFloat16* from) {

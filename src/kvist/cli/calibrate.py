@@ -1,0 +1,103 @@
+"""`kvist calibrate`: measure a model's keys and values, and propose codecs for its layers."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvist.base.errors import KvistError
+from kvist.base.units import format_bytes
+from kvist.cli.options import Dtype, Json, Model, note, print_json
+from kvist.cli.run import INTERRUPTED
+
+if TYPE_CHECKING:
+    from kvist.evals.calibrate import CalibrationReport
+    from kvist.service.loaded import Loaded
+
+
+def calibrate(
+    model: Model = None,
+    text: Annotated[Path | None, typer.Option(help="A text in UTF-8; a built-in one when left out.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="The least quality of any layer's keys and values; 0.99 when left out.")
+    ] = None,
+    given: Annotated[
+        Path | None, typer.Option("--import", metavar="FILE", help="Take over a calibration made elsewhere.")
+    ] = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model's keys and values on a text and propose the cheapest codecs, layer by layer, that keep what
+    attention sees: what `--kv auto` stands for from then on."""
+    from rich.console import Console
+
+    from kvist.cache.calibration import save_calibration
+    from kvist.evals.calibrate import THRESHOLD
+    from kvist.evals.calibrate import calibrate as run
+    from kvist.evals.needle import read_text
+    from kvist.service.calibration import calibration_path, calibration_text, model_digest
+    from kvist.service.loaded import open_model
+
+    if given is not None and (text is not None or threshold is not None):
+        raise KvistError("--import takes a calibration as it is; --text and --threshold are for making one")
+    words = None if text is None else read_text(text)
+    loaded = open_model(model, dtype=dtype)
+    path = calibration_path(model_digest(loaded.model))
+    if given is not None:
+        _take_over(given, loaded, path, as_json)
+        return
+    tokens, name = calibration_text(loaded.model, loaded.directory, words)
+    least = THRESHOLD if threshold is None else threshold
+    try:
+        with Console(stderr=True).status("calibrating", spinner="line") as status:
+            watch = lambda what: status.update(f"calibrating · {what}")  # noqa: E731
+            calibration, report = run(loaded, tokens, name if text is None else text.name, least, watch)
+    except KeyboardInterrupt:
+        note("stopped; nothing was changed")
+        raise typer.Exit(INTERRUPTED) from None
+    save_calibration(path, calibration)
+    if as_json:
+        print_json(report.to_json() | {"path": str(path)})
+    else:
+        _print(report)
+    note(f"--kv auto is now {report.proposal} · {path}")
+
+
+def _take_over(given: Path, loaded: "Loaded", path: Path, as_json: bool) -> None:
+    from kvist.cache.calibration import save_calibration
+    from kvist.service.calibration import read_calibration
+
+    calibration = read_calibration(given, loaded.model)
+    save_calibration(path, calibration)
+    if as_json:
+        facts = {"model": loaded.name, "tokens": calibration.tokens, "proposal": calibration.proposal}
+        print_json(facts | {"path": str(path)})
+    note(f"took over {given}, measured on {calibration.tokens:,} tokens · {path}")
+
+
+def _print(report: "CalibrationReport") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    title = f"{report.model} · {report.text}, {report.tokens:,} tokens · at least {report.threshold}"
+    layers = Table(title=title, title_justify="left")
+    for column in ("layer", "mean of keys / σ", "drift / σ", "keys", "scores", "output", "values", "output"):
+        layers.add_column(column, justify="left" if column in ("keys", "values") else "right")
+    for layer in report.layers:
+        k, v, means = layer.k, layer.v, (f"{layer.mean:.2f}", f"{layer.drift:.2f}")
+        found = (k.codec, f"{k.correlation:.4f}", f"{k.output:.4f}", v.codec, f"{v.output:.4f}")
+        layers.add_row(str(layer.layer), *means, *found)
+    console.print(layers)
+    codecs = Table(title="the worst layer under each codec", title_justify="left")
+    codecs.add_column("codec")
+    for column in ("bits/value", "keys: scores", "keys: output", "values: output"):
+        codecs.add_column(column, justify="right")
+    for k, v in report.worst():
+        found = (f"{k.correlation:.4f}", f"{k.output:.4f}", f"{v.output:.4f}")
+        codecs.add_row(k.codec, f"{k.bits:.3g}", *found)
+    console.print(codecs)
+    console.print(
+        f"{report.proposal}: {report.bits_per_value:.3g} bits a value, {format_bytes(report.bytes_per_token)} a token"
+    )

@@ -1,0 +1,115 @@
+"""`kvist fidelity`: what lossy caches change, against full precision."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvist.base.errors import KvistError
+from kvist.base.units import format_bytes
+from kvist.cli.options import Dtype, Json, Model, graceful_interrupt, note, print_json
+from kvist.cli.run import INTERRUPTED
+
+if TYPE_CHECKING:
+    from kvist.evals.fidelity import FidelityReport
+
+BUILT_IN = "built-in text"
+
+
+def fidelity(
+    model: Model = None,
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kv", metavar="CODECS", help="As turbo4, k=int8,v=turbo4 or auto; several times. Default: the usual ones."
+        ),
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Held-out text in UTF-8; a built-in one when left out.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Of the text, in all; 4096 when left out.")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a window; the context, at most 2048, when left out.")
+    ] = None,
+    dtype: Dtype = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw quality against bytes into this PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a text over compressed caches and hold every prediction against the one over full precision: KL divergence,
+    perplexity, same top token, and what became of the keys and values, at how many bytes per token."""
+    from rich.console import Console
+
+    from kvist.evals.fidelity import DEFAULT_KV, LENGTH, TOKENS, run, windows
+    from kvist.evals.needle import read_text
+    from kvist.service.calibration import built_in_text
+    from kvist.service.loaded import open_model
+
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise KvistError("--plot needs matplotlib, which is missing; pip install 'kvist[plots]' brings it")
+    words = None if text is None else read_text(text)
+    base = open_model(model, dtype=dtype)
+    others = {choice: base.with_kv(choice) for choice in kv or DEFAULT_KV}
+    words = built_in_text(base.tokenizer()) if words is None else words
+    parts = windows(base, words, tokens or TOKENS, length or min(base.config.max_positions, LENGTH))
+    with Console(stderr=True).status("fidelity", spinner="line") as status, graceful_interrupt() as interrupt:
+        name = BUILT_IN if text is None else text.name
+        report = run(base, others, name, parts, lambda what: status.update(f"fidelity · {what}"), interrupt)
+    if report is None:
+        note("stopped before anything was measured")
+        raise typer.Exit(INTERRUPTED)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _print(report)
+    if text is None:
+        note("the built-in text has also calibrated the model, which flatters it; --text takes one of yours")
+    if plot is not None:
+        _draw(report, plot)
+    if interrupt.asked:
+        note(f"stopped after {report.tokens:,} of {sum(map(len, parts)):,} tokens")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _print(report: "FidelityReport") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = (
+        f"{report.model} · {report.text}: {report.predictions:,} predictions behind coded blocks, of {report.tokens:,} "
+        f"tokens · against {report.base}: {format_bytes(report.base_bytes_per_token)} a token, "
+        f"perplexity {report.base_ppl:.4g}"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("KV")
+    columns = ("bytes/token", "bits/value", "distortion", "bias", "worst logit corr.", "KLD mean", "median", "p99")
+    for column in (*columns, "p99.9", "max", "ppl ratio", "same top-1", "rms Δp"):
+        table.add_column(column, justify="right")
+    for row in report.rows:
+        vectors, found = row.vectors, row.divergence
+        kld = (found.kld_mean, found.kld_median, found.kld_p99, found.kld_p999, found.kld_max)
+        table.add_row(
+            row.kv,
+            f"{row.bytes_per_token:,.0f}",
+            f"{row.bits_per_value:.3g}",
+            f"{vectors.distortion:.2g}",
+            f"{vectors.bias:+.1%}",
+            f"{vectors.logit_correlation_worst:.4f} in {vectors.logit_correlation_layer}",
+            *(f"{value:.2g}" for value in kld),
+            f"{found.ppl_ratio:.4f} ± {found.ppl_ratio_error:.4f}",
+            f"{found.same_top1:.2%}",
+            f"{found.delta_p_rms:.2%}",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    console.print(table)
+    for row in report.rows:
+        if row.kv != row.choice:
+            console.print(f"{row.kv}: {row.choice}")
+
+
+def _draw(report: "FidelityReport", path: Path) -> None:
+    from kvist.evals.tradeoff import plot
+
+    if plot(report, path):
+        note(f"picture: {path}")
+    else:
+        note("no picture: none of these caches changes anything, and the axis is logarithmic")

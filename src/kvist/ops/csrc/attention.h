@@ -1,0 +1,147 @@
+// Attention in splits of 512 keys at absolute positions, whatever keys and values are made of.
+//
+// Per split and row: all scores, their maximum, the exponentials and their sum, the weighted values. The splits of a
+// row are merged first to last (online softmax, arXiv 1805.02867), by whoever does them: a task that walks them in
+// order, or the one among several tasks that finishes last. plan.h says how the work is cut.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <memory>
+
+#include "plan.h"
+#include "vec.h"
+
+namespace kvist {
+
+constexpr int64_t kScoreStride = kSplit + kLanes;  // off the power of two, where rows would share their cache sets
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// What a row knows after some of its keys, in floats: `width` unnormalized outputs, then the maximum, then the sum.
+struct State {
+  int64_t width;  // the head dim in whole vectors
+
+  explicit State(int64_t head_dim) : width((head_dim + kLanes - 1) / kLanes * kLanes) {}
+  int64_t stride() const { return width + kLanes; }
+  float& maximum(float* state) const { return state[width]; }
+  float& sum(float* state) const { return state[width + 1]; }
+  float maximum(const float* state) const { return state[width]; }
+  float sum(const float* state) const { return state[width + 1]; }
+};
+
+// Where a group's heads begin in one block of a side's plane.
+struct Heads {
+  const void* first;
+  int64_t bytes;  // from head to head
+
+  const void* at(int64_t head) const { return static_cast<const char*>(first) + head * bytes; }
+};
+
+// One split of a group: row `r` of each head sees its first `visible[r]` keys, no fewer than the row before it. Rows
+// before `first` see none. The scores of a row, later its weights, are kScoreStride apart, head after head.
+struct Split {
+  const Group& group;
+  int64_t start;  // its first token
+  int64_t first;
+  int64_t visible[kGroupRows];
+  Heads values;         // the first block that values are read from
+  Heads upcoming_keys;  // the first block that keys are read from afterwards; null if none
+
+  int64_t seen() const { return visible[group.rows - 1]; }
+  int64_t rows() const { return group.rows - first; }  // of each head that see anything
+};
+
+// The keys of a call.
+class Keys {
+ public:
+  virtual ~Keys() = default;
+  // The group's queries as `score` wants them: at most State::stride() floats each, head after head.
+  virtual void load_queries(const Group& group, float* queries) const = 0;
+  // Products of the rows from split.first on with the keys that the last row sees, not yet scaled.
+  virtual void score(const Split& split, const float* queries, float* scores) const = 0;
+  // The block that holds the token.
+  virtual Heads block(const Group& group, int64_t token) const = 0;
+};
+
+// The values of a call.
+class Values {
+ public:
+  virtual ~Values() = default;
+  // Turns the scores of one row, of which it sees `seen`, into weights in place; maximum and sum go into its state.
+  virtual void soften(float* scores, int64_t seen, float* state) const = 0;
+  // Adds the values, weighted, to the states.
+  virtual void weigh(const Split& split, float* weights, float* states) const = 0;
+  virtual Heads block(const Group& group, int64_t token) const = 0;
+};
+
+// What becomes of rows that have seen all their keys.
+class Result {
+ public:
+  virtual ~Result() = default;
+  virtual void finish(const Group& group, const float* states) const = 0;
+};
+
+class Attention {
+ public:
+  Attention(const Batch& batch, const Keys& keys, const Values& values, const Result& result);
+  void run() const;
+
+ private:
+  struct Scratch {  // a thread's own memory; rows are those of one group, head by head
+    float* queries;
+    float* scores;
+    float* part;  // states of one split
+    float* sum;   // states of all splits so far
+  };
+
+  void work(Task task, const Scratch& scratch, float* kept, std::atomic<int64_t>& unfinished) const;
+  Split split_of(const Group& group, int64_t index) const;
+  void attend(const Split& split, const Scratch& scratch, float* states) const;
+  void merge(float* sum, const float* part) const;
+
+  const Batch& batch_;
+  const Keys& keys_;
+  const Values& values_;
+  const Result& result_;
+  const State state_;
+  const Plan plan_;
+};
+
+// f(i, chain) for every sixteenth i below `count`. The chains, which take turns, hide each other's latency.
+constexpr int kChains = 4;
+template <class F>
+inline void in_chains(int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + (kChains - 1) * kLanes < count; i += kChains * kLanes)
+    KVIST_UNROLL for (int c = 0; c < kChains; c++) f(i + c * kLanes, c);
+  KVIST_UNROLL for (int c = 0; c < kChains - 1; c++, i += kLanes)
+    if (i < count) f(i, c);
+}
+
+// The first pass over the scores of a row: their maximum, scaled. Keys beyond `seen` get -inf before anything looks at
+// them: whatever was stored there has no influence. `store` takes the index of sixteen weights, and the weights.
+template <class Store>
+inline void soften_scores(float* scores, int64_t seen, float scale, float* maximum_and_sum, Store store_weights) {
+  const int64_t whole = seen / kLanes * kLanes;
+  if (whole < seen) store(scores + whole, first_lanes(load(scores + whole), seen - whole, set1(-kInfinity)));
+  Vec top[kChains], total[kChains];
+  KVIST_UNROLL for (int c = 0; c < kChains; c++) top[c] = set1(-kInfinity), total[c] = zero();
+  in_chains(seen, [&](int64_t i, int c) { top[c] = larger(top[c], load(scores + i)); });
+  const float peak = maximum(larger(larger(top[0], top[1]), larger(top[2], top[3]))) * scale;
+  const Vec scales = set1(scale), below = set1(-peak);
+  in_chains(seen, [&](int64_t i, int c) {
+    const Vec weight = exp2(fma(load(scores + i), scales, below));
+    total[c] = total[c] + weight;
+    store_weights(i, weight);
+  });
+  maximum_and_sum[0] = peak;
+  maximum_and_sum[1] = sum((total[0] + total[1]) + (total[2] + total[3]));
+}
+
+// log2 of the sum of exp over what a row has seen.
+inline float log_sum(const State& state, const float* row) {
+  return state.maximum(row) + std::log2(state.sum(row));
+}
+
+}  // namespace kvist

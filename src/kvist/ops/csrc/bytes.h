@@ -1,0 +1,45 @@
+// Sixteen lanes of four bytes, and of one int32: the operands and the sums of an instruction that multiplies four bytes
+// by four and adds them up. Codes become such bytes here: their levels plus 128, since the one operand is unsigned.
+//
+// bytes_avx512.h, bytes_avx2.h and bytes_portable.h give the same integers; vec.h says how one is chosen.
+#pragma once
+
+#include <array>
+#include <cstring>
+
+#include "vec.h"
+
+namespace kvist {
+
+// Levels plus 128, in tables that an instruction looks up. For 8-bit codes: what they are exclusive-or'ed with.
+struct Levels {
+  alignas(64) uint8_t table[6][64];
+};
+
+}  // namespace kvist
+
+#if defined(KVIST_AVX512)
+#include "bytes_avx512.h"
+#elif !defined(KVIST_PORTABLE) && defined(__AVX2__)
+#include "bytes_avx2.h"
+#else
+#include "bytes_portable.h"
+#endif
+
+namespace kvist {
+
+inline Levels make_levels(const std::array<int8_t, 16>& levels, int64_t bits) {
+  Levels result = {};
+  uint8_t bytes[16];
+  for (int i = 0; i < 16; i++) bytes[i] = static_cast<uint8_t>(levels[i % (1 << bits)] + 128);
+  if (bits == 8)
+    std::memset(result.table[0], 128, sizeof(result.table[0]));
+  else
+    fill_tables(result, bytes, bits);
+  return result;
+}
+
+// A number of 16 bits is high * 256 + low, both signed bytes.
+constexpr int kDigitReach = 127 * 256 + 127;
+
+}  // namespace kvist

@@ -1,0 +1,124 @@
+#include "columns.h"
+
+#include <algorithm>
+
+namespace kvist {
+namespace {
+
+constexpr int kDecoded = 0;  // instead of bits: codes that stand in memory as the bytes they become
+
+// Four steps of a column as bytes, while as much of what is wanted next is fetched.
+template <int kBits>
+inline void load_steps(const Columns& p, const uint8_t* column, int64_t chunk, Bytes (&out)[4]) {
+  if constexpr (kBits == kDecoded) {
+    KVIST_UNROLL for (int i = 0; i < 4; i++) out[i] = load_bytes(column + 256 * chunk + 64 * i);
+  } else {
+    constexpr int kBytes = 32 * kBits;
+    const uint8_t* upcoming = p.upcoming + (column - p.codes) + kBytes * chunk;
+    KVIST_UNROLL for (int i = 0; i < kBytes; i += 64) prefetch(upcoming + i);
+    decode_steps<kBits>(column, p.steps, chunk, *p.levels, out);
+  }
+}
+
+template <int kBits, int kRows, int kCount>
+inline void sum_tile(const Columns& p, int64_t row, int64_t column) {
+  Ints acc[kRows][kCount];
+  KVIST_UNROLL for (int r = 0; r < kRows; r++) {
+    const Ints start = set1_int(p.start[row + r]);
+    KVIST_UNROLL for (int c = 0; c < kCount; c++) acc[r][c] = start;
+  }
+  const uint8_t* codes = p.codes + column * p.column_bytes;
+  const uint8_t* scalars = p.scalars + row * p.scalar_stride;
+  for (int64_t chunk = 0; chunk < p.steps / 4; chunk++, scalars += 16) {
+    Bytes decoded[kCount][4];
+    KVIST_UNROLL for (int c = 0; c < kCount; c++)
+      load_steps<kBits>(p, codes + c * p.column_bytes, chunk, decoded[c]);
+    KVIST_UNROLL for (int i = 0; i < 4; i++) {
+      KVIST_UNROLL for (int r = 0; r < kRows; r++) {
+        const Bytes spread = spread_bytes(scalars + r * p.scalar_stride + 4 * i);
+        KVIST_UNROLL for (int c = 0; c < kCount; c++)
+          acc[r][c] = dot_bytes(acc[r][c], decoded[c][i], spread);
+      }
+    }
+  }
+  int32_t* out = p.out + row * kSumStride + column * kLanes;
+  KVIST_UNROLL for (int r = 0; r < kRows; r++)
+    KVIST_UNROLL for (int c = 0; c < kCount; c++) store_ints(out + r * kSumStride + c * kLanes, acc[r][c]);
+}
+
+// One tile of rows, over columns [column, end), for a count that is a multiple of kStep.
+template <int kBits, int kRows, int kStep, int kCount>
+void sum_strip(const Columns& p, int64_t count, int64_t row, int64_t column, int64_t end) {
+  if (count == kRows) {
+    for (; column < end; column += kCount) sum_tile<kBits, kRows, kCount>(p, row, column);
+    return;
+  }
+  if constexpr (kRows > kStep) sum_strip<kBits, kRows - kStep, kStep, kCount>(p, count, row, column, end);
+}
+
+// All rows in tiles of nearly equal height, at most kRows, over as many groups of kCount columns as there are. Returns
+// the column after them.
+template <int kBits, int kRows, int kStep, int kCount>
+int64_t sum_rows(const Columns& p, int64_t column) {
+  const int64_t end = p.columns - (p.columns - column) % kCount;
+  if (column == end) return end;
+  for (int64_t row = 0; row < p.rows;) {
+    const int64_t left = (p.rows - row) / kStep, most = kRows / kStep, tiles = (left + most - 1) / most;
+    const int64_t count = (left + tiles - 1) / tiles * kStep;
+    sum_strip<kBits, kRows, kStep, kCount>(p, count, row, column, end);
+    row += count;
+  }
+  return end;
+}
+
+// Codes are decoded again for each tile of rows. Several columns at once hide each other's latency, as long as the
+// registers hold their sums.
+template <int kBits, int kStep>
+void sum_few(const Columns& p) {
+  constexpr int kMost = kFewRows * kStep;
+  constexpr int kByFour = std::min<int>(kMost, kSumVectors / 5 / kStep * kStep);
+  constexpr int kByTwo = std::max(kStep, std::min<int>(kMost, kSumVectors * 5 / 12 / kStep * kStep));
+  int64_t column = 0;
+  if constexpr (kByFour > 0) {
+    if (p.rows <= kByFour) column = sum_rows<kBits, kByFour, kStep, 4>(p, 0);
+  }
+  column = sum_rows<kBits, kByTwo, kStep, 2>(p, column);
+  sum_rows<kBits, kByTwo, kStep, 1>(p, column);
+}
+
+void sum_many(const Columns& p) {
+  int64_t column = 0;
+  if constexpr (kSumVectors >= 16) column = sum_rows<kDecoded, kSumVectors / 4, 1, 4>(p, column);
+  column = sum_rows<kDecoded, std::min(8, kSumVectors / 2), 1, 2>(p, column);
+  sum_rows<kDecoded, std::min(8, kSumVectors), 1, 1>(p, column);
+}
+
+template <int kBits>
+void decode_columns(const Columns& p, uint8_t* to) {
+  for (int64_t column = 0; column < p.columns; column++) {
+    for (int64_t chunk = 0; chunk < p.steps / 4; chunk++) {
+      Bytes decoded[4];
+      load_steps<kBits>(p, p.codes + column * p.column_bytes, chunk, decoded);
+      for (int i = 0; i < 4; i++, to += 64) store_bytes(to, decoded[i]);
+    }
+  }
+}
+
+}  // namespace
+
+void multiply(const Columns& p) {
+  if (p.rows <= kFewRows * p.digits) {
+    with_bits(p.bits, [&](auto bits) {
+      p.digits == 1 ? sum_few<decltype(bits)::value, 1>(p) : sum_few<decltype(bits)::value, 2>(p);
+    });
+    return;
+  }
+  alignas(64) uint8_t decoded[kColumns * 64 * 64];
+  with_bits(p.bits, [&](auto bits) { decode_columns<decltype(bits)::value>(p, decoded); });
+  Columns bytes = p;
+  bytes.codes = decoded;
+  bytes.column_bytes = 64 * p.steps;
+  sum_many(bytes);
+}
+
+}  // namespace kvist

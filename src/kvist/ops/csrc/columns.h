@@ -1,0 +1,53 @@
+// The one micro-kernel over codes: rows of bytes times columns of codes, both products of attention, in whole numbers.
+//
+// out[row][column] = sum over steps of scalars[row][step] * column[step], four bytes by four at a time. Sums of whole
+// numbers are exact, so tiles are chosen for speed alone. Codes are unsigned here, their levels plus 128, and scalars
+// signed; `start` makes up for the 128.
+#pragma once
+
+#include "bytes.h"
+#include "coding.h"
+
+namespace kvist {
+
+constexpr int64_t kColumns = 4;  // at a time, of sixteen numbers each
+constexpr int64_t kSumStride = kColumns * kLanes;
+constexpr int64_t kFewRows = 8;  // of queries; for these codes are decoded in registers, else once into memory
+
+struct Columns {
+  const uint8_t* codes;
+  int64_t column_bytes;
+  int64_t columns;  // at most kColumns
+  int64_t steps;    // of four codes, a multiple of four, at most 64
+  int64_t bits;
+  const Levels* levels;
+  const uint8_t* scalars;  // bytes; a row's steps stand side by side
+  int64_t scalar_stride;   // from row to row
+  int64_t rows;
+  int64_t digits;        // rows of the same query side by side: 1 or 2
+  const int32_t* start;  // what each row's sums begin with
+  const uint8_t* upcoming;  // codes that are wanted next, laid out likewise
+  int32_t* out;          // rows kSumStride apart
+};
+
+void multiply(const Columns& columns);
+
+// f(i) for each column, unrolled where there are as many as usual.
+template <class F>
+inline void each_column(int64_t columns, F f) {
+  if (columns == kColumns) {
+    KVIST_UNROLL for (int64_t i = 0; i < kColumns; i++) f(i);
+  } else {
+    for (int64_t i = 0; i < columns; i++) f(i);
+  }
+}
+
+// The sums of one row in column i, of which there are as many as its query or weights have digits.
+template <int kDigits>
+inline Vec whole_sum(const int32_t* sums, int64_t i) {
+  const Ints high = load_ints(sums + i * kLanes);
+  if constexpr (kDigits == 1) return to_float(high);
+  return to_float(join_digits(high, load_ints(sums + kSumStride + i * kLanes)));
+}
+
+}  // namespace kvist

@@ -1,0 +1,168 @@
+#include "dense.h"
+
+#include <algorithm>
+
+#include "product.h"
+
+namespace kvist {
+namespace {
+
+// The group's heads in the block that holds the token.
+template <class Plane>
+Heads block_of(const Batch& batch, const void* plane, const Group& group, int64_t token) {
+  const int64_t bytes = batch.block_size * batch.head_dim * sizeof(typename Plane::Unit);
+  return {static_cast<const char*>(plane) + (batch.block(group, token) * batch.heads + group.head) * bytes, bytes};
+}
+
+template <class Plane>
+class DenseKeys : public Keys {
+  using Unit = typename Plane::Unit;
+  using Scalar = typename Plane::Scalar;
+
+ public:
+  DenseKeys(const Batch& batch, const void* plane) : batch_(batch), plane_(plane), width_(State(batch.head_dim).width) {}
+
+  void load_queries(const Group& group, float* queries) const override {
+    Scalar* scalars = reinterpret_cast<Scalar*>(queries);
+    batch_.each_row(group, [&](int64_t token, int64_t head, int64_t row) {
+      with_type(batch_.q_type, [&](auto kind) {
+        const auto* from =
+            static_cast<const decltype(kind)*>(batch_.q) + token * batch_.q_stride + head * batch_.head_dim;
+        for (int64_t i = 0; i < width_; i += kLanes)
+          Plane::store_scalars(scalars + (row * width_ + i) / Plane::kPack, load_first(from + i, batch_.head_dim - i));
+      });
+    });
+  }
+
+  void score(const Split& split, const float* queries, float* scores) const override {
+    const Group& group = split.group;
+    const int64_t seen = split.seen(), size = batch_.block_size;
+    for (int64_t key = 0; key < seen; key += size) {
+      const bool last = key + size >= seen;
+      for (int64_t head = 0; head < group.heads; head++) {
+        const int64_t row = head * group.rows + split.first;
+        Product<Plane> product;
+        product.vectors = static_cast<const Unit*>(block(group, split.start + key).at(head));
+        product.column_stride = kLanes * batch_.head_dim;
+        product.step_stride = kLanes * Plane::kPack;
+        product.scalars = reinterpret_cast<const Scalar*>(queries) + row * width_ / Plane::kPack;
+        product.scalar_stride = width_ / Plane::kPack;
+        product.out = scores + row * kScoreStride + key;
+        product.out_stride = kScoreStride;
+        product.rows = split.rows();
+        product.columns = (std::min(size, seen - key) + kLanes - 1) / kLanes;
+        product.steps = batch_.head_dim / Plane::kPack;
+        product.fresh = true;
+        const Heads next = last ? split.values : block(group, split.start + key + size);
+        product.upcoming = static_cast<const Unit*>(next.at(head));
+        multiply(product, false);
+      }
+    }
+  }
+
+  Heads block(const Group& group, int64_t token) const override {
+    return block_of<Plane>(batch_, plane_, group, token);
+  }
+
+ private:
+  const Batch& batch_;
+  const void* plane_;
+  const int64_t width_;
+};
+
+template <class Plane>
+class DenseValues : public Values {
+  using Unit = typename Plane::Unit;
+  using Scalar = typename Plane::Scalar;
+
+ public:
+  DenseValues(const Batch& batch, const void* plane)
+      : batch_(batch), plane_(plane), scale_(batch.binary_scale()), state_(batch.head_dim) {}
+
+  // The weights are the scalars of the product with the values.
+  void soften(float* scores, int64_t seen, float* state) const override {
+    Scalar* weights = reinterpret_cast<Scalar*>(scores);
+    soften_scores(scores, seen, scale_, state + state_.width,
+                  [&](int64_t i, Vec weight) { Plane::store_scalars(weights + i / Plane::kPack, weight); });
+  }
+
+  // What all rows see, in whole pairs, is weighed for all rows at once. The rest is weighed row by row, so that no
+  // value, were it infinite, touches a row that does not see it.
+  void weigh(const Split& split, float* weights, float* states) const override {
+    const int64_t seen = split.visible[split.first], shared = seen - seen % Plane::kPack;
+    weigh_rows(split, split.first, split.rows(), 0, shared, weights, states);
+    for (int64_t row = split.first; row < split.group.rows; row++)
+      weigh_rows(split, row, 1, shared, split.visible[row], weights, states);
+  }
+
+  Heads block(const Group& group, int64_t token) const override {
+    return block_of<Plane>(batch_, plane_, group, token);
+  }
+
+ private:
+  // Keys [from, to) of the split, from an even one on, for `rows` rows of each head.
+  void weigh_rows(const Split& split, int64_t row, int64_t rows, int64_t from, int64_t to, float* weights,
+                  float* states) const {
+    const int64_t size = batch_.block_size;
+    for (int64_t key = from; key < to;) {
+      const int64_t token = split.start + key, count = std::min(to - key, size - token % size);
+      Product<Plane> product;
+      product.vectors = static_cast<const Unit*>(block(split.group, token).first) + token % size * batch_.head_dim;
+      product.scalars = reinterpret_cast<const Scalar*>(weights + row * kScoreStride) + key / Plane::kPack;
+      product.out = states + row * state_.stride();
+      product.rows = rows;
+      product.fresh = key == 0;
+      multiply_heads(split.group, count, key + count < to ? block(split.group, token + count) : split.upcoming_keys, product);
+      key += count;
+    }
+  }
+
+  // `count` tokens, all in one block, for all heads of the group.
+  void multiply_heads(const Group& group, int64_t count, Heads upcoming, Product<Plane> product) const {
+    const bool half = batch_.head_dim % kLanes != 0;
+    const int64_t units = batch_.block_size * batch_.head_dim;
+    product.column_stride = kLanes * Plane::kPack;
+    product.step_stride = batch_.head_dim * Plane::kPack;
+    product.scalar_stride = kScoreStride;
+    product.out_stride = state_.stride();
+    product.columns = batch_.head_dim / kLanes;
+    product.steps = count / Plane::kPack;
+    for (int64_t head = 0; head < group.heads; head++) {
+      product.upcoming = upcoming.first ? static_cast<const Unit*>(upcoming.at(head)) : nullptr;
+      if (product.steps) multiply(product, half);
+      if constexpr (Plane::kPack == 2) {
+        if (count % 2) multiply(last_step(product), half);
+      }
+      product.vectors += units;
+      product.scalars += group.rows * kScoreStride;
+      product.out += group.rows * state_.stride();
+    }
+  }
+
+  const Batch& batch_;
+  const void* plane_;
+  const float scale_;
+  const State state_;
+};
+
+template <template <class> class Side, class Base>
+std::unique_ptr<Base> make_side(const Batch& batch, const void* plane, Number type) {
+  switch (type) {
+    case Number::kFloat32: return std::make_unique<Side<Float32Plane>>(batch, plane);
+    case Number::kBFloat16: return std::make_unique<Side<BFloat16Plane>>(batch, plane);
+    case Number::kFloat16: return std::make_unique<Side<Float16Plane>>(batch, plane);
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+std::unique_ptr<Keys> dense_keys(const Batch& batch, const void* plane, Number type) {
+  return make_side<DenseKeys, Keys>(batch, plane, type);
+}
+
+std::unique_ptr<Values> dense_values(const Batch& batch, const void* plane, Number type) {
+  return make_side<DenseValues, Values>(batch, plane, type);
+}
+
+}  // namespace kvist

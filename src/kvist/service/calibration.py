@@ -1,0 +1,174 @@
+"""A model's calibration: measured once, kept beside the kernels in the cache folder, read from then on."""
+
+import hashlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvist.base.errors import ConfigError, TextError
+from kvist.base.files import cache_folder
+from kvist.cache.calibration import Calibration, StreamStatistics, load_calibration, save_calibration, statistics
+from kvist.cache.choice import parse_choice
+from kvist.cache.codecs import DenseCodec
+from kvist.cache.layout import Layout, plan_layout
+from kvist.models.decoder import Decoder
+from kvist.models.plain import PlainView
+from kvist.text.tokenizer import Tokenizer
+
+TEXT = Path(__file__).parent.parent / "bundled" / "calibration.txt"
+TOKENS = 2048
+AUTO = "auto"
+_SAMPLE = 64  # numbers of a parameter that its digest reads, at equal distances
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What one layer's attention is given: `q` `[T, heads, D]`, `k`, `v` `[T, kv_heads, D]`, and the scale of q.k."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+
+
+class _ObservedView(PlainView):
+    """A `PlainView` that shows its layer's vectors and then forgets them: one layer's are in memory at a time."""
+
+    def __init__(self, observe: Callable[[Vectors], None]) -> None:
+        super().__init__()
+        self._observe = observe
+
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        self._observe(Vectors(q, self.k, self.v, scale))
+        out = super().attend(q, scale)
+        self.k = self.v = torch.empty(0)
+        return out
+
+
+@torch.inference_mode()
+def observe(model: Decoder, tokens: list[int], see: Callable[[int, Vectors], None]) -> None:
+    """Runs `tokens` once, without a cache; `see` gets each layer's number and vectors, in order."""
+
+    def view(layer: int) -> _ObservedView:
+        return _ObservedView(lambda vectors: see(layer, vectors))
+
+    model(torch.tensor(tokens), torch.arange(len(tokens)), [view(layer) for layer in range(model.config.layers)])
+
+
+def model_digest(model: Decoder) -> str:
+    """SHA-256 (hex) of the config and of numbers from all over every parameter: tells one model from another."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, len(flat) // _SAMPLE)][:_SAMPLE].float()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def calibration_path(digest: str) -> Path:
+    """Where the calibration of the model of that digest lies."""
+    return cache_folder() / "calibration" / f"{digest[:32]}.safetensors"
+
+
+def planned(model: Decoder, directory: Path, kv: str, full: DenseCodec) -> Layout:
+    """The layout of the model's cache under `kv`: a choice as `parse_choice` reads it, or "auto", which stands for
+    what `kvist calibrate` proposed. The model is calibrated where a codec wants it. Raises `ConfigError`.
+    """
+    specs = model.config.layer_specs()
+    if kv != AUTO:
+        layout = plan_layout(specs, parse_choice(kv), full=full)
+        if not layout.needs_calibration:
+            return layout
+    calibration = calibrated(model, directory)
+    if kv == AUTO and calibration.proposal is None:
+        raise ConfigError(
+            f"--kv {AUTO} stands for what kvist calibrate proposes; run kvist calibrate on this model first"
+        )
+    choice = parse_choice(calibration.proposal or "" if kv == AUTO else kv)
+    return plan_layout(specs, choice, full=full, calibration=calibration)
+
+
+def calibrated(model: Decoder, directory: Path) -> Calibration:
+    """The model's calibration, measured now on a built-in text where there is none yet.
+
+    Raises `ConfigError` when the file that is there is damaged or belongs to another model.
+    """
+    digest = model_digest(model)
+    path = calibration_path(digest)
+    if path.exists():
+        return read_calibration(path, model)
+    if sys.stderr.isatty():
+        print(f"\x1b[2mkvist: measuring the keys and values of {directory.name} (once)\x1b[0m", file=sys.stderr)
+    tokens, _ = calibration_text(model, directory)
+    calibration = measure(model, tokens, digest)
+    save_calibration(path, calibration)
+    return calibration
+
+
+def read_calibration(path: Path, model: Decoder) -> Calibration:
+    """The calibration in `path`, wherever it was made. Raises `ConfigError` when it is none, is damaged, or is not of
+    this model."""
+    calibration = load_calibration(path, model_digest(model))
+    damage = ConfigError(f"{path} is damaged: its numbers are not those of this model; run kvist calibrate again")
+    specs = model.config.layer_specs()
+    if len(calibration.streams) != len(specs):
+        raise damage
+    for spec, found in zip(specs, calibration.streams, strict=True):
+        if found.keys() != {stream.name for stream in spec.streams}:
+            raise damage
+        for stream in spec.streams:
+            if not _is_sound(found[stream.name], (stream.heads, stream.dim)):
+                raise damage
+    if calibration.proposal is not None:
+        parse_choice(calibration.proposal).check(specs)
+    return calibration
+
+
+def _is_sound(found: StreamStatistics, shape: tuple[int, int]) -> bool:
+    both = (found.mean, found.energy)
+    if any(x.dtype is not torch.float32 or tuple(x.shape) != shape or not bool(x.isfinite().all()) for x in both):
+        return False
+    return bool((found.energy >= 0).all())
+
+
+def calibration_text(model: Decoder, directory: Path, text: str | None = None) -> tuple[list[int], str]:
+    """`text` in the model's tokens, at most `TOKENS` of them and no more than its context; and what they are.
+
+    Without a text the built-in one, less the characters that the vocabulary lacks; arbitrary tokens where the model has
+    no tokenizer. Raises `TextError` for a text that cannot be tokenized.
+    """
+    most = min(TOKENS, model.config.max_positions)
+    if text is not None:
+        return Tokenizer.load(directory).encode(text)[:most], "text"
+    try:
+        tokenizer = Tokenizer.load(directory)
+    except TextError:
+        random = torch.Generator().manual_seed(0)
+        return torch.randint(model.config.vocab_size, (most,), generator=random).tolist(), "arbitrary tokens"
+    return tokenizer.encode(built_in_text(tokenizer))[:most], "built-in text"
+
+
+def built_in_text(tokenizer: Tokenizer) -> str:
+    """Prose, questions, code and numbers, less the characters that a vocabulary of characters lacks."""
+    text = TEXT.read_text("utf-8")
+    unknown = {character for character in set(text) if not _is_known(tokenizer, character)}
+    return "".join(character for character in text if character not in unknown)
+
+
+def _is_known(tokenizer: Tokenizer, character: str) -> bool:
+    try:
+        tokenizer.encode(character)
+    except TextError:
+        return False
+    return True
+
+
+def measure(model: Decoder, tokens: list[int], digest: str) -> Calibration:
+    """Runs `tokens` once, without a cache, and takes the statistics of each layer's keys and values."""
+    streams: list[dict[str, StreamStatistics]] = []
+    observe(model, tokens, lambda _, seen: streams.append({"k": statistics(seen.k), "v": statistics(seen.v)}))
+    return Calibration(digest, len(tokens), tuple(streams))

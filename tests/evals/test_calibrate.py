@@ -1,0 +1,260 @@
+"""Calibration: what is measured, what is proposed, and which files are taken for a model's own."""
+
+import dataclasses
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_fidelity import SMALL, ids, own_folder, random_model  # noqa: F401
+from test_verify import LLAMA
+from test_verify import random_model as narrow_model
+
+from kvist.base.errors import ConfigError, RequestError, TextError
+from kvist.cache.calibration import Calibration, StreamStatistics, save_calibration, statistics
+from kvist.cache.choice import parse_choice
+from kvist.cache.codecs import CODECS
+from kvist.evals.calibrate import CalibrationReport, calibrate, compact, mean_and_drift
+from kvist.evals.vectors import decoded
+from kvist.service import calibration as calibration_module
+from kvist.service.calibration import (
+    calibrated,
+    calibration_path,
+    calibration_text,
+    measure,
+    model_digest,
+    observe,
+    read_calibration,
+)
+from kvist.service.loaded import BUNDLED, Loaded, open_model
+
+names = st.sampled_from(["turbo2", "turbo2.5", "turbo4", "int4-rot", "int8", "bf16"])
+
+
+@given(st.lists(st.tuples(names, names), min_size=1, max_size=40))
+def test_a_compact_choice_means_the_assignment(assignment: list[tuple[str, str]]) -> None:
+    choice = parse_choice(compact(assignment))
+    assert [(choice.codec(i, "k").name, choice.codec(i, "v").name) for i in range(len(assignment))] == assignment
+
+
+def test_choices_are_compact() -> None:
+    assert compact([("turbo4", "turbo4")] * 9) == "turbo4"
+    assert compact([("turbo4", "turbo3")] * 9) == "k=turbo4,v=turbo3"
+    keys = ["turbo4"] * 2 + ["turbo3"] * 27 + ["int8"]
+    values = ["turbo3"] * 29 + ["turbo2"]
+    assert compact(list(zip(keys, values, strict=True))) == "turbo3,0-1:k=turbo4,29:k=int8,29:v=turbo2"
+
+
+def test_mean_and_drift_by_numpy() -> None:
+    random = np.random.Generator(np.random.PCG64(0))
+    keys = random.normal(size=(300, 2, 32))
+    keys[:, 0] += 3.0
+    keys[:, 1] += np.linspace(-1, 1, 300)[:, None]
+    found = torch.tensor(keys).float()
+    mean, drift = mean_and_drift(found, statistics(found))
+    sigma = np.sqrt(((keys - keys.mean(0)) ** 2).sum(-1).mean(0))
+    assert mean == pytest.approx((np.linalg.norm(keys.mean(0), axis=-1) / sigma).max(), rel=1e-5)
+    moved = keys.reshape(3, 100, 2, 32).mean(1) - keys.mean(0)
+    assert drift == pytest.approx((np.linalg.norm(moved, axis=-1) / sigma).max(), rel=1e-5)
+    assert drift > 0.5
+    # Without the trend what is left is chance.
+    assert mean_and_drift(found[:, :1], statistics(found[:, :1]))[1] < 0.15
+    still = torch.ones(90, 2, 32)
+    assert mean_and_drift(still, statistics(still)) == (0.0, 0.0)
+
+
+def proposed(base: Loaded, threshold: float, tokens: int = 320) -> tuple[Calibration, CalibrationReport]:
+    return calibrate(base, ids(tokens), "random", threshold)
+
+
+def test_the_cheapest_codec_that_is_good_enough() -> None:
+    base = random_model()
+    calibration, report = proposed(base, 0.99)
+    assert [layer.layer for layer in report.layers] == [0, 1]
+    for layer in report.layers:
+        for tried, chosen in ((layer.keys, layer.k), (layer.values, layer.v)):
+            assert [found.bits for found in tried] == sorted(found.bits for found in tried)
+            assert {"turbo2", "turbo4", "int8", "bf16", "fp32"} <= {found.codec for found in tried}
+            assert not any(found.codec.startswith("paper") for found in tried), "no kernel reads these"
+            assert chosen.quality >= 0.99
+            assert all(found.quality < 0.99 for found in tried[: tried.index(chosen)])
+        assert all(found.correlation is not None for found in layer.keys)
+        assert all(found.correlation is None for found in layer.values)
+    choice = parse_choice(report.proposal)
+    assert [(choice.codec(i, "k").name, choice.codec(i, "v").name) for i in range(2)] == [
+        (layer.k.codec, layer.v.codec) for layer in report.layers
+    ]
+    assert calibration.proposal == report.proposal
+    dearer, cheaper = proposed(base, 0.9999)[1], proposed(base, 0.9)[1]
+    assert cheaper.bytes_per_token < report.bytes_per_token < dearer.bytes_per_token
+    # What changes nothing is all that is left at 1.
+    assert proposed(base, 1.0)[1].proposal == "fp32"
+
+
+def test_numbers_of_a_candidate_by_numpy() -> None:
+    base = random_model()
+    calibration, report = proposed(base, 0.99, tokens=130)
+    vectors = {}
+    observe(base.model, ids(130), vectors.__setitem__)
+    calibration_module.save_calibration(calibration_path(calibration.model), calibration)
+    keys, values = base.with_kv("turbo3").layout.layers[1].streams
+    seen = vectors[1]
+    k2, v2 = decoded(keys, seen.k, 64), decoded(values, seen.v, 64)
+    correlations, outputs = [], []
+    for head in range(4):
+        q, k, v, coded_k, coded_v = (
+            x[:, head if index == 0 else head // 2].double().numpy()
+            for index, x in enumerate((seen.q, seen.k, seen.v, k2, v2))
+        )
+        a, b, exact, coded = [], [], [], []
+        for position in range(64, 130):
+            earlier = position // 64 * 64
+            one, other = k[:earlier] @ q[position], coded_k[:earlier] @ q[position]
+            a.append(one - one.mean())
+            b.append(other - other.mean())
+            weights = np.exp(seen.scale * k[: position + 1] @ q[position])
+            mixed = np.concatenate([coded_v[:earlier], v[earlier : position + 1]])
+            exact.append(weights @ v[: position + 1] / weights.sum())
+            coded.append(weights @ mixed / weights.sum())
+        correlations.append(np.corrcoef(np.concatenate(a), np.concatenate(b))[0, 1])
+        error = signal = 0.0
+        for rows in (slice(0, 64), slice(64, 66)):
+            x, y = (np.array(part[rows]) - np.mean(part[rows], axis=0) for part in (exact, coded))
+            error, signal = error + ((x - y) ** 2).sum(), signal + (x**2).sum()
+        outputs.append(1 - error / signal)
+    layer = report.layers[1]
+    found = next(found for found in layer.keys if found.codec == "turbo3")
+    assert found.correlation == pytest.approx(min(correlations), abs=1e-5)
+    found = next(found for found in layer.values if found.codec == "turbo3")
+    assert found.output == pytest.approx(min(outputs), abs=1e-5)
+
+
+def test_keys_that_share_a_mean_are_given_codecs_that_take_it_off() -> None:
+    report = proposed(random_model(shift=12.0), 0.98)[1]
+    assert all(layer.mean > 3 for layer in report.layers)
+    for layer in report.layers:
+        quality = {found.codec: found.quality for found in layer.keys}
+        assert quality["turbo4"] > 0.98 > quality["int4-rot"]
+        assert CODECS[layer.k.codec].centred
+
+
+def test_sharp_attention_asks_for_better_keys() -> None:
+    """Scores keep their correlation when queries grow, and the softmax over them does not keep its weights."""
+    base, sharp = random_model(), random_model()
+    with torch.no_grad():
+        for block in sharp.model.blocks:
+            block.attention.qkv.weight[: SMALL.heads * SMALL.head_dim] *= 6
+    found, of_sharp = (proposed(model, 0.99)[1].layers[0] for model in (base, sharp))
+    turbo2, of_sharp_turbo2 = found.keys[0], of_sharp.keys[0]
+    assert of_sharp_turbo2.correlation == pytest.approx(turbo2.correlation, abs=0.01)
+    assert 1 - of_sharp_turbo2.output > 5 * (1 - turbo2.output)
+
+
+def test_heads_that_no_codec_can_hold_stay_as_they_are() -> None:
+    report = calibrate(narrow_model(LLAMA), ids(200), "random")[1]
+    assert {found.codec for found in report.layers[0].keys} == {"bf16", "fp16", "fp32"}
+    assert report.proposal == "bf16"
+
+
+def test_what_cannot_be_calibrated() -> None:
+    base = random_model()
+    for threshold in (0.0, 1.01, float("nan")):
+        with pytest.raises(RequestError, match="a threshold lies between 0 and 1"):
+            proposed(base, threshold)
+    with pytest.raises(RequestError, match="at least 128 tokens; the text has 100"):
+        proposed(base, 0.9, tokens=100)
+
+
+def test_auto_is_the_proposal() -> None:
+    base = random_model()
+    calibration, report = proposed(base, 0.99)
+    save_calibration(calibration_path(calibration.model), calibration)
+    layout = base.with_kv("auto").layout
+    assert layout.kv == report.proposal
+    assert layout.bytes_per_token == report.bytes_per_token
+    keys, _ = layout.layers[1].streams
+    assert torch.equal(keys.frame.mean, calibration.streams[1]["k"].mean)
+
+
+def test_statistics_are_of_the_models_own_vectors() -> None:
+    base, seen = random_model(), {}
+    observe(base.model, ids(100), seen.__setitem__)
+    found = measure(base.model, ids(100), "digest")
+    assert found.tokens == 100
+    for layer, streams in enumerate(found.streams):
+        for name, x in (("k", seen[layer].k), ("v", seen[layer].v)):
+            assert torch.allclose(streams[name].mean, x.mean(0), atol=1e-6)
+            assert torch.allclose(streams[name].energy, x.var(0, correction=0), rtol=1e-4)
+
+
+def test_a_first_use_is_announced_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    base = random_model()
+    calibrated(base.model, Path("somewhere/tiny"))
+    assert capsys.readouterr().err == ""
+    calibration_path(model_digest(base.model)).unlink()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    calibrated(base.model, Path("somewhere/tiny"))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "keys and values of tiny (once)" in said
+    calibrated(base.model, Path("somewhere/tiny"))
+    assert capsys.readouterr().err == ""
+
+
+def test_texts_to_calibrate_on(tmp_path: Path) -> None:
+    bundled = open_model(None)
+    tokens, name = calibration_text(bundled.model, BUNDLED)
+    assert (len(tokens), name) == (1024, "built-in text")
+    assert bundled.tokenizer().decode(tokens).startswith("The harbour was quiet when the ferry came in.")
+    assert len(calibration_text(bundled.model, BUNDLED, "to be or not " * 3)[0]) == 39
+    with pytest.raises(TextError, match="'/'"):
+        calibration_text(bundled.model, BUNDLED, "1/2")
+    arbitrary, name = calibration_text(bundled.model, tmp_path)
+    assert (len(arbitrary), name) == (1024, "arbitrary tokens")
+    assert 0 <= min(arbitrary) < max(arbitrary) < 65
+    with pytest.raises(TextError):
+        calibration_text(bundled.model, tmp_path, "to be")
+
+
+def changed(calibration: Calibration, layer: int, stream: str, value: StreamStatistics | None) -> Calibration:
+    streams = [dict(of) for of in calibration.streams]
+    del streams[layer][stream]
+    if value is not None:
+        streams[layer][stream] = value
+    return dataclasses.replace(calibration, streams=tuple(streams))
+
+
+def test_files_that_are_not_the_models_own(tmp_path: Path) -> None:
+    base = random_model()
+    sound = proposed(base, 0.99)[0]
+    path = tmp_path / "given.safetensors"
+    save_calibration(path, sound)
+    assert read_calibration(path, base.model) == dataclasses.replace(
+        sound, streams=read_calibration(path, base.model).streams
+    )
+    k = sound.streams[0]["k"]
+    for damaged in (
+        dataclasses.replace(sound, streams=sound.streams[:1]),
+        changed(sound, 1, "v", None),
+        changed(sound, 0, "k", StreamStatistics(k.mean[:1], k.energy[:1])),
+        changed(sound, 0, "k", StreamStatistics(k.mean.double(), k.energy.double())),
+        changed(sound, 0, "k", StreamStatistics(k.mean * float("nan"), k.energy)),
+        changed(sound, 0, "k", StreamStatistics(k.mean, -k.energy)),
+        dataclasses.replace(sound, proposal="turbo9"),
+        dataclasses.replace(sound, proposal="turbo4,7:bf16"),
+        dataclasses.replace(sound, model=model_digest(random_model(shift=1.0).model)),
+    ):
+        save_calibration(path, damaged)
+        with pytest.raises(ConfigError) as refusal:
+            read_calibration(path, base.model)
+        assert "\n" not in str(refusal.value)
+    with pytest.raises(ConfigError, match="the calibration of another model"):
+        read_calibration(path, base.model)
+    for content in (b"", b"nonsense", random.Random(1).randbytes(200)):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match="damaged"):
+            read_calibration(path, base.model)
