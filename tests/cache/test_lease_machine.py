@@ -23,7 +23,7 @@ MOST_LEASES = 6
 ONE = st.integers(0, 2**16)
 
 SETTINGS = settings(
-    max_examples=200,
+    max_examples=300,
     stateful_step_count=60,
     suppress_health_check=list(HealthCheck),
 )

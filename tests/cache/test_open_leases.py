@@ -23,7 +23,7 @@ OPEN = 7
 MOST_LEASES = 5
 ONE = st.integers(0, 2**16)
 
-SETTINGS = settings(max_examples=150, stateful_step_count=60, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(max_examples=300, stateful_step_count=60, suppress_health_check=list(HealthCheck))
 
 
 @dataclass(frozen=True)

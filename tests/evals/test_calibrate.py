@@ -81,7 +81,9 @@ def test_the_cheapest_codec_that_is_good_enough() -> None:
             assert {"turbo2", "turbo4", "int8", "bf16", "fp32"} <= {found.codec for found in tried}
             assert not any(found.codec.startswith("paper") for found in tried), "no kernel reads these"
             assert chosen.quality >= 0.99
-            assert all(found.quality < 0.99 for found in tried[: tried.index(chosen)])
+            assert all(found.quality < 0.99 for found in tried if found.bits < chosen.bits)
+            # In heads of 32 int4 and turbo4 take the same bits.
+            assert all(found.quality <= chosen.quality for found in tried if found.bits == chosen.bits)
         assert all(found.correlation is not None for found in layer.keys)
         assert all(found.correlation is None for found in layer.values)
     choice = parse_choice(report.proposal)
@@ -156,7 +158,7 @@ def test_sharp_attention_asks_for_better_keys() -> None:
 
 def test_heads_that_no_codec_can_hold_stay_as_they_are() -> None:
     report = calibrate(narrow_model(LLAMA), ids(200), "random")[1]
-    assert {found.codec for found in report.layers[0].keys} == {"bf16", "fp16", "fp32"}
+    assert {found.codec for found in report.layers[0].keys} == {"bf16", "fp32"}
     assert report.proposal == "bf16"
 
 
@@ -171,7 +173,7 @@ def test_what_cannot_be_calibrated() -> None:
 
 def test_auto_is_the_proposal() -> None:
     base = random_model()
-    calibration, report = proposed(base, 0.99)
+    calibration, report = proposed(base, 0.98)
     save_calibration(calibration_path(calibration.model), calibration)
     layout = base.with_kv("auto").layout
     assert layout.kv == report.proposal
@@ -212,7 +214,7 @@ def test_texts_to_calibrate_on(tmp_path: Path) -> None:
     assert bundled.tokenizer().decode(tokens).startswith("The harbour was quiet when the ferry came in.")
     assert len(calibration_text(bundled.model, BUNDLED, "to be or not " * 3)[0]) == 39
     with pytest.raises(TextError, match="'/'"):
-        calibration_text(bundled.model, BUNDLED, "1/2")
+        calibration_text(bundled.model, BUNDLED, "either/or")
     arbitrary, name = calibration_text(bundled.model, tmp_path)
     assert (len(arbitrary), name) == (1024, "arbitrary tokens")
     assert 0 <= min(arbitrary) < max(arbitrary) < 65
@@ -233,9 +235,9 @@ def test_files_that_are_not_the_models_own(tmp_path: Path) -> None:
     sound = proposed(base, 0.99)[0]
     path = tmp_path / "given.safetensors"
     save_calibration(path, sound)
-    assert read_calibration(path, base.model) == dataclasses.replace(
-        sound, streams=read_calibration(path, base.model).streams
-    )
+    found = read_calibration(path, base.model)
+    assert (found.model, found.tokens, found.proposal) == (sound.model, 320, sound.proposal)
+    assert torch.equal(found.streams[1]["v"].energy, sound.streams[1]["v"].energy)
     k = sound.streams[0]["k"]
     for damaged in (
         dataclasses.replace(sound, streams=sound.streams[:1]),

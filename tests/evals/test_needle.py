@@ -15,8 +15,9 @@ from torch import Tensor
 from kvist.base.errors import RequestError, TextError
 from kvist.cache.view import PagedView
 from kvist.evals.forced import feed
-from kvist.evals.needle import DEPTHS, QUESTION, WORDS, Haystack, NeedleEval, NeedleReport, _ask, plot, read_text
+from kvist.evals.needle import DEPTHS, QUESTION, WORDS, Haystack, NeedleEval, NeedleReport, _ask, plot
 from kvist.service.loaded import RECALL, Loaded, open_model
+from kvist.text.reading import read_text
 from kvist.text.recall import VOCAB_SIZE
 from kvist.text.tokenizer import Tokenizer
 from kvist.text.training import save_tokenizer, train_bytes_bpe, train_characters

@@ -156,7 +156,7 @@ def test_the_comparison_notices_a_codec_that_is_not_the_one():
     levels = other.coding(cache.values.stream).segments[0].levels
     planes, flat, frame = cache.values.operands
     damaged = flat.copy()
-    damaged[-16:] = [8 * level for level in levels]
+    damaged[-16:] = levels
     tables = torch.stack([cache.tables[piece.sequence] for piece in pieces])
     q = torch.cat([piece.q for piece in pieces])
     starts = torch.tensor([0, 9, 12, 13, 46], dtype=torch.int32)

@@ -90,8 +90,8 @@ def test_queries_may_be_a_view_of_a_wider_row(name):
     assert torch.equal(torch.cat(alone), cache.attend(ops, pieces))
 
 
-def test_the_three_backends_are_three_implementations():
+def test_the_backends_are_different_implementations():
     sets = [backend(name).instruction_set for name in ("reference", *COMPILED)]
     assert sets[0] == "PyTorch"
     assert sets[1] in ("avx512_bf16", "avx512", "portable")
-    assert sets[2] == "portable"
+    assert sets[2:] == ["avx2", "portable"]

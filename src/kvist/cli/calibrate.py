@@ -35,9 +35,9 @@ def calibrate(
     from kvist.cache.calibration import save_calibration
     from kvist.evals.calibrate import THRESHOLD
     from kvist.evals.calibrate import calibrate as run
-    from kvist.evals.needle import read_text
     from kvist.service.calibration import calibration_path, calibration_text, model_digest
     from kvist.service.loaded import open_model
+    from kvist.text.reading import read_text
 
     if given is not None and (text is not None or threshold is not None):
         raise KvistError("--import takes a calibration as it is; --text and --threshold are for making one")

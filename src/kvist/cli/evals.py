@@ -84,9 +84,10 @@ def needle(
 ) -> None:
     """Hide a sentence with a random number in a long text and ask for it: is the greedy continuation the number, and
     how much likelier does the sentence make it?"""
-    from kvist.evals.needle import Haystack, NeedleEval, NeedleReport, read_text
+    from kvist.evals.needle import Haystack, NeedleEval, NeedleReport
     from kvist.evals.needle import plot as draw
     from kvist.service.loaded import open_model
+    from kvist.text.reading import read_text
 
     _require_matplotlib(plot)
     lengths = [] if length is None else numbers(length, "--length", "256,1024")

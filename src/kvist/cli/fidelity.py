@@ -40,9 +40,9 @@ def fidelity(
     from rich.console import Console
 
     from kvist.evals.fidelity import DEFAULT_KV, LENGTH, TOKENS, run, windows
-    from kvist.evals.needle import read_text
     from kvist.service.calibration import built_in_text
     from kvist.service.loaded import open_model
+    from kvist.text.reading import read_text
 
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise KvistError("--plot needs matplotlib, which is missing; pip install 'kvist[plots]' brings it")

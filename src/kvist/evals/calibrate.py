@@ -5,11 +5,11 @@ be known of keys alone, it tells best whether a model survives. And what attenti
 weighs an error as the layer's own softmax does: where attention is sharp, keys need more than their scores show. Keys
 have to hold both above the threshold, values the second.
 
-The default of 0.99 leaves noise of about a hundredth of the signal. Mean KL divergence that it gave, with the uniform
-codecs on either side: the bundled model 0.0015 at 3.1 bits (turbo3 0.0009 at 3.25, turbo2.5 0.0026 at 2.75); random
-weights with keys that share a mean 2.5 to 3.5 times their deviation 0.0047 at 3.9 bits (turbo4 0.0035 at 4.25, turbo3.5
-0.010 at 3.75); the recall model 0.00006 at 4.5 bits (turbo4 0.00012 at 4.25). At 0.98 the three take 2.75, 3.25 and 3.4
-bits for 0.0020, 0.012 and 0.00012.
+The default of 0.99 leaves noise of about a hundredth of the signal. Mean KL divergence under it, beside uniform codecs
+of about its size: the bundled model 0.0015 at 3.1 bits (turbo3 0.0009 at 3.25, turbo2.5 0.0026 at 2.75); the recall
+model 0.00007 at 4.5 (int4-rot 0.00014 at 4.5, turbo4 0.00022 at 4.25); random weights whose keys share a mean of 2.5 to
+3.5 deviations 0.0031 at 3.9 (turbo4 0.0025 at 4.25, turbo3.5 0.0070 at 3.75). At 0.98 the three take 2.75, 3.4 and 3.25
+bits for 0.0020, 0.00021 and 0.011. (`kvist fidelity` on the last tenth of Tiny Shakespeare; `kvist eval recall`.)
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ from torch import Tensor
 from kvist.base.errors import ConfigError, RequestError
 from kvist.cache.calibration import Calibration, StreamStatistics
 from kvist.cache.choice import parse_choice
-from kvist.cache.codecs import CODECS, bits_per_value
+from kvist.cache.codecs import CODECS, FP16, bits_per_value
 from kvist.cache.layout import BLOCK_SIZE, Layout, StreamLayout, plan_layout
 from kvist.evals.vectors import compare_outputs, compare_scores, decoded
 from kvist.service.calibration import Vectors, measure, model_digest, observe
@@ -143,7 +143,7 @@ def calibrate(
 
 def _candidates(loaded: Loaded, calibration: Calibration) -> list[Layout]:
     """The whole cache under each codec that the kernels read and that is cheaper than the model's own type, and under
-    that; cheapest first."""
+    that; cheapest first. Not under fp16: another text may hold numbers beyond its range."""
     specs, full = loaded.config.layer_specs(), loaded.layout.full
     own = plan_layout(specs, full, full=full)
     found = []
@@ -153,7 +153,7 @@ def _candidates(loaded: Loaded, calibration: Calibration) -> list[Layout]:
         except ConfigError:  # it cannot hold such heads
             continue
         read = all(stream.has_kernel for layer in layout.layers for stream in layer.streams)
-        if read and layout.bits_per_value < own.bits_per_value:
+        if read and codec is not FP16 and layout.bits_per_value < own.bits_per_value:
             found.append(layout)
     return [*sorted(found, key=lambda layout: layout.bits_per_value), own]
 
@@ -192,8 +192,10 @@ def _worst(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def _cheapest(candidates: Sequence[Candidate], threshold: float) -> Candidate:
-    """The first that is good enough. The last one is the model's own type, which changes nothing."""
-    return next((found for found in candidates if found.quality >= threshold), candidates[-1])
+    """Of those that are good enough, and of equally cheap ones the best. The last candidate is the model's own type,
+    which changes nothing."""
+    enough = [found for found in candidates[:-1] if found.quality >= threshold]
+    return min(enough, key=lambda found: (found.bits, -found.quality), default=candidates[-1])
 
 
 def mean_and_drift(keys: Tensor, statistics: StreamStatistics) -> tuple[float, float]:

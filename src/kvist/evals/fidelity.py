@@ -135,6 +135,8 @@ def run(
     vectors = VectorMeter(layouts)
     predictions = _Predictions([loaded.engine(length).runner for loaded in (base, *others.values())])
     for number, window in enumerate(parts, start=1):
+        if stop():
+            break
         where = f"window {number} of {len(parts)}"
         watch(f"{where}, vectors")
         observe(base.model, window, vectors.see)
@@ -142,8 +144,6 @@ def run(
             tokens += count
             if stop():
                 break
-        if stop():
-            break
     if not predictions.count:
         return None
     measured = zip(others, layouts, vectors.scores(), predictions.divergences(), strict=True)

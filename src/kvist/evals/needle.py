@@ -26,7 +26,6 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the text that stand before the needle
 TRIALS = 4
 SHORTEST, LONGEST = 256, 4096  # tokens, of the lengths measured by default
-MOST_BYTES = 1 << 26  # of the text
 _SENTENCE_ENDS = (".", "!", "?", "\n")
 
 
@@ -250,18 +249,6 @@ def _lengths(most: int) -> list[int]:
         lengths.append(length)
         length *= 2
     return lengths or [most]
-
-
-def read_text(path: Path) -> str:
-    """The text in `path`. Raises `TextError` when it cannot be read, is no UTF-8, or is larger than `MOST_BYTES`."""
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise TextError(f"{path} is larger than {MOST_BYTES:,} bytes; a part of it will do")
-        return path.read_bytes().decode()
-    except OSError as error:
-        raise TextError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text: byte {error.start:,} cannot be read") from None
 
 
 def plot(report: NeedleReport, path: Path) -> None:

@@ -43,9 +43,10 @@ class Agreement:
         return torch.where(spread > 0, self.between / spread, still).clamp(-1, 1)
 
     def kept(self) -> Tensor:
-        """`[heads]`: 1 less the mean squared error, relative to the mean square of the exact numbers."""
+        """`[heads]`: 1 less the mean squared error, relative to the mean square of the exact numbers; where these are
+        all 0, whether the coded ones are."""
         error = self.exact + self.coded - 2 * self.between
-        return torch.where(self.exact > 0, 1 - error / self.exact, 1.0)
+        return torch.where(self.exact > 0, 1 - error / self.exact, (error == 0).double())
 
     def bias(self) -> Tensor:
         """`[heads]`: slope of the least-squares line from exact to coded numbers, less 1. 0: right on average."""

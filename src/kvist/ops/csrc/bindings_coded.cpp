@@ -57,6 +57,8 @@ Coding parse_coding(IntArrayRef numbers) {
   for (int64_t left = flat.next(1, kMaxCodedDim / 16, "the number of segments"); left > 0; left--) {
     coding.segments.push_back(parse_segment(flat, coding.dim));
     coding.dim += coding.segments.back().dims;
+    TORCH_CHECK_VALUE(coding.rule != Rule::kSignedMax || coding.segments.back().bits < 8,
+                      "a coding by the signed maximum has levels, and so less than 8 bits");
   }
   flat.end();
   TORCH_CHECK_VALUE(coding.dim >= 32 && coding.dim <= kMaxCodedDim, "coded heads have 32 to ", kMaxCodedDim,

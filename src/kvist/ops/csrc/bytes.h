@@ -4,6 +4,7 @@
 // bytes_avx512.h, bytes_avx2.h and bytes_portable.h give the same integers; vec.h says how one is chosen.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 
@@ -38,6 +39,29 @@ inline Levels make_levels(const std::array<int8_t, 16>& levels, int64_t bits) {
     fill_tables(result, bytes, bits);
   return result;
 }
+
+#if !defined(KVIST_AVX512)
+// 2^kBits - 1 borders, ascending, and how many of them each number reaches.
+struct Borders {
+  float border[16];
+};
+
+inline Borders make_borders(const float* borders) {
+  Borders result;
+  std::memcpy(result.border, borders, sizeof(result.border));
+  return result;
+}
+
+template <int kBits>
+inline Ints count_borders(Vec x, const Borders& borders) {
+  Vec passed[3] = {zero(), zero(), zero()};  // chains that hide each other's latency
+  KVIST_UNROLL for (int i = 0; i + 1 < 1 << kBits; i++)
+    passed[i % 3] = passed[i % 3] + each([&](int j) {
+      return as_float((NativeBits)(x.part[j] >= borders.border[i]) & as_bits(set1(1).part[j]));
+    });
+  return to_ints(passed[0] + passed[1] + passed[2]);
+}
+#endif
 
 // A number of 16 bits is high * 256 + low, both signed bytes.
 constexpr int kDigitReach = 127 * 256 + 127;

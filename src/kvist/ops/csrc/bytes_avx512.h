@@ -40,6 +40,31 @@ inline Ints four_sums(const Ints (&x)[4]) {
 // What each code, below 16, stands for.
 inline Vec look_up(const float* sixteen, Ints codes) { return _mm512_permutexvar_ps(codes, load(sixteen)); }
 
+// 2^kBits - 1 borders, ascending, and how many of them each number reaches: found by halving.
+struct Borders {
+  Vec by_half[4];  // lane i holds border i + half - 1, for halves 1, 2, 4, 8
+};
+
+inline Borders make_borders(const float* sixteen) {
+  Borders result;
+  for (int bit = 0; bit < 4; bit++) {
+    float lanes[kLanes];
+    for (int i = 0; i < kLanes; i++) lanes[i] = sixteen[std::min(15, i + (1 << bit) - 1)];
+    result.by_half[bit] = load(lanes);
+  }
+  return result;
+}
+
+template <int kBits>
+inline Ints count_borders(Vec x, const Borders& borders) {
+  Ints count = set1_int(0);
+  KVIST_UNROLL for (int bit = kBits - 1; bit >= 0; bit--) {
+    const Vec border = _mm512_permutexvar_ps(count, borders.by_half[bit]);
+    count = _mm512_mask_add_epi32(count, _mm512_cmp_ps_mask(x, border, _CMP_GE_OQ), count, set1_int(1 << bit));
+  }
+  return count;
+}
+
 // acc + the four products of each lane, a unsigned, b signed.
 inline Ints dot_bytes(Ints acc, Bytes a, Bytes b) {
 #if defined(__AVX512VNNI__)

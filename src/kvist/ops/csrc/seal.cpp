@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "batch.h"
 #include "bytes.h"
@@ -16,7 +17,8 @@ namespace kvist {
 namespace {
 
 constexpr int64_t kGrain = 4;  // heads of blocks that pay for waking one more thread
-constexpr float kTried[] = {1.22f, 1.16f, 1.1f, 1.05f, 1.0f, 0.96f, 0.92f, 0.88f, 0.84f};  // coding.py's TRIED
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kTried[] = {1.22f, 1.16f, 1.1f, 1.05f, 1.0f, 0.96f, 0.92f, 0.88f, 0.84f};  // coding.py says what for
 
 // Where sixteen tokens, from a multiple of sixteen on, stand in one head of one block of a plane.
 struct Tokens {
@@ -72,7 +74,7 @@ Vec reach_of(const Lanes* x, int64_t dims, Rule rule) {
   Vec top = zero(), signed_top = zero(), squares = zero(), poison = zero();
   for (int64_t i = 0; i < dims; i++) {
     const Vec number = load(x[i]), size = absolute(number);
-    signed_top = by_sign(top - size, number, signed_top);  // the first of equals
+    signed_top = where_greater(size, top, number, signed_top);
     top = larger(size, top);
     squares = squares + number * number;
     poison = fma(number, zero(), poison);
@@ -96,50 +98,76 @@ class Coder {
  public:
   explicit Coder(const Segment& segment) {
     for (int i = 0; i < kLevels; i++) levels_[i] = segment.levels[i];
-    for (int i = 0; i + 1 < kLevels; i++) borders_[i] = set1((levels_[i] + levels_[i + 1]) / 2);
+    float borders[16];  // in the middle between levels
+    for (int i = 0; i < 16; i++) borders[i] = i + 1 < kLevels ? (levels_[i] + levels_[i + 1]) / 2 : kInfinity;
+    borders_ = make_borders(borders);
   }
 
-  // A number at the middle of two levels takes the upper one. Three chains, which hide each other's latency.
+  // A number at the middle of two levels takes the upper one.
   Ints code(Vec y) const {
     if constexpr (kBits == 8) return to_ints(larger(smaller(y, set1(127)), set1(-127)));
-    Vec passed[3] = {zero(), zero(), zero()};
-    KVIST_UNROLL for (int i = 0; i + 1 < kLevels; i++)
-      passed[i % 3] = add_where_at_least(passed[i % 3], y, borders_[i], set1(1));
-    return to_ints(passed[0] + passed[1] + passed[2]);
+    else return count_borders<kBits>(y, borders_);
   }
 
   Vec level(Ints code) const {
     if constexpr (kBits == 8) return to_float(code);
-    return look_up(levels_, code);
+    else return look_up(levels_, code);
   }
 
  private:
   static constexpr int kLevels = kBits == 8 ? 1 : 1 << kBits;
-  Vec borders_[kLevels];
   float levels_[16] = {};
+  Borders borders_;
 };
+
+// What sixteen vectors have in common with their levels, and the codes where wanted.
+struct Fit {
+  Vec match = zero(), square = zero();  // <x, l> and |l|^2
+};
+
+template <int kBits>
+Fit fit(const Lanes* x, int64_t dims, const Coder<kBits>& coder, Vec per_level, uint8_t* codes) {
+  Fit found;
+  for (int64_t i = 0; i < dims; i++) {
+    const Vec number = load(x[i]);
+    const Ints code = coder.code(number * per_level);
+    const Vec level = coder.level(code);
+    found.match = fma(number, level, found.match);
+    found.square = fma(level, level, found.square);
+    if (codes) store_low_bytes(codes + i * kMaxCodedBlock, code);
+  }
+  return found;
+}
+
+// Levels per number: of `per_level` times those that are tried, the first whose levels come nearest to the vectors.
+template <int kBits>
+Vec search(const Lanes* x, int64_t dims, const Coder<kBits>& coder, Vec per_level) {
+  Vec best = per_level, most = zero();
+  for (const float factor : kTried) {
+    const Vec tried = per_level * set1(factor);
+    const Fit found = fit(x, dims, coder, tried, nullptr);
+    const Vec captured = found.match * found.match / found.square;
+    best = where_greater(captured, most, tried, best);
+    most = where_greater(captured, most, captured, most);
+  }
+  return best;
+}
 
 // The codes of sixteen vectors of a segment, kMaxCodedBlock from channel to channel, and their scales.
 template <int kBits>
 void quantize(const Lanes* x, const Segment& segment, Rule rule, uint8_t* codes, Float16* scales) {
+  const bool by_norm = rule == Rule::kUnbiased || rule == Rule::kLeastSquares;
   const double deviations = segment.per_deviation * std::sqrt(static_cast<double>(segment.dims));
-  const double top = rule == Rule::kAbsmax ? 127 : rule == Rule::kSignedMax ? segment.levels[0] : deviations;
+  const double top = by_norm ? deviations : rule == Rule::kAbsmax ? 127 : segment.levels[0];
   const Coder<kBits> coder(segment);
   const Vec reach = reach_of(x, segment.dims, rule);
-  const Vec per_level = divide_unless_zero(set1(static_cast<float>(top)), reach, reach);
-  Vec match = zero(), square = zero();
-  for (int64_t i = 0; i < segment.dims; i++) {
-    const Vec number = load(x[i]);
-    const Ints code = coder.code(number * per_level);
-    const Vec level = coder.level(code);
-    match = match + number * level;
-    square = square + level * level;
-    store_low_bytes(codes + i * kMaxCodedBlock, code);
-  }
+  Vec per_level = divide_unless_zero(set1(static_cast<float>(top)), reach, reach);
+  if (by_norm && kBits < 8) per_level = search(x, segment.dims, coder, per_level);
+  const Fit found = fit(x, segment.dims, coder, per_level, codes);
   if (rule == Rule::kUnbiased)
-    store(scales, divide_unless_zero(reach * reach, match, reach) * set1(128));
+    store(scales, divide_unless_zero(reach * reach, found.match, reach) * set1(128));
   else if (rule == Rule::kLeastSquares)
-    store(scales, divide_unless_zero(match, square, reach) * set1(128));
+    store(scales, divide_unless_zero(found.match, found.square, reach) * set1(128));
   else
     store(scales, reach * set1(static_cast<float>(128 / top)));
 }

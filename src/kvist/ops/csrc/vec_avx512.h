@@ -73,9 +73,9 @@ inline Vec absolute(Vec x) { return _mm512_abs_ps(x); }
 inline Vec larger_magnitude(Vec a, Vec b) { return _mm512_range_ps(a, b, 0b1011); }
 inline Vec square_root(Vec x) { return _mm512_sqrt_ps(x); }
 
-// x + amount in the lanes where a >= b.
-inline Vec add_where_at_least(Vec x, Vec a, Vec b, Vec amount) {
-  return _mm512_mask_add_ps(x, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), x, amount);
+// `yes` in the lanes where a > b.
+inline Vec where_greater(Vec a, Vec b, Vec yes, Vec no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
 }
 
 inline Vec load(const BFloat16* from) {

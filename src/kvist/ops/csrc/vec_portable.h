@@ -166,9 +166,9 @@ inline Vec square_root(Vec x) {
   return load(lanes);
 }
 
-// x + amount in the lanes where a >= b.
-inline Vec add_where_at_least(Vec x, Vec a, Vec b, Vec amount) {
-  return each([&](int i) { return a.part[i] >= b.part[i] ? x.part[i] + amount.part[i] : x.part[i]; });
+// `yes` in the lanes where a > b.
+inline Vec where_greater(Vec a, Vec b, Vec yes, Vec no) {
+  return each([&](int i) { return a.part[i] > b.part[i] ? yes.part[i] : no.part[i]; });
 }
 
 inline Vec load(const BFloat16* from) {
