@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "buffer.h"
+#include "tiles.h"
 
 namespace kvist {
 
@@ -26,6 +27,7 @@ void Attention::run() const {
   // Each thread takes half of its share of what is left: at first tasks whose memory adjoins, which is read faster,
   // at the end one at a time, since tasks differ in cost.
   at::parallel_for(0, plan_.threads, 1, [&](int64_t thread, int64_t) {
+    const TileScope tiles;
     float* mine = memory.get() + thread * plan_.largest * per_row;
     const Scratch scratch{mine, mine + plan_.largest * stride, mine + plan_.largest * (stride + kScoreStride),
                           mine + plan_.largest * (2 * stride + kScoreStride)};

@@ -10,6 +10,7 @@ using Ints = __m512i;
 constexpr int kSumVectors = 24;
 
 inline Bytes load_bytes(const void* from) { return _mm512_loadu_si512(from); }
+inline Bytes exclusive_or(Bytes a, Bytes b) { return _mm512_xor_si512(a, b); }
 inline void store_bytes(void* to, Bytes x) { _mm512_storeu_si512(to, x); }
 inline Bytes spread_bytes(const uint8_t* four) {
   int32_t lane;

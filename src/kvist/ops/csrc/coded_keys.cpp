@@ -9,6 +9,7 @@
 namespace kvist {
 namespace {
 
+constexpr int64_t kBeyond = kTileRows * kMaxCodedDim + 64;  // bytes that the last tile may look at
 constexpr int64_t kGrain = 16;  // times sixteen rows that pay for waking one more thread
 
 // The sums of both digits fit an int32 together.
@@ -41,7 +42,7 @@ CodedKeys::CodedKeys(const Batch& batch, const CodedStream& stream)
   for (const Segment& segment : stream.coding.segments) {
     const int64_t digits = segment.bits == 8 ? 2 : 1;
     parts_.push_back({digits, make_levels(segment.levels, segment.bits),
-                      make_buffer<uint8_t>(all * digits * segment.dims), make_buffer<int32_t>(all * digits),
+                      make_buffer<uint8_t>(all * digits * segment.dims + kBeyond), make_buffer<int32_t>(all * digits),
                       make_buffer<float>(all)});
   }
   const int64_t queries = rows_ * batch.heads, batches = (queries + kLanes - 1) / kLanes;

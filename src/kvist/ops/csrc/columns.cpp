@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "tiles.h"
+
 namespace kvist {
 namespace {
 
@@ -104,6 +106,73 @@ void decode_columns(const Columns& p, uint8_t* to) {
   }
 }
 
+#if defined(KVIST_TILES)
+constexpr int64_t kTileSteps = 16;
+
+// One product of tiles for each of up to four columns.
+template <int kCount>
+void sum_tiles(const Columns& p, const uint8_t* decoded, int64_t chunks, int64_t row) {
+  const int64_t column_bytes = chunks * kTileSteps * 64;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t chunk = 0; chunk < chunks; chunk++) {
+    const uint8_t* column = decoded + chunk * kTileSteps * 64;
+    _tile_loadd(4, p.scalars + row * p.scalar_stride + chunk * 64, p.scalar_stride);
+    _tile_loadd(5, column, 64);
+    _tile_dpbssd(0, 4, 5);
+    if constexpr (kCount > 1) {
+      _tile_loadd(6, column + column_bytes, 64);
+      _tile_dpbssd(1, 4, 6);
+    }
+    if constexpr (kCount > 2) {
+      _tile_loadd(5, column + 2 * column_bytes, 64);
+      _tile_dpbssd(2, 4, 5);
+    }
+    if constexpr (kCount > 3) {
+      _tile_loadd(6, column + 3 * column_bytes, 64);
+      _tile_dpbssd(3, 4, 6);
+    }
+  }
+  int32_t* out = p.out + row * kSumStride;
+  constexpr int64_t kStride = kSumStride * sizeof(int32_t);
+  _tile_stored(0, out, kStride);
+  if constexpr (kCount > 1) _tile_stored(1, out + kLanes, kStride);
+  if constexpr (kCount > 2) _tile_stored(2, out + 2 * kLanes, kStride);
+  if constexpr (kCount > 3) _tile_stored(3, out + 3 * kLanes, kStride);
+}
+
+// Signed levels times signed scalars, so that nothing has to be made up for. What a tile holds beyond the rows and the
+// steps that there are comes out in rows that nobody reads, or is multiplied by zeros.
+void multiply_tiles(const Columns& p) {
+  alignas(64) uint8_t decoded[kColumns * 64 * 64];
+  const int64_t chunks = (p.steps + kTileSteps - 1) / kTileSteps;
+  const Bytes half = set1_int(static_cast<int32_t>(0x80808080));
+  uint8_t* to = decoded;
+  with_bits(p.bits, [&](auto bits) {
+    for (int64_t column = 0; column < p.columns; column++) {
+      for (int64_t chunk = 0; chunk < p.steps / 4; chunk++) {
+        Bytes loaded[4];
+        load_steps<decltype(bits)::value>(p, p.codes + column * p.column_bytes, chunk, loaded);
+        for (int i = 0; i < 4; i++, to += 64) store_bytes(to, exclusive_or(loaded[i], half));
+      }
+      for (int64_t step = p.steps; step < chunks * kTileSteps; step++, to += 64) store_bytes(to, set1_int(0));
+    }
+  });
+  asm volatile("" ::: "memory");  // the compiler does not know that loading a tile reads memory
+  for (int64_t row = 0; row < p.rows; row += kTileRows) {
+    switch (p.columns) {
+      case 1: sum_tiles<1>(p, decoded, chunks, row); break;
+      case 2: sum_tiles<2>(p, decoded, chunks, row); break;
+      case 3: sum_tiles<3>(p, decoded, chunks, row); break;
+      default: sum_tiles<4>(p, decoded, chunks, row);
+    }
+  }
+  asm volatile("" ::: "memory");
+}
+#endif
+
 }  // namespace
 
 void multiply(const Columns& p) {
@@ -113,6 +182,9 @@ void multiply(const Columns& p) {
     });
     return;
   }
+#if defined(KVIST_TILES)
+  if (tiles_allowed()) return multiply_tiles(p);
+#endif
   alignas(64) uint8_t decoded[kColumns * 64 * 64];
   with_bits(p.bits, [&](auto bits) { decode_columns<decltype(bits)::value>(p, decoded); });
   Columns bytes = p;

@@ -3,6 +3,9 @@
 // out[row][column] = sum over steps of scalars[row][step] * column[step], four bytes by four at a time. Sums of whole
 // numbers are exact, so tiles are chosen for speed alone. Codes are unsigned here, their levels plus 128, and scalars
 // signed; `start` makes up for the 128.
+//
+// A tile of a matrix unit (tiles.h) has sixteen rows, whether or not there are as many: sixteen rows of scalars must be
+// readable from each multiple of sixteen on, and 64 bytes beyond, and as many rows of sums writable.
 #pragma once
 
 #include "bytes.h"
@@ -12,6 +15,7 @@ namespace kvist {
 
 constexpr int64_t kColumns = 4;  // at a time, of sixteen numbers each
 constexpr int64_t kSumStride = kColumns * kLanes;
+constexpr int64_t kTileRows = 16;
 constexpr int64_t kFewRows = 8;  // of queries; for these codes are decoded in registers, else once into memory
 
 struct Columns {
