@@ -18,7 +18,7 @@ from kvist.runtime.batch import Work, build_batch
 from kvist.runtime.runner import Runner
 from kvist.runtime.widths import Widths
 
-CHUNK = 512  # tokens that are written at once, at most
+CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class FilledCache:
     manager: CacheManager
     passing: int | None
     backend: Backend
+    chunk: int = CHUNK  # tokens that are written at once, at most
 
     @staticmethod
     def for_one(layout: Layout, tokens: int, backend: Backend) -> "FilledCache":
@@ -42,12 +43,12 @@ class FilledCache:
     @staticmethod
     def of(runner: Runner) -> "FilledCache":
         """The cache that a model runs on."""
-        return FilledCache(runner.store, runner.manager, runner.passing, runner.backend)
+        return FilledCache(runner.store, runner.manager, runner.passing, runner.backend, runner.widths.most)
 
     def append(self, lease: Lease, k: Tensor, v: Tensor) -> None:
         """Commit tokens `k`, `v` `[n, heads, dim]` to every layer."""
-        for start in range(0, len(k), CHUNK):
-            part = slice(start, min(start + CHUNK, len(k)))
+        for start in range(0, len(k), self.chunk):
+            part = slice(start, min(start + self.chunk, len(k)))
             for view in self.step(lease, part.stop - part.start):
                 view.write(k[part], v[part])
             self.manager.commit(lease, part.stop - part.start)
