@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from kvist.ops.backend import Backend, select
+from kvist.ops.build import Variant, unsupported
 from kvist.ops.packing import key_plane_shape, value_plane_shape
 
-BACKENDS = ("reference", "cpu", "avx2", "portable")
-COMPILED = ("cpu", "avx2", "portable")
+COMPILED = ("cpu", *(() if unsupported(Variant.AVX2) else ("avx2",)), "portable")
+BACKENDS = ("reference", *COMPILED)
 
 
 def backend(name: str) -> Backend:

@@ -133,6 +133,13 @@ def test_a_build_that_dies_leaves_no_library(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.so"))
 
 
+def test_a_processor_that_is_not_known_to_have_avx2_is_not_asked_to_run_it(monkeypatch):
+    monkeypatch.setattr(build, "_processor", lambda: "flags : fpu sse2 avx")
+    assert (
+        build.load_kernels.__wrapped__("kvist_avx2", build.Variant.AVX2) == "this processor is not known to have AVX2"
+    )
+
+
 def test_each_build_has_its_own_place(monkeypatch):
     usual = build._digest(["-O3"])
     assert usual == build._digest(["-O3"])

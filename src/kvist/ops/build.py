@@ -47,14 +47,21 @@ class Variant(Enum):
     AVX2 = ("-march=x86-64-v3",)
 
 
+def unsupported(variant: Variant) -> str | None:
+    """Why this processor does not run a variant, or None when it does."""
+    if variant is Variant.AVX2 and not {"avx2", "fma", "bmi2"} <= set(_processor().split()):
+        return "this processor is not known to have AVX2"
+    return None
+
+
 @cache
 def load_kernels(namespace: str, variant: Variant) -> str | None:
     """Loads the kernels as operators in `namespace`, compiling them first where needed; says why when it cannot.
 
     The outcome holds for the process.
     """
-    if variant is Variant.AVX2 and not {"avx2", "fma", "bmi2"} <= set(_processor().split()):
-        return "this processor is not known to have AVX2"
+    if reason := unsupported(variant):
+        return reason
     try:
         torch.ops.load_library(_library(namespace, variant))
     except (KvistError, OSError) as error:

@@ -54,36 +54,44 @@ void Attention::work(Task task, const Scratch& scratch, float* kept, std::atomic
   std::fill_n(scratch.sum, rows * stride, 0.0f);
   for (int64_t row = 0; row < rows; row++) state_.maximum(scratch.sum + row * stride) = -kInfinity;
   for (int64_t index = 0; index < group.splits; index++) {
-    const Split split = split_of(group, index);
-    if (!cut) attend(split, scratch, part(index));
+    if (!cut) attend(split_of(group, index), scratch, part(index));
+    int64_t first = 0;
+    while (batch_.seen(group, first) <= index * kSplit) first++;
     for (int64_t head = 0; head < group.heads; head++)
-      for (int64_t row = head * group.rows + split.first; row < (head + 1) * group.rows; row++)
+      for (int64_t row = head * group.rows + first; row < (head + 1) * group.rows; row++)
         merge(scratch.sum + row * stride, part(index) + row * stride);
   }
   result_.finish(group, scratch.sum);
 }
 
 Split Attention::split_of(const Group& group, int64_t index) const {
-  const int64_t start = index * kSplit;
-  Split split{group, start, group.rows, {}, values_.block(group, start), {nullptr, 0}};
+  const int64_t start = index * kSplit, size = batch_.block_size;
+  Split split{group, start, group.rows, {}, 0, {}};
   for (int64_t row = group.rows - 1; row >= 0; row--) {
     split.visible[row] = std::min(batch_.seen(group, row) - start, kSplit);
     if (split.visible[row] > 0) split.first = row;
   }
-  if (index + 1 < group.splits) split.upcoming_keys = keys_.block(group, start + kSplit);
+  split.blocks = (split.seen() + size - 1) / size;
+  for (int64_t i = 0; i < split.blocks; i++) {
+    split.reads[i] = keys_.block(group, start + i * size);
+    split.reads[split.blocks + i] = values_.block(group, start + i * size);
+  }
+  const int64_t end = 2 * split.blocks;
+  split.reads[end] = index + 1 < group.splits ? keys_.block(group, start + kSplit) : split.reads[end - 1];
   return split;
 }
 
 // One split, for the rows that see any of it, into their states.
 void Attention::attend(const Split& split, const Scratch& scratch, float* states) const {
-  keys_.score(split, scratch.queries, scratch.scores);
+  Fetcher fetcher(split);
+  keys_.score(split, scratch.queries, scratch.scores, fetcher);
   for (int64_t head = 0; head < split.group.heads; head++) {
     for (int64_t row = split.first; row < split.group.rows; row++) {
       const int64_t index = head * split.group.rows + row;
       values_.soften(scratch.scores + index * kScoreStride, split.visible[row], states + index * state_.stride());
     }
   }
-  values_.weigh(split, scratch.scores, states);
+  values_.weigh(split, scratch.scores, states, fetcher);
 }
 
 void Attention::merge(float* sum, const float* part) const {
@@ -91,8 +99,7 @@ void Attention::merge(float* sum, const float* part) const {
   const Vec mine = exp2(set1(state_.maximum(sum) - top)), theirs = exp2(set1(state_.maximum(part) - top));
   for (int64_t i = 0; i < state_.width; i += kLanes)
     store(sum + i, fma(load(part + i), theirs, load(sum + i) * mine));
-  store_first(sum + state_.width + 1,
-              fma(set1(state_.sum(part)), theirs, set1(state_.sum(sum)) * mine), 1);
+  store_first(sum + state_.width + 1, fma(set1(state_.sum(part)), theirs, set1(state_.sum(sum)) * mine), 1);
   state_.maximum(sum) = top;
 }
 

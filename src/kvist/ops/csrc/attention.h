@@ -30,13 +30,15 @@ struct State {
   float sum(const float* state) const { return state[width + 1]; }
 };
 
-// Where a group's heads begin in one block of a side's plane.
+// Where a group's heads begin in one block of a plane.
 struct Heads {
   const void* first;
   int64_t bytes;  // from head to head
 
   const void* at(int64_t head) const { return static_cast<const char*>(first) + head * bytes; }
 };
+
+constexpr int64_t kMostBlocks = kSplit / kLanes;
 
 // One split of a group: row `r` of each head sees its first `visible[r]` keys, no fewer than the row before it. Rows
 // before `first` see none. The scores of a row, later its weights, are kScoreStride apart, head after head.
@@ -45,11 +47,41 @@ struct Split {
   int64_t start;  // its first token
   int64_t first;
   int64_t visible[kGroupRows];
-  Heads values;         // the first block that values are read from
-  Heads upcoming_keys;  // the first block that keys are read from afterwards; null if none
+  // What is read, in order: the keys of its blocks, their values, and then the next split's first keys, if there are any.
+  int64_t blocks;
+  Heads reads[2 * kMostBlocks + 1];
 
   int64_t seen() const { return visible[group.rows - 1]; }
   int64_t rows() const { return group.rows - first; }  // of each head that see anything
+};
+
+// Brings what a split reads into the second-level cache, in the order in which it lies, a little ahead of the reader.
+class Fetcher {
+ public:
+  explicit Fetcher(const Split& split) : split_(split) { begin(0); }
+
+  // The reader begins with `reads[index]`.
+  void begin(int64_t index) {
+    index_ = index;
+    offset_ = 0;
+    take(kLead);
+  }
+
+  // Where the next `bytes` begin. There may be less; what lies behind does no harm.
+  const char* take(int64_t bytes) {
+    const char* from = static_cast<const char*>(split_.reads[index_].first) + offset_;
+    offset_ += bytes;
+    for (; index_ < 2 * split_.blocks && offset_ >= size(); index_++) offset_ -= size();
+    return from;
+  }
+
+ private:
+  static constexpr int64_t kLead = 8192;  // bytes
+
+  int64_t size() const { return split_.reads[index_].bytes * split_.group.heads; }
+
+  const Split& split_;
+  int64_t index_, offset_;
 };
 
 // The keys of a call.
@@ -59,8 +91,8 @@ class Keys {
   // The group's queries as `score` wants them: at most State::stride() floats each, head after head.
   virtual void load_queries(const Group& group, float* queries) const = 0;
   // Products of the rows from split.first on with the keys that the last row sees, not yet scaled.
-  virtual void score(const Split& split, const float* queries, float* scores) const = 0;
-  // The block that holds the token.
+  virtual void score(const Split& split, const float* queries, float* scores, Fetcher& fetcher) const = 0;
+  // In the block that holds the token.
   virtual Heads block(const Group& group, int64_t token) const = 0;
 };
 
@@ -71,7 +103,7 @@ class Values {
   // Turns the scores of one row, of which it sees `seen`, into weights in place; maximum and sum go into its state.
   virtual void soften(float* scores, int64_t seen, float* state) const = 0;
   // Adds the values, weighted, to the states.
-  virtual void weigh(const Split& split, float* weights, float* states) const = 0;
+  virtual void weigh(const Split& split, float* weights, float* states, Fetcher& fetcher) const = 0;
   virtual Heads block(const Group& group, int64_t token) const = 0;
 };
 

@@ -40,7 +40,8 @@ struct Batch {
   int64_t queries(int64_t sequence) const { return starts[sequence + 1] - starts[sequence]; }
   int64_t heads_per_kv() const { return query_heads / heads; }
   int64_t rows() const { return starts[sequences] * heads_per_kv(); }  // of one KV head
-  float binary_scale() const { return static_cast<float>(scale * 1.4426950408889634); }  // maxima and exponents are binary
+  // Maxima and exponents are binary.
+  float binary_scale() const { return static_cast<float>(scale * 1.4426950408889634); }
 
   // How many tokens of its sequence the query at a position sees.
   int64_t seen(int64_t position) const { return whole_blocks ? position / block_size * block_size : position + 1; }

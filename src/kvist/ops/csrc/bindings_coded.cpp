@@ -108,8 +108,9 @@ void check_frame(CheckedStream& stream, TensorList frame) {
 CheckedStream check_stream(TensorList planes, IntArrayRef coding, TensorList frame, bool keys) {
   CheckedStream stream{{}, {}, {}, planes.vec()};
   if (coding.empty()) {
-    TORCH_CHECK_VALUE(planes.size() == 1 && frame.empty(), "a stream that is not coded has one plane and no frame, got ",
-                      planes.size(), " planes and ", frame.size(), " tensors of a frame");
+    TORCH_CHECK_VALUE(planes.size() == 1 && frame.empty(),
+                      "a stream that is not coded has one plane and no frame, got ", planes.size(), " planes and ",
+                      frame.size(), " tensors of a frame");
     stream.geometry = plane_geometry(planes[0], keys);
     return stream;
   }

@@ -55,7 +55,8 @@ inline Ints to_ints(Vec x) {
 // The sums of the lanes of four vectors, in the first four lanes.
 inline Ints four_sums(const Ints (&x)[4]) {
   const auto halves = [&](int i) { return _mm256_add_epi32(x[i].half[0], x[i].half[1]); };
-  const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(halves(0), halves(1)), _mm256_hadd_epi32(halves(2), halves(3)));
+  const __m256i a = _mm256_hadd_epi32(halves(0), halves(1)), b = _mm256_hadd_epi32(halves(2), halves(3));
+  const __m256i all = _mm256_hadd_epi32(a, b);
   const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
   return {_mm256_zextsi128_si256(sums), _mm256_setzero_si256()};
 }

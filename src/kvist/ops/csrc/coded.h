@@ -23,10 +23,10 @@ class CodedKeys : public Keys {
   CodedKeys(const Batch& batch, const CodedStream& stream);
 
   void load_queries(const Group&, float*) const override {}
-  void score(const Split& split, const float* queries, float* scores) const override;
+  void score(const Split& split, const float* queries, float* scores, Fetcher& fetcher) const override;
   Heads block(const Group& group, int64_t token) const override { return block_of(batch_, stream_, group, token); }
 
-  // What the scores of a row lack because the keys have lost their mean, scaled: q.mean. Rows as `each_row` counts them.
+  // What the scores of a row, as `each_row` counts them, lack because the keys have lost their mean: q.mean, scaled.
   float lost(const Group& group, int64_t row) const;
 
  private:
@@ -40,7 +40,8 @@ class CodedKeys : public Keys {
 
   void load_rows(int64_t first, int64_t count);
   void quantize(const Lanes* x, int64_t dims, Part& part, const int64_t* rows, int64_t count) const;
-  void add_scores(const Split& split, int64_t key, int64_t head, int64_t segment, float* scores) const;
+  void add_scores(const Split& split, int64_t key, int64_t head, int64_t segment, float* scores,
+                  Fetcher& fetcher) const;
 
   const Batch& batch_;
   const CodedStream stream_;
@@ -56,15 +57,14 @@ class CodedValues : public Values {
   CodedValues(const Batch& batch, const CodedStream& stream);
 
   void soften(float* scores, int64_t seen, float* state) const override;
-  void weigh(const Split& split, float* weights, float* states) const override;
+  void weigh(const Split& split, float* weights, float* states, Fetcher& fetcher) const override;
   Heads block(const Group& group, int64_t token) const override { return block_of(batch_, stream_, group, token); }
 
  private:
   struct Weighed;
-  void weigh_blocks(const Split& split, int64_t key, int64_t head, int64_t segment, const float* weights,
-                    float* states) const;
-  void spoil(const Weighed& weighed, float* states) const;
-  void add_values(const Weighed& weighed, int64_t b, int64_t segment, bool fresh, float* states) const;
+  void spoil(const Split& split, float* states) const;
+  void add_values(const Weighed& weighed, int64_t id, int64_t segment, int64_t row, int64_t rows, bool fresh,
+                  float* states, Fetcher& fetcher) const;
 
   const Batch& batch_;
   const CodedStream stream_;

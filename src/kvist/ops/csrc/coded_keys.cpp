@@ -121,16 +121,17 @@ void CodedKeys::quantize(const Lanes* x, int64_t dims, Part& part, const int64_t
   }
 }
 
-void CodedKeys::score(const Split& split, const float*, float* scores) const {
+void CodedKeys::score(const Split& split, const float*, float* scores, Fetcher& fetcher) const {
   for (int64_t key = 0; key < split.seen(); key += batch_.block_size)
     for (int64_t head = 0; head < split.group.heads; head++)
       for (int64_t segment = 0; segment < stream_.coding.count(); segment++)
-        add_scores(split, key, head, segment, scores);
+        add_scores(split, key, head, segment, scores, fetcher);
 }
 
 // What one segment of the channels of one block adds to the scores of one head: scale of the query * scale of the
 // token * sum of whole numbers, segment after segment.
-void CodedKeys::add_scores(const Split& split, int64_t key, int64_t head, int64_t index, float* scores) const {
+void CodedKeys::add_scores(const Split& split, int64_t key, int64_t head, int64_t index, float* scores,
+                           Fetcher& fetcher) const {
   const Group& group = split.group;
   const Coding& coding = stream_.coding;
   const Segment& segment = coding.segments[index];
@@ -141,10 +142,7 @@ void CodedKeys::add_scores(const Split& split, int64_t key, int64_t head, int64_
                       group.first_row + split.first;
   alignas(64) int32_t sums[2 * kGroupRows * kSumStride];
   Columns columns;
-  const bool last = key + size >= split.seen();
-  const Heads next = last ? split.values : this->block(group, split.start + key + size);
   columns.codes = stream_.codes + block * coding.code_bytes(size) + coding.bytes_before(index, kLanes);
-  columns.upcoming = static_cast<const uint8_t*>(next.at(head)) + coding.bytes_before(index, kLanes);
   columns.column_bytes = coding.code_bytes(kLanes);
   columns.columns = size / kLanes;
   columns.steps = segment.dims / 4;
@@ -156,15 +154,14 @@ void CodedKeys::add_scores(const Split& split, int64_t key, int64_t head, int64_
   columns.digits = digits;
   columns.start = part.start.get() + row * digits;
   columns.out = sums;
+  columns.upcoming = fetcher.take(columns.bytes());
   multiply(columns);
 
   const Float16* from = stream_.scales + (block * coding.count() + index) * size;
   float* out = scores + (head * group.rows + split.first) * kScoreStride + key;
-  const float* row_scales = part.scale.get() + row;
-  if (index)
-    digits == 1 ? scale_sums<1, false>(columns, from, row_scales, out) : scale_sums<2, false>(columns, from, row_scales, out);
-  else
-    digits == 1 ? scale_sums<1, true>(columns, from, row_scales, out) : scale_sums<2, true>(columns, from, row_scales, out);
+  const auto scale = digits == 1 ? (index ? scale_sums<1, false> : scale_sums<1, true>)
+                                 : (index ? scale_sums<2, false> : scale_sums<2, true>);
+  scale(columns, from, part.scale.get() + row, out);
 }
 
 }  // namespace kvist

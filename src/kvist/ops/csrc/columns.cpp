@@ -9,17 +9,22 @@ namespace {
 
 constexpr int kDecoded = 0;  // instead of bits: codes that stand in memory as the bytes they become
 
-// Four steps of a column as bytes, while as much of what is wanted next is fetched.
 template <int kBits>
 inline void load_steps(const Columns& p, const uint8_t* column, int64_t chunk, Bytes (&out)[4]) {
   if constexpr (kBits == kDecoded) {
     KVIST_UNROLL for (int i = 0; i < 4; i++) out[i] = load_bytes(column + 256 * chunk + 64 * i);
   } else {
-    constexpr int kBytes = 32 * kBits;
-    const uint8_t* upcoming = p.upcoming + (column - p.codes) + kBytes * chunk;
-    KVIST_UNROLL for (int i = 0; i < kBytes; i += 64) prefetch(upcoming + i);
     decode_steps<kBits>(column, p.steps, chunk, *p.levels, out);
   }
+}
+
+// What is to be fetched while `count` columns from `column` on are read, four steps at a time: memory in plain order,
+// whatever the order of reading.
+template <int kBits>
+inline void fetch_upcoming(const Columns& p, int64_t column, int64_t count, int64_t chunk) {
+  constexpr int64_t kBytes = 32 * kBits;
+  const char* from = p.upcoming + (column * (p.steps / 4) + chunk * count) * kBytes;
+  for (int64_t i = 0; i < count * kBytes; i += 64) prefetch(from + i);
 }
 
 template <int kBits, int kRows, int kCount>
@@ -32,6 +37,7 @@ inline void sum_tile(const Columns& p, int64_t row, int64_t column) {
   const uint8_t* codes = p.codes + column * p.column_bytes;
   const uint8_t* scalars = p.scalars + row * p.scalar_stride;
   for (int64_t chunk = 0; chunk < p.steps / 4; chunk++, scalars += 16) {
+    if constexpr (kBits != kDecoded) fetch_upcoming<kBits>(p, column, kCount, chunk);
     Bytes decoded[kCount][4];
     KVIST_UNROLL for (int c = 0; c < kCount; c++)
       load_steps<kBits>(p, codes + c * p.column_bytes, chunk, decoded[c]);
@@ -100,6 +106,7 @@ void decode_columns(const Columns& p, uint8_t* to) {
   for (int64_t column = 0; column < p.columns; column++) {
     for (int64_t chunk = 0; chunk < p.steps / 4; chunk++) {
       Bytes decoded[4];
+      fetch_upcoming<kBits>(p, column, 1, chunk);
       load_steps<kBits>(p, p.codes + column * p.column_bytes, chunk, decoded);
       for (int i = 0; i < 4; i++, to += 64) store_bytes(to, decoded[i]);
     }
@@ -108,6 +115,7 @@ void decode_columns(const Columns& p, uint8_t* to) {
 
 #if defined(KVIST_TILES)
 constexpr int64_t kTileSteps = 16;
+constexpr int64_t kTilesFrom = 12;  // rows; for fewer the way into tiles and back takes longer than what it saves
 
 // One product of tiles for each of up to four columns.
 template <int kCount>
@@ -154,6 +162,7 @@ void multiply_tiles(const Columns& p) {
     for (int64_t column = 0; column < p.columns; column++) {
       for (int64_t chunk = 0; chunk < p.steps / 4; chunk++) {
         Bytes loaded[4];
+        fetch_upcoming<decltype(bits)::value>(p, column, 1, chunk);
         load_steps<decltype(bits)::value>(p, p.codes + column * p.column_bytes, chunk, loaded);
         for (int i = 0; i < 4; i++, to += 64) store_bytes(to, exclusive_or(loaded[i], half));
       }
@@ -176,15 +185,15 @@ void multiply_tiles(const Columns& p) {
 }  // namespace
 
 void multiply(const Columns& p) {
+#if defined(KVIST_TILES)
+  if (p.rows >= kTilesFrom && tiles_allowed()) return multiply_tiles(p);
+#endif
   if (p.rows <= kFewRows * p.digits) {
     with_bits(p.bits, [&](auto bits) {
       p.digits == 1 ? sum_few<decltype(bits)::value, 1>(p) : sum_few<decltype(bits)::value, 2>(p);
     });
     return;
   }
-#if defined(KVIST_TILES)
-  if (tiles_allowed()) return multiply_tiles(p);
-#endif
   alignas(64) uint8_t decoded[kColumns * 64 * 64];
   with_bits(p.bits, [&](auto bits) { decode_columns<decltype(bits)::value>(p, decoded); });
   Columns bytes = p;

@@ -30,8 +30,10 @@ struct Columns {
   int64_t rows;
   int64_t digits;        // rows of the same query side by side: 1 or 2
   const int32_t* start;  // what each row's sums begin with
-  const uint8_t* upcoming;  // codes that are wanted next, laid out likewise
+  const char* upcoming;  // as much memory as the codes take that is wanted next
   int32_t* out;          // rows kSumStride apart
+
+  int64_t bytes() const { return columns * steps * 8 * bits; }  // of the codes
 };
 
 void multiply(const Columns& columns);

@@ -20,7 +20,8 @@ class DenseKeys : public Keys {
   using Scalar = typename Plane::Scalar;
 
  public:
-  DenseKeys(const Batch& batch, const void* plane) : batch_(batch), plane_(plane), width_(State(batch.head_dim).width) {}
+  DenseKeys(const Batch& batch, const void* plane)
+      : batch_(batch), plane_(plane), width_(State(batch.head_dim).width) {}
 
   void load_queries(const Group& group, float* queries) const override {
     Scalar* scalars = reinterpret_cast<Scalar*>(queries);
@@ -34,15 +35,14 @@ class DenseKeys : public Keys {
     });
   }
 
-  void score(const Split& split, const float* queries, float* scores) const override {
+  void score(const Split& split, const float* queries, float* scores, Fetcher&) const override {
     const Group& group = split.group;
     const int64_t seen = split.seen(), size = batch_.block_size;
     for (int64_t key = 0; key < seen; key += size) {
-      const bool last = key + size >= seen;
       for (int64_t head = 0; head < group.heads; head++) {
         const int64_t row = head * group.rows + split.first;
         Product<Plane> product;
-        product.vectors = static_cast<const Unit*>(block(group, split.start + key).at(head));
+        product.vectors = static_cast<const Unit*>(split.reads[key / size].at(head));
         product.column_stride = kLanes * batch_.head_dim;
         product.step_stride = kLanes * Plane::kPack;
         product.scalars = reinterpret_cast<const Scalar*>(queries) + row * width_ / Plane::kPack;
@@ -53,16 +53,13 @@ class DenseKeys : public Keys {
         product.columns = (std::min(size, seen - key) + kLanes - 1) / kLanes;
         product.steps = batch_.head_dim / Plane::kPack;
         product.fresh = true;
-        const Heads next = last ? split.values : block(group, split.start + key + size);
-        product.upcoming = static_cast<const Unit*>(next.at(head));
+        product.upcoming = static_cast<const Unit*>(split.reads[key / size + 1].at(head));
         multiply(product, false);
       }
     }
   }
 
-  Heads block(const Group& group, int64_t token) const override {
-    return block_of<Plane>(batch_, plane_, group, token);
-  }
+  Heads block(const Group& group, int64_t token) const override { return block_of<Plane>(batch_, plane_, group, token); }
 
  private:
   const Batch& batch_;
@@ -88,16 +85,14 @@ class DenseValues : public Values {
 
   // What all rows see, in whole pairs, is weighed for all rows at once. The rest is weighed row by row, so that no
   // value, were it infinite, touches a row that does not see it.
-  void weigh(const Split& split, float* weights, float* states) const override {
+  void weigh(const Split& split, float* weights, float* states, Fetcher&) const override {
     const int64_t seen = split.visible[split.first], shared = seen - seen % Plane::kPack;
     weigh_rows(split, split.first, split.rows(), 0, shared, weights, states);
     for (int64_t row = split.first; row < split.group.rows; row++)
       weigh_rows(split, row, 1, shared, split.visible[row], weights, states);
   }
 
-  Heads block(const Group& group, int64_t token) const override {
-    return block_of<Plane>(batch_, plane_, group, token);
-  }
+  Heads block(const Group& group, int64_t token) const override { return block_of<Plane>(batch_, plane_, group, token); }
 
  private:
   // Keys [from, to) of the split, from an even one on, for `rows` rows of each head.
@@ -105,14 +100,15 @@ class DenseValues : public Values {
                   float* states) const {
     const int64_t size = batch_.block_size;
     for (int64_t key = from; key < to;) {
-      const int64_t token = split.start + key, count = std::min(to - key, size - token % size);
+      const int64_t count = std::min(to - key, size - key % size);
+      const Heads* reads = split.reads + split.blocks + key / size;
       Product<Plane> product;
-      product.vectors = static_cast<const Unit*>(block(split.group, token).first) + token % size * batch_.head_dim;
+      product.vectors = static_cast<const Unit*>(reads[0].first) + key % size * batch_.head_dim;
       product.scalars = reinterpret_cast<const Scalar*>(weights + row * kScoreStride) + key / Plane::kPack;
       product.out = states + row * state_.stride();
       product.rows = rows;
       product.fresh = key == 0;
-      multiply_heads(split.group, count, key + count < to ? block(split.group, token + count) : split.upcoming_keys, product);
+      multiply_heads(split.group, count, reads[1], product);
       key += count;
     }
   }
@@ -128,7 +124,7 @@ class DenseValues : public Values {
     product.columns = batch_.head_dim / kLanes;
     product.steps = count / Plane::kPack;
     for (int64_t head = 0; head < group.heads; head++) {
-      product.upcoming = upcoming.first ? static_cast<const Unit*>(upcoming.at(head)) : nullptr;
+      product.upcoming = static_cast<const Unit*>(upcoming.at(head));
       if (product.steps) multiply(product, half);
       if constexpr (Plane::kPack == 2) {
         if (count % 2) multiply(last_step(product), half);
