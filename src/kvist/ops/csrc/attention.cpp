@@ -5,10 +5,10 @@
 #include <algorithm>
 
 #include "buffer.h"
+#include "shares.h"
 #include "tiles.h"
 
 namespace kvist {
-
 Attention::Attention(const Batch& batch, const Keys& keys, const Values& values, const Result& result)
     : batch_(batch),
       keys_(keys),
@@ -23,38 +23,35 @@ void Attention::run() const {
   const Buffer<float> kept = make_buffer<float>(plan_.kept_rows * stride);
   const std::unique_ptr<std::atomic<int64_t>[]> unfinished(new std::atomic<int64_t>[plan_.groups.size()]);
   for (size_t i = 0; i < plan_.groups.size(); i++) unfinished[i] = plan_.groups[i].splits;
-  std::atomic<size_t> next{0};
-  // Each thread takes half of its share of what is left: at first tasks whose memory adjoins, which is read faster,
-  // at the end one at a time, since tasks differ in cost.
+  const std::vector<Task>& tasks = plan_.tasks;
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  Shares shares(count, plan_.threads);
   at::parallel_for(0, plan_.threads, 1, [&](int64_t thread, int64_t) {
     const TileScope tiles;
     float* mine = memory.get() + thread * plan_.largest * per_row;
     const Scratch scratch{mine, mine + plan_.largest * stride, mine + plan_.largest * (stride + kScoreStride),
                           mine + plan_.largest * (2 * stride + kScoreStride)};
-    const size_t count = plan_.tasks.size();
-    for (size_t begin = next; begin < count; begin = next) {
-      const size_t end = begin + std::max<size_t>(1, (count - begin) / (2 * plan_.threads));
-      if (!next.compare_exchange_weak(begin, end)) continue;
-      for (size_t i = begin; i < end; i++)
-        work(plan_.tasks[i], scratch, kept.get(), unfinished[plan_.tasks[i].group]);
-    }
+    for (int64_t i = shares.take(thread); i >= 0; i = shares.take(thread))
+      work(tasks[i], i + 1 < count ? &tasks[i + 1] : nullptr, scratch, kept.get(), unfinished[tasks[i].group]);
   });
 }
 
-void Attention::work(Task task, const Scratch& scratch, float* kept, std::atomic<int64_t>& unfinished) const {
+void Attention::work(Task task, const Task* next, const Scratch& scratch, float* kept,
+                     std::atomic<int64_t>& unfinished) const {
   const Group& group = plan_.groups[task.group];
   const int64_t rows = group.all_rows(), stride = state_.stride();
   const bool cut = task.split >= 0;
   const auto part = [&](int64_t split) { return cut ? kept + (group.kept + split * rows) * stride : scratch.part; };
   keys_.load_queries(group, scratch.queries);
   if (cut) {
-    attend(split_of(group, task.split), scratch, part(task.split));
+    attend(task, next, scratch, part(task.split));
     if (unfinished.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
   }
   std::fill_n(scratch.sum, rows * stride, 0.0f);
   for (int64_t row = 0; row < rows; row++) state_.maximum(scratch.sum + row * stride) = -kInfinity;
   for (int64_t index = 0; index < group.splits; index++) {
-    if (!cut) attend(split_of(group, index), scratch, part(index));
+    const Task following{task.group, index + 1};
+    if (!cut) attend({task.group, index}, index + 1 < group.splits ? &following : next, scratch, part(index));
     int64_t first = 0;
     while (batch_.seen(group, first) <= index * kSplit) first++;
     for (int64_t head = 0; head < group.heads; head++)
@@ -64,34 +61,45 @@ void Attention::work(Task task, const Scratch& scratch, float* kept, std::atomic
   result_.finish(group, scratch.sum);
 }
 
-Split Attention::split_of(const Group& group, int64_t index) const {
-  const int64_t start = index * kSplit, size = batch_.block_size;
-  Split split{group, start, group.rows, {}, 0, {}};
+// One split, for the rows that see any of it, into their states. While its keys are worked on its values are fetched,
+// and while those are worked on the keys of what comes next.
+void Attention::attend(Task task, const Task* next, const Scratch& scratch, float* states) const {
+  const Split split = split_of(task);
+  const Reads values = reads_of(values_, task);
+  Fetcher fetch_values(values);
+  keys_.score(split, scratch.queries, scratch.scores, fetch_values);
+  const float share = (1 - kFetchedInProduct) / static_cast<float>(split.group.heads * split.rows());
+  for (int64_t head = 0; head < split.group.heads; head++) {
+    for (int64_t row = split.first; row < split.group.rows; row++) {
+      const int64_t index = head * split.group.rows + row, seen = split.visible[row];
+      fetch_values.pace(share, (seen + kLanes - 1) / kLanes);
+      values_.soften(scratch.scores + index * kScoreStride, seen, states + index * state_.stride(), fetch_values);
+    }
+  }
+  const Reads next_keys = next ? reads_of(keys_, *next) : Reads{};
+  Fetcher fetch_keys(next_keys);
+  values_.weigh(split, scratch.scores, states, fetch_keys);
+}
+
+Split Attention::split_of(Task task) const {
+  const Group& group = plan_.groups[task.group];
+  Split split{group, task.split * kSplit, group.rows, {}};
   for (int64_t row = group.rows - 1; row >= 0; row--) {
-    split.visible[row] = std::min(batch_.seen(group, row) - start, kSplit);
+    split.visible[row] = std::min(batch_.seen(group, row) - split.start, kSplit);
     if (split.visible[row] > 0) split.first = row;
   }
-  split.blocks = (split.seen() + size - 1) / size;
-  for (int64_t i = 0; i < split.blocks; i++) {
-    split.reads[i] = keys_.block(group, start + i * size);
-    split.reads[split.blocks + i] = values_.block(group, start + i * size);
-  }
-  const int64_t end = 2 * split.blocks;
-  split.reads[end] = index + 1 < group.splits ? keys_.block(group, start + kSplit) : split.reads[end - 1];
   return split;
 }
 
-// One split, for the rows that see any of it, into their states.
-void Attention::attend(const Split& split, const Scratch& scratch, float* states) const {
-  Fetcher fetcher(split);
-  keys_.score(split, scratch.queries, scratch.scores, fetcher);
-  for (int64_t head = 0; head < split.group.heads; head++) {
-    for (int64_t row = split.first; row < split.group.rows; row++) {
-      const int64_t index = head * split.group.rows + row;
-      values_.soften(scratch.scores + index * kScoreStride, split.visible[row], states + index * state_.stride());
-    }
-  }
-  values_.weigh(split, scratch.scores, states, fetcher);
+// What a side reads in a split, or in the first one of a task that is all splits.
+template <class Side>
+Reads Attention::reads_of(const Side& side, Task task) const {
+  const Group& group = plan_.groups[task.group];
+  const int64_t start = std::max<int64_t>(task.split, 0) * kSplit;
+  const int64_t end = std::min(batch_.seen(group, group.rows - 1), start + kSplit);
+  Reads reads;
+  for (int64_t token = start; token < end; token += batch_.block_size) side.add_reads(group, token, reads);
+  return reads;
 }
 
 void Attention::merge(float* sum, const float* part) const {

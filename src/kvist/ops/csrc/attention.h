@@ -10,6 +10,7 @@
 #include <limits>
 #include <memory>
 
+#include "fetch.h"
 #include "plan.h"
 #include "vec.h"
 
@@ -30,16 +31,6 @@ struct State {
   float sum(const float* state) const { return state[width + 1]; }
 };
 
-// Where a group's heads begin in one block of a plane.
-struct Heads {
-  const void* first;
-  int64_t bytes;  // from head to head
-
-  const void* at(int64_t head) const { return static_cast<const char*>(first) + head * bytes; }
-};
-
-constexpr int64_t kMostBlocks = kSplit / kLanes;
-
 // One split of a group: row `r` of each head sees its first `visible[r]` keys, no fewer than the row before it. Rows
 // before `first` see none. The scores of a row, later its weights, are kScoreStride apart, head after head.
 struct Split {
@@ -47,41 +38,9 @@ struct Split {
   int64_t start;  // its first token
   int64_t first;
   int64_t visible[kGroupRows];
-  // What is read, in order: the keys of its blocks, their values, and then the next split's first keys, if there are any.
-  int64_t blocks;
-  Heads reads[2 * kMostBlocks + 1];
 
   int64_t seen() const { return visible[group.rows - 1]; }
   int64_t rows() const { return group.rows - first; }  // of each head that see anything
-};
-
-// Brings what a split reads into the second-level cache, in the order in which it lies, a little ahead of the reader.
-class Fetcher {
- public:
-  explicit Fetcher(const Split& split) : split_(split) { begin(0); }
-
-  // The reader begins with `reads[index]`.
-  void begin(int64_t index) {
-    index_ = index;
-    offset_ = 0;
-    take(kLead);
-  }
-
-  // Where the next `bytes` begin. There may be less; what lies behind does no harm.
-  const char* take(int64_t bytes) {
-    const char* from = static_cast<const char*>(split_.reads[index_].first) + offset_;
-    offset_ += bytes;
-    for (; index_ < 2 * split_.blocks && offset_ >= size(); index_++) offset_ -= size();
-    return from;
-  }
-
- private:
-  static constexpr int64_t kLead = 8192;  // bytes
-
-  int64_t size() const { return split_.reads[index_].bytes * split_.group.heads; }
-
-  const Split& split_;
-  int64_t index_, offset_;
 };
 
 // The keys of a call.
@@ -92,8 +51,8 @@ class Keys {
   virtual void load_queries(const Group& group, float* queries) const = 0;
   // Products of the rows from split.first on with the keys that the last row sees, not yet scaled.
   virtual void score(const Split& split, const float* queries, float* scores, Fetcher& fetcher) const = 0;
-  // In the block that holds the token.
-  virtual Heads block(const Group& group, int64_t token) const = 0;
+  // Adds what is read of the group's heads in the block that holds the token.
+  virtual void add_reads(const Group& group, int64_t token, Reads& reads) const = 0;
 };
 
 // The values of a call.
@@ -101,10 +60,10 @@ class Values {
  public:
   virtual ~Values() = default;
   // Turns the scores of one row, of which it sees `seen`, into weights in place; maximum and sum go into its state.
-  virtual void soften(float* scores, int64_t seen, float* state) const = 0;
+  virtual void soften(float* scores, int64_t seen, float* state, Fetcher& fetcher) const = 0;
   // Adds the values, weighted, to the states.
   virtual void weigh(const Split& split, float* weights, float* states, Fetcher& fetcher) const = 0;
-  virtual Heads block(const Group& group, int64_t token) const = 0;
+  virtual void add_reads(const Group& group, int64_t token, Reads& reads) const = 0;
 };
 
 // What becomes of rows that have seen all their keys.
@@ -127,9 +86,12 @@ class Attention {
     float* sum;   // states of all splits so far
   };
 
-  void work(Task task, const Scratch& scratch, float* kept, std::atomic<int64_t>& unfinished) const;
-  Split split_of(const Group& group, int64_t index) const;
-  void attend(const Split& split, const Scratch& scratch, float* states) const;
+  // `next`: what this thread will probably do afterwards, or null.
+  void work(Task task, const Task* next, const Scratch& scratch, float* kept, std::atomic<int64_t>& unfinished) const;
+  void attend(Task task, const Task* next, const Scratch& scratch, float* states) const;
+  Split split_of(Task task) const;
+  template <class Side>
+  Reads reads_of(const Side& side, Task task) const;
   void merge(float* sum, const float* part) const;
 
   const Batch& batch_;

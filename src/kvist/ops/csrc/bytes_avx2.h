@@ -52,15 +52,6 @@ inline Ints to_ints(Vec x) {
   return {_mm256_cvtps_epi32((__m256)x.part[0]), _mm256_cvtps_epi32((__m256)x.part[1])};
 }
 
-// The sums of the lanes of four vectors, in the first four lanes.
-inline Ints four_sums(const Ints (&x)[4]) {
-  const auto halves = [&](int i) { return _mm256_add_epi32(x[i].half[0], x[i].half[1]); };
-  const __m256i a = _mm256_hadd_epi32(halves(0), halves(1)), b = _mm256_hadd_epi32(halves(2), halves(3));
-  const __m256i all = _mm256_hadd_epi32(a, b);
-  const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-  return {_mm256_zextsi128_si256(sums), _mm256_setzero_si256()};
-}
-
 // What each code, below 16, stands for.
 inline Vec look_up(const float* sixteen, Ints codes) {
   Vec result;

@@ -10,7 +10,6 @@ using Ints = __m512i;
 constexpr int kSumVectors = 24;
 
 inline Bytes load_bytes(const void* from) { return _mm512_loadu_si512(from); }
-inline Bytes exclusive_or(Bytes a, Bytes b) { return _mm512_xor_si512(a, b); }
 inline void store_bytes(void* to, Bytes x) { _mm512_storeu_si512(to, x); }
 inline Bytes spread_bytes(const uint8_t* four) {
   int32_t lane;
@@ -28,15 +27,6 @@ inline Ints join_digits(Ints high, Ints low) { return _mm512_add_epi32(_mm512_sl
 inline Vec to_float(Ints x) { return _mm512_cvtepi32_ps(x); }
 // To nearest even; anything for what no int32 holds.
 inline Ints to_ints(Vec x) { return _mm512_cvtps_epi32(x); }
-
-// The sums of the lanes of four vectors, in the first four lanes.
-inline Ints four_sums(const Ints (&x)[4]) {
-  const auto both = [](Ints a, Ints b) { return add(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)); };
-  const Ints a = both(x[0], x[1]), b = both(x[2], x[3]);
-  Ints all = add(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-  all = add(all, _mm512_shuffle_i32x4(all, all, 0x4e));
-  return add(all, _mm512_shuffle_i32x4(all, all, 0xb1));
-}
 
 // What each code, below 16, stands for.
 inline Vec look_up(const float* sixteen, Ints codes) { return _mm512_permutexvar_ps(codes, load(sixteen)); }

@@ -52,15 +52,6 @@ inline Ints to_ints(Vec x) {
   return each_int([&](int i) { return (NativeInts)as_bits(x.part[i] + 12582912.0f) - 0x4b400000; });
 }
 
-// The sums of the lanes of four vectors, in the first four lanes.
-inline Ints four_sums(const Ints (&x)[4]) {
-  int32_t sums[kLanes] = {};
-  for (int i = 0; i < 4; i++) {
-    KVIST_UNROLL for (int j = 0; j < kLanes; j++) sums[i] += x[i].part[j / kWidth][j % kWidth];
-  }
-  return load_ints(sums);
-}
-
 // What each code, below 16, stands for.
 inline Vec look_up(const float* sixteen, Ints codes) {
   float lanes[kLanes];

@@ -10,10 +10,12 @@
 
 namespace kvist {
 
-// The group's heads in the block that holds the token.
-inline Heads block_of(const Batch& batch, const CodedStream& stream, const Group& group, int64_t token) {
-  const int64_t bytes = stream.coding.code_bytes(batch.block_size);
-  return {stream.codes + (batch.block(group, token) * batch.heads + group.head) * bytes, bytes};
+// Adds what is read of the group's heads in the block that holds the token.
+inline void add_block(const Batch& batch, const CodedStream& stream, const Group& group, int64_t token, Reads& reads) {
+  const int64_t codes = stream.coding.code_bytes(batch.block_size), scales = stream.coding.count() * batch.block_size;
+  const int64_t first = batch.block(group, token) * batch.heads + group.head;
+  reads.add(stream.codes + first * codes, group.heads * codes);
+  reads.add(stream.scales + first * scales, group.heads * scales * sizeof(Float16));
 }
 
 // Queries enter the keys' frame and become whole numbers once per call: 8 bits, and 16 for keys of 8 bits, so that
@@ -24,7 +26,9 @@ class CodedKeys : public Keys {
 
   void load_queries(const Group&, float*) const override {}
   void score(const Split& split, const float* queries, float* scores, Fetcher& fetcher) const override;
-  Heads block(const Group& group, int64_t token) const override { return block_of(batch_, stream_, group, token); }
+  void add_reads(const Group& group, int64_t token, Reads& reads) const override {
+    add_block(batch_, stream_, group, token, reads);
+  }
 
   // What the scores of a row, as `each_row` counts them, lack because the keys have lost their mean: q.mean, scaled.
   float lost(const Group& group, int64_t row) const;
@@ -50,21 +54,24 @@ class CodedKeys : public Keys {
   Buffer<float> lost_;  // [heads, rows]
 };
 
-// Weights times the tokens' scales become whole numbers of 16 bits for each row, segment and block, so that the tail of
+// Weights times the tokens' scales become whole numbers of 16 bits for each row, segment and split, so that the tail of
 // a peaked softmax survives.
 class CodedValues : public Values {
  public:
   CodedValues(const Batch& batch, const CodedStream& stream);
 
-  void soften(float* scores, int64_t seen, float* state) const override;
+  void soften(float* scores, int64_t seen, float* state, Fetcher& fetcher) const override;
   void weigh(const Split& split, float* weights, float* states, Fetcher& fetcher) const override;
-  Heads block(const Group& group, int64_t token) const override { return block_of(batch_, stream_, group, token); }
+  void add_reads(const Group& group, int64_t token, Reads& reads) const override {
+    add_block(batch_, stream_, group, token, reads);
+  }
 
  private:
   struct Weighed;
-  void spoil(const Split& split, float* states) const;
-  void add_values(const Weighed& weighed, int64_t id, int64_t segment, int64_t row, int64_t rows, bool fresh,
-                  float* states, Fetcher& fetcher) const;
+  void scale_weights(const Split& split, int64_t head, int64_t segment, const float* weights, float* states,
+                     Weighed& weighed, Fetcher& fetcher) const;
+  void add_values(const Split& split, int64_t segment, Weighed& weighed, Fetcher& fetcher) const;
+  void store_sums(const Split& split, int64_t segment, const Weighed& weighed, float* states) const;
 
   const Batch& batch_;
   const CodedStream stream_;

@@ -10,6 +10,7 @@ namespace kvist {
 namespace {
 
 constexpr int64_t kBeyond = kTileRows * kMaxCodedDim + 64;  // bytes that the last tile may look at
+constexpr int64_t kSumStride = kColumns * kLanes;
 constexpr int64_t kGrain = 16;  // times sixteen rows that pay for waking one more thread
 
 // The sums of both digits fit an int32 together.
@@ -27,7 +28,7 @@ void scale_sums(const Columns& columns, const Float16* token_scales, const float
   for (int64_t row = 0; row < columns.rows / kDigits; row++, sums += kDigits * kSumStride, out += kScoreStride) {
     const Vec scale = set1(row_scales[row]);
     each_column(columns.columns, [&](int64_t i) {
-      const Vec score = whole_sum<kDigits>(sums, i) * scale * scales[i];
+      const Vec score = whole_sum<kDigits>(sums, kSumStride, i) * scale * scales[i];
       store(out + i * kLanes, kFresh ? score : load(out + i * kLanes) + score);
     });
   }
@@ -154,8 +155,10 @@ void CodedKeys::add_scores(const Split& split, int64_t key, int64_t head, int64_
   columns.digits = digits;
   columns.start = part.start.get() + row * digits;
   columns.out = sums;
-  columns.upcoming = fetcher.take(columns.bytes());
-  multiply(columns);
+  columns.out_stride = kSumStride;
+  columns.share = kFetchedInProduct * static_cast<float>(size) /
+                  static_cast<float>(split.seen() * group.heads * coding.count());
+  multiply(columns, fetcher);
 
   const Float16* from = stream_.scales + (block * coding.count() + index) * size;
   float* out = scores + (head * group.rows + split.first) * kScoreStride + key;

@@ -1,3 +1,5 @@
+#include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "coded.h"
@@ -6,74 +8,50 @@
 namespace kvist {
 namespace {
 
-constexpr int64_t kMostSegments = kMaxCodedDim / 16;
-constexpr int64_t kTogether = 4;  // rows, since vectors are reduced four at a time
+constexpr int64_t kDigitStride = kSplit + 64;  // off the power of two, where rows would share their cache sets
 
-// The sums of both digits of the weights fit an int32 together.
-static_assert(kMaxCodedBlock * int64_t{255} * kDigitReach <= std::numeric_limits<int32_t>::max());
+// The sums of both digits of all weights of a split fit an int32 together.
+static_assert(kSplit * int64_t{128} * kDigitReach <= std::numeric_limits<int32_t>::max());
+
+// The weights of one row times the scales of its `seen` tokens, a multiple of sixteen, as whole numbers of two digits.
+// Returns what one of them stands for; `total` is their sum.
+float quantize_weights(const float* weights, const float* scales, int64_t seen, uint8_t* high, uint8_t* low,
+                       int32_t& total, Fetcher& fetcher) {
+  Vec top[kChains];
+  KVIST_UNROLL for (int c = 0; c < kChains; c++) top[c] = zero();
+  in_chains(seen, [&](int64_t i, int c) { top[c] = larger_magnitude(load(weights + i) * load(scales + i), top[c]); });
+  const float most = maximum(larger(larger(top[0], top[1]), larger(top[2], top[3])));
+  const bool any = most > 1e-30f;  // the reciprocal of less overflows, and no row's sum would show such weights
+  const Vec inverse = set1(any ? kDigitReach / most : 0.0f);
+  Ints sums = set1_int(0);
+  const auto whole = [&](int64_t i) {
+    fetcher.tick();
+    const Ints number = to_ints(load(weights + i) * load(scales + i) * inverse);
+    sums = add(sums, number);
+    return number;
+  };
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= seen; i += 4 * kLanes) {
+    const Ints four[4] = {whole(i), whole(i + kLanes), whole(i + 2 * kLanes), whole(i + 3 * kLanes)};
+    store_digits(high + i, low + i, four);
+  }
+  for (; i < seen; i += kLanes) store_digits(high + i, low + i, whole(i));
+  int32_t lanes[kLanes];
+  store_ints(lanes, sums);
+  total = 0;
+  for (const int32_t lane : lanes) total += lane;
+  return any ? most * (1.0f / (kDigitReach * 128.0f)) : 0.0f;
+}
 
 }  // namespace
 
-// What one segment of a block is multiplied with: weights * scales of the tokens as whole numbers, for the rows of a
-// group, head after head. There is room beyond, since vectors of scales and tiles of rows are written and read whole.
+// What one segment of the values of a split is multiplied with: weights * scales of the tokens as whole numbers, for
+// the rows of a group, head after head; and the sums. There is room beyond, since tiles of rows are read whole.
 struct CodedValues::Weighed {
-  alignas(64) uint8_t digits[kGroupRows + kTileRows][2][kMaxCodedBlock];
-  int32_t start[kGroupRows][2];  // of the sums, see Columns
-  float scale[kGroupRows + kLanes];
+  alignas(64) uint8_t digits[kGroupRows + kTileRows][2][kDigitStride];
+  alignas(64) int32_t sums[kGroupRows][2][kMaxCodedDim];
+  float scale[kGroupRows];
 };
-
-namespace {
-
-// For `count` rows from `row` on, at most kTogether, kScoreStride apart, of a block of kTiles * 16 tokens.
-template <int kTiles, class W>
-void scale_rows(const float* weights, int64_t count, const Vec (&scales)[kTiles], int64_t row, W& out) {
-  Vec top[kTogether];
-  KVIST_UNROLL for (int r = 0; r < kTogether; r++) {
-    const float* from = weights + std::min<int64_t>(r, count - 1) * kScoreStride;
-    top[r] = zero();
-    KVIST_UNROLL for (int i = 0; i < kTiles; i++)
-      top[r] = larger_magnitude(load(from + i * kLanes) * scales[i], top[r]);
-  }
-  const Vec tops = four_maxima(top);
-  const Vec tiny = set1(1e-30f);  // the reciprocal of less overflows, and no row's sum would show such weights
-  float inverse[kLanes];
-  store(inverse, by_sign(tops - tiny, zero(), set1(kDigitReach) / tops));
-  store(out.scale + row, by_sign(tops - tiny, zero(), tops * set1(1.0f / (kDigitReach * 128.0f))));
-  Ints total[kTogether] = {set1_int(0), set1_int(0), set1_int(0), set1_int(0)};
-  for (int64_t r = 0; r < count; r++) {
-    Ints whole[kTiles];
-    KVIST_UNROLL for (int i = 0; i < kTiles; i++) {
-      whole[i] = to_ints(load(weights + r * kScoreStride + i * kLanes) * scales[i] * set1(inverse[r]));
-      total[r] = add(total[r], whole[i]);
-    }
-    auto& digits = out.digits[row + r];
-    if constexpr (kTiles == 4)
-      store_digits(digits[0], digits[1], whole);
-    else
-      for (int i = 0; i < kTiles; i++) store_digits(digits[0] + i * kLanes, digits[1] + i * kLanes, whole[i]);
-  }
-  int32_t totals[kLanes];
-  store_ints(totals, four_sums(total));
-  for (int64_t r = 0; r < count; r++) {
-    out.start[row + r][0] = 0;
-    out.start[row + r][1] = -128 * totals[r];
-  }
-}
-
-// For rows [first, end), of which `weights` are the first one's. Adds to `poison` what is not zero where a scale is not
-// finite.
-template <int kTiles, class W>
-void scale_head(const float* weights, const Float16* token_scales, int64_t first, int64_t end, Vec& poison, W& out) {
-  Vec scales[kTiles];
-  KVIST_UNROLL for (int i = 0; i < kTiles; i++) {
-    scales[i] = load(token_scales + i * kLanes);
-    poison = fma(scales[i], zero(), poison);
-  }
-  for (int64_t row = first; row < end; row += kTogether, weights += kTogether * kScoreStride)
-    scale_rows<kTiles>(weights, std::min(kTogether, end - row), scales, row, out);
-}
-
-}  // namespace
 
 CodedValues::CodedValues(const Batch& batch, const CodedStream& stream)
     : batch_(batch), stream_(stream), scale_(batch.binary_scale()), state_(batch.head_dim) {
@@ -81,83 +59,98 @@ CodedValues::CodedValues(const Batch& batch, const CodedStream& stream)
     levels_.push_back(make_levels(segment.levels, segment.bits));
 }
 
-void CodedValues::soften(float* scores, int64_t seen, float* state) const {
-  soften_scores(scores, seen, scale_, state + state_.width, [&](int64_t i, Vec weight) { store(scores + i, weight); });
+void CodedValues::soften(float* scores, int64_t seen, float* state, Fetcher& fetcher) const {
+  soften_scores(scores, seen, scale_, state + state_.width, [&](int64_t i, Vec weight) {
+    fetcher.tick();
+    store(scores + i, weight);
+  });
 }
 
 void CodedValues::weigh(const Split& split, float* weights, float* states, Fetcher& fetcher) const {
+  Weighed weighed;
+  for (int64_t segment = 0; segment < stream_.coding.count(); segment++) {
+    for (int64_t head = 0; head < split.group.heads; head++)
+      scale_weights(split, head, segment, weights, states, weighed, fetcher);
+    add_values(split, segment, weighed, fetcher);
+    store_sums(split, segment, weighed, states);
+  }
+}
+
+// For the rows of one head. Those that see a scale that is not finite are not numbers: the sum of their weights, in
+// their state, becomes none.
+void CodedValues::scale_weights(const Split& split, int64_t head, int64_t index, const float* weights, float* states,
+                                Weighed& weighed, Fetcher& fetcher) const {
   const Group& group = split.group;
-  const int64_t size = batch_.block_size, segments = stream_.coding.count();
+  const int64_t size = batch_.block_size, segments = stream_.coding.count(), seen = split.seen();
+  const int64_t dims = stream_.coding.segments[index].dims;
+  alignas(64) float scales[kSplit];
   Vec poison = zero();
-  Weighed weighed[kMostSegments];
-  fetcher.begin(split.blocks);
-  for (int64_t key = 0, first = split.first; key < split.seen(); key += size) {
-    while (split.visible[first] <= key) first++;
-    const int64_t id = batch_.block(group, split.start + key) * batch_.heads + group.head;
-    for (int64_t head = 0; head < group.heads; head++) {
-      for (int64_t i = 0; i < segments; i++) {
-        const int64_t row = head * group.rows + first, end = (head + 1) * group.rows;
-        const float* from = weights + row * kScoreStride + key;
-        const Float16* scales = stream_.scales + ((id + head) * segments + i) * size;
-        size == 64   ? scale_head<4>(from, scales, row, end, poison, weighed[i])
-        : size == 32 ? scale_head<2>(from, scales, row, end, poison, weighed[i])
-                     : scale_head<1>(from, scales, row, end, poison, weighed[i]);
-      }
+  for (int64_t key = 0; key < seen; key += size) {
+    const int64_t id = batch_.block(group, split.start + key) * batch_.heads + group.head + head;
+    for (int64_t i = 0; i < size; i += kLanes) {
+      const Vec scale = load(stream_.scales + (id * segments + index) * size + i);
+      poison = fma(scale, zero(), poison);
+      store(scales + key + i, scale);
     }
-    for (int64_t head = 0; head < group.heads; head++)
-      for (int64_t i = 0; i < segments; i++)
-        add_values(weighed[i], id + head, i, head * group.rows + first, group.rows - first, key == 0, states, fetcher);
   }
-  if (sum(poison) != 0) spoil(split, states);
+  const bool poisoned = sum(poison) != 0;
+  fetcher.pace((1 - kFetchedInProduct) / static_cast<float>(group.heads * segments), split.rows() * seen / kLanes);
+  for (int64_t r = split.first; r < group.rows; r++) {
+    const int64_t row = head * group.rows + r;
+    int32_t total;
+    weighed.scale[row] = quantize_weights(weights + row * kScoreStride, scales, split.visible[r],
+                                          weighed.digits[row][0], weighed.digits[row][1], total, fetcher);
+    std::fill_n(weighed.sums[row][0], dims, 0);
+    std::fill_n(weighed.sums[row][1], dims, -128 * total);  // levels are unsigned in a product, see Columns
+    const auto infinite = [](float scale) { return !std::isfinite(scale); };
+    if (poisoned && std::any_of(scales, scales + split.visible[r], infinite))
+      state_.sum(states + row * state_.stride()) = std::numeric_limits<float>::quiet_NaN();
+  }
 }
 
-// Rows that see a scale that is not finite are not numbers: their sums become none.
-void CodedValues::spoil(const Split& split, float* states) const {
+void CodedValues::add_values(const Split& split, int64_t index, Weighed& weighed, Fetcher& fetcher) const {
   const Group& group = split.group;
-  const int64_t size = batch_.block_size, count = stream_.coding.count() * size;
-  for (int64_t key = 0; key < split.seen(); key += size) {
-    for (int64_t head = 0; head < group.heads; head++) {
-      const int64_t id = batch_.block(group, split.start + key) * batch_.heads + group.head + head;
-      const auto finite = [](Float16 scale) { return (scale.bits & 0x7c00) != 0x7c00; };
-      if (std::all_of(stream_.scales + id * count, stream_.scales + (id + 1) * count, finite)) continue;
-      for (int64_t row = split.first; row < group.rows; row++)
-        if (split.visible[row] > key)
-          state_.sum(states + (head * group.rows + row) * state_.stride()) = std::numeric_limits<float>::quiet_NaN();
-    }
-  }
-}
-
-// One segment of one head of a block, for rows [row, row + rows). `fresh`: their outputs hold nothing yet.
-void CodedValues::add_values(const Weighed& weighed, int64_t id, int64_t index, int64_t row, int64_t rows, bool fresh,
-                             float* states, Fetcher& fetcher) const {
-  const Segment& segment = stream_.coding.segments[index];
+  const Coding& coding = stream_.coding;
+  const Segment& segment = coding.segments[index];
   const int64_t size = batch_.block_size;
-  alignas(64) int32_t sums[2 * kGroupRows * kSumStride];
   Columns columns;
-  columns.codes = stream_.codes + id * stream_.coding.code_bytes(size) + stream_.coding.bytes_before(index, size);
   columns.column_bytes = kLanes * segment.bits * size / 8;
   columns.steps = size / 4;
   columns.bits = segment.bits;
   columns.levels = &levels_[index];
-  columns.scalars = weighed.digits[row][0];
-  columns.scalar_stride = kMaxCodedBlock;
-  columns.rows = 2 * rows;
+  columns.scalar_stride = kDigitStride;
   columns.digits = 2;
-  columns.start = weighed.start[row];
-  columns.out = sums;
-  for (int64_t dim = 0; dim < segment.dims; dim += kSumStride) {
-    columns.columns = std::min(kColumns, (segment.dims - dim) / kLanes);
-    columns.upcoming = fetcher.take(columns.bytes());
-    multiply(columns);
-    for (int64_t r = 0; r < rows; r++) {
-      float* out = states + (row + r) * state_.stride() + segment.first + dim;
-      const Vec scale = set1(weighed.scale[row + r]);
-      each_column(columns.columns, [&](int64_t i) {
-        const Vec whole = whole_sum<2>(sums + 2 * r * kSumStride, i);
-        store(out + i * kLanes, fresh ? whole * scale : fma(whole, scale, load(out + i * kLanes)));
-      });
+  columns.start = nullptr;
+  columns.out_stride = kMaxCodedDim;
+  for (int64_t key = 0, first = split.first; key < split.seen(); key += size) {
+    while (split.visible[first] <= key) first++;
+    columns.rows = 2 * (group.rows - first);
+    const int64_t id = batch_.block(group, split.start + key) * batch_.heads + group.head;
+    for (int64_t head = 0; head < group.heads; head++) {
+      const int64_t row = head * group.rows + first;
+      columns.codes = stream_.codes + (id + head) * coding.code_bytes(size) + coding.bytes_before(index, size);
+      columns.scalars = weighed.digits[row][0] + key;
+      for (int64_t dim = 0; dim < segment.dims; dim += kColumns * kLanes) {
+        columns.columns = std::min(kColumns, (segment.dims - dim) / kLanes);
+        columns.out = weighed.sums[row][0] + dim;
+        columns.share = kFetchedInProduct * static_cast<float>(size * columns.columns * kLanes) /
+                        static_cast<float>(split.seen() * group.heads * coding.dim);
+        multiply(columns, fetcher);
+        columns.codes += kColumns * columns.column_bytes;
+      }
     }
-    columns.codes += kColumns * columns.column_bytes;
+  }
+}
+
+void CodedValues::store_sums(const Split& split, int64_t index, const Weighed& weighed, float* states) const {
+  const Segment& segment = stream_.coding.segments[index];
+  for (int64_t head = 0; head < split.group.heads; head++) {
+    for (int64_t row = head * split.group.rows + split.first; row < (head + 1) * split.group.rows; row++) {
+      const Vec scale = set1(weighed.scale[row]);
+      float* out = states + row * state_.stride() + segment.first;
+      for (int64_t i = 0; i < segment.dims / kLanes; i++)
+        store(out + i * kLanes, whole_sum<2>(weighed.sums[row][0], kMaxCodedDim, i) * scale);
+    }
   }
 }
 

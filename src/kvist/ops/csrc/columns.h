@@ -5,16 +5,16 @@
 // signed; `start` makes up for the 128.
 //
 // A tile of a matrix unit (tiles.h) has sixteen rows, whether or not there are as many: sixteen rows of scalars must be
-// readable from each multiple of sixteen on, and 64 bytes beyond, and as many rows of sums writable.
+// readable from each multiple of sixteen on, and 64 bytes beyond.
 #pragma once
 
 #include "bytes.h"
 #include "coding.h"
+#include "fetch.h"
 
 namespace kvist {
 
 constexpr int64_t kColumns = 4;  // at a time, of sixteen numbers each
-constexpr int64_t kSumStride = kColumns * kLanes;
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kFewRows = 8;  // of queries; for these codes are decoded in registers, else once into memory
 
@@ -29,14 +29,13 @@ struct Columns {
   int64_t scalar_stride;   // from row to row
   int64_t rows;
   int64_t digits;        // rows of the same query side by side: 1 or 2
-  const int32_t* start;  // what each row's sums begin with
-  const char* upcoming;  // as much memory as the codes take that is wanted next
-  int32_t* out;          // rows kSumStride apart
-
-  int64_t bytes() const { return columns * steps * 8 * bits; }  // of the codes
+  const int32_t* start;  // what each row's sums begin with; null to go on from `out`
+  int32_t* out;
+  int64_t out_stride;  // from row to row
+  float share;         // of what is to be fetched, meanwhile
 };
 
-void multiply(const Columns& columns);
+void multiply(const Columns& columns, Fetcher& fetcher);
 
 // f(i) for each column, unrolled where there are as many as usual.
 template <class F>
@@ -48,12 +47,12 @@ inline void each_column(int64_t columns, F f) {
   }
 }
 
-// The sums of one row in column i, of which there are as many as its query or weights have digits.
+// The sums of one row in column i, of which there are as many, `stride` apart, as its query or weights have digits.
 template <int kDigits>
-inline Vec whole_sum(const int32_t* sums, int64_t i) {
+inline Vec whole_sum(const int32_t* sums, int64_t stride, int64_t i) {
   const Ints high = load_ints(sums + i * kLanes);
   if constexpr (kDigits == 1) return to_float(high);
-  return to_float(join_digits(high, load_ints(sums + kSumStride + i * kLanes)));
+  return to_float(join_digits(high, load_ints(sums + stride + i * kLanes)));
 }
 
 }  // namespace kvist

@@ -7,11 +7,17 @@
 namespace kvist {
 namespace {
 
-// The group's heads in the block that holds the token.
+// The group's first head in the block that holds the token. The others follow.
 template <class Plane>
-Heads block_of(const Batch& batch, const void* plane, const Group& group, int64_t token) {
-  const int64_t bytes = batch.block_size * batch.head_dim * sizeof(typename Plane::Unit);
-  return {static_cast<const char*>(plane) + (batch.block(group, token) * batch.heads + group.head) * bytes, bytes};
+const typename Plane::Unit* block_of(const Batch& batch, const void* plane, const Group& group, int64_t token) {
+  const int64_t heads = batch.block(group, token) * batch.heads + group.head;
+  return static_cast<const typename Plane::Unit*>(plane) + heads * batch.block_size * batch.head_dim;
+}
+
+template <class Plane>
+void add_block(const Batch& batch, const void* plane, const Group& group, int64_t token, Reads& reads) {
+  reads.add(block_of<Plane>(batch, plane, group, token),
+            group.heads * batch.block_size * batch.head_dim * sizeof(typename Plane::Unit));
 }
 
 template <class Plane>
@@ -35,14 +41,14 @@ class DenseKeys : public Keys {
     });
   }
 
-  void score(const Split& split, const float* queries, float* scores, Fetcher&) const override {
+  void score(const Split& split, const float* queries, float* scores, Fetcher& fetcher) const override {
     const Group& group = split.group;
     const int64_t seen = split.seen(), size = batch_.block_size;
     for (int64_t key = 0; key < seen; key += size) {
       for (int64_t head = 0; head < group.heads; head++) {
         const int64_t row = head * group.rows + split.first;
         Product<Plane> product;
-        product.vectors = static_cast<const Unit*>(split.reads[key / size].at(head));
+        product.vectors = block_of<Plane>(batch_, plane_, group, split.start + key) + head * size * batch_.head_dim;
         product.column_stride = kLanes * batch_.head_dim;
         product.step_stride = kLanes * Plane::kPack;
         product.scalars = reinterpret_cast<const Scalar*>(queries) + row * width_ / Plane::kPack;
@@ -53,13 +59,17 @@ class DenseKeys : public Keys {
         product.columns = (std::min(size, seen - key) + kLanes - 1) / kLanes;
         product.steps = batch_.head_dim / Plane::kPack;
         product.fresh = true;
-        product.upcoming = static_cast<const Unit*>(split.reads[key / size + 1].at(head));
+        product.share = kFetchedInProduct * static_cast<float>(std::min(size, seen - key)) /
+                        static_cast<float>(seen * group.heads);
+        product.fetcher = &fetcher;
         multiply(product, false);
       }
     }
   }
 
-  Heads block(const Group& group, int64_t token) const override { return block_of<Plane>(batch_, plane_, group, token); }
+  void add_reads(const Group& group, int64_t token, Reads& reads) const override {
+    add_block<Plane>(batch_, plane_, group, token, reads);
+  }
 
  private:
   const Batch& batch_;
@@ -77,44 +87,50 @@ class DenseValues : public Values {
       : batch_(batch), plane_(plane), scale_(batch.binary_scale()), state_(batch.head_dim) {}
 
   // The weights are the scalars of the product with the values.
-  void soften(float* scores, int64_t seen, float* state) const override {
+  void soften(float* scores, int64_t seen, float* state, Fetcher& fetcher) const override {
     Scalar* weights = reinterpret_cast<Scalar*>(scores);
-    soften_scores(scores, seen, scale_, state + state_.width,
-                  [&](int64_t i, Vec weight) { Plane::store_scalars(weights + i / Plane::kPack, weight); });
+    soften_scores(scores, seen, scale_, state + state_.width, [&](int64_t i, Vec weight) {
+      fetcher.tick();
+      Plane::store_scalars(weights + i / Plane::kPack, weight);
+    });
   }
 
   // What all rows see, in whole pairs, is weighed for all rows at once. The rest is weighed row by row, so that no
   // value, were it infinite, touches a row that does not see it.
-  void weigh(const Split& split, float* weights, float* states, Fetcher&) const override {
+  void weigh(const Split& split, float* weights, float* states, Fetcher& fetcher) const override {
     const int64_t seen = split.visible[split.first], shared = seen - seen % Plane::kPack;
-    weigh_rows(split, split.first, split.rows(), 0, shared, weights, states);
+    weigh_rows(split, split.first, split.rows(), 0, shared, weights, states, fetcher);
     for (int64_t row = split.first; row < split.group.rows; row++)
-      weigh_rows(split, row, 1, shared, split.visible[row], weights, states);
+      weigh_rows(split, row, 1, shared, split.visible[row], weights, states, fetcher);
   }
 
-  Heads block(const Group& group, int64_t token) const override { return block_of<Plane>(batch_, plane_, group, token); }
+  void add_reads(const Group& group, int64_t token, Reads& reads) const override {
+    add_block<Plane>(batch_, plane_, group, token, reads);
+  }
 
  private:
   // Keys [from, to) of the split, from an even one on, for `rows` rows of each head.
   void weigh_rows(const Split& split, int64_t row, int64_t rows, int64_t from, int64_t to, float* weights,
-                  float* states) const {
+                  float* states, Fetcher& fetcher) const {
     const int64_t size = batch_.block_size;
     for (int64_t key = from; key < to;) {
       const int64_t count = std::min(to - key, size - key % size);
-      const Heads* reads = split.reads + split.blocks + key / size;
       Product<Plane> product;
-      product.vectors = static_cast<const Unit*>(reads[0].first) + key % size * batch_.head_dim;
+      product.vectors = block_of<Plane>(batch_, plane_, split.group, split.start + key) + key % size * batch_.head_dim;
       product.scalars = reinterpret_cast<const Scalar*>(weights + row * kScoreStride) + key / Plane::kPack;
       product.out = states + row * state_.stride();
       product.rows = rows;
       product.fresh = key == 0;
-      multiply_heads(split.group, count, reads[1], product);
+      product.share =
+          static_cast<float>(count * rows) / static_cast<float>(split.seen() * split.rows() * split.group.heads);
+      product.fetcher = &fetcher;
+      multiply_heads(split.group, count, product);
       key += count;
     }
   }
 
   // `count` tokens, all in one block, for all heads of the group.
-  void multiply_heads(const Group& group, int64_t count, Heads upcoming, Product<Plane> product) const {
+  void multiply_heads(const Group& group, int64_t count, Product<Plane> product) const {
     const bool half = batch_.head_dim % kLanes != 0;
     const int64_t units = batch_.block_size * batch_.head_dim;
     product.column_stride = kLanes * Plane::kPack;
@@ -124,7 +140,6 @@ class DenseValues : public Values {
     product.columns = batch_.head_dim / kLanes;
     product.steps = count / Plane::kPack;
     for (int64_t head = 0; head < group.heads; head++) {
-      product.upcoming = static_cast<const Unit*>(upcoming.at(head));
       if (product.steps) multiply(product, half);
       if constexpr (Plane::kPack == 2) {
         if (count % 2) multiply(last_step(product), half);

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "fetch.h"
 #include "planes.h"
 
 namespace kvist {
@@ -21,7 +22,8 @@ struct Product {
   int64_t out_stride;     // from row to row
   int64_t rows, columns, steps;
   bool fresh;  // sums start from zero, not from `out`
-  const typename Plane::Unit* upcoming;  // as much memory as the vectors take that is wanted next, or null
+  float share;  // of what is to be fetched, meanwhile
+  Fetcher* fetcher;
 };
 
 template <class Plane, int kRows, int kColumns, bool kHalf>
@@ -38,6 +40,7 @@ inline void product_tile(const Product<Plane>& p, int64_t row, int64_t column) {
     KVIST_UNROLL for (int c = 0; c < kColumns; c++) {
       const auto* from = vectors + c * p.column_stride;
       loaded[c] = in_register(kHalf ? Plane::load_half(from) : Plane::load(from));
+      p.fetcher->tick();
     }
     KVIST_UNROLL for (int r = 0; r < kRows; r++) {
       const auto spread = in_register(Plane::spread(scalars[r * p.scalar_stride]));
@@ -63,14 +66,6 @@ bool few_rows(const Product<Plane>& p) {
   return p.rows <= kTileMaxRows;
 }
 
-// Of the `size` vectors from `first` on, what falls to rows [from, to): spread over the tiles, since only so many lines
-// can be under way. Memory that is read for few rows is read faster in plain order, without help.
-template <class Plane>
-inline void fetch_upcoming(const Product<Plane>& p, int64_t first, int64_t size, int64_t from, int64_t to) {
-  for (int64_t i = first + size * from / p.rows; i < first + size * to / p.rows; i++)
-    prefetch(p.upcoming + i * kLanes * Plane::kPack);
-}
-
 // As many groups of kColumns as there are before column `end`, for all rows, in tiles of nearly equal height. Returns
 // the column after them. One tile of rows goes through all columns; several go through each group, which stays cached.
 template <class Plane, int kColumns, bool kHalf>
@@ -84,7 +79,6 @@ int64_t product_columns(const Product<Plane>& p, int64_t column, int64_t end) {
   for (; column < end; column += kColumns) {
     for (int64_t row = 0; row < p.rows;) {
       const int64_t left = p.rows - row, tiles = (left + kRows - 1) / kRows, count = (left + tiles - 1) / tiles;
-      if (p.upcoming && !few_rows(p)) fetch_upcoming(p, column * p.steps, kColumns * p.steps, row, row + count);
       product_strip<Plane, kRows, kColumns, kHalf>(p, count, row, column, column + kColumns);
       row += count;
     }
@@ -99,6 +93,8 @@ int64_t product_columns(const Product<Plane>& p, int64_t column, int64_t end) {
 // rows (prefill) want the tile with the fewest loads per product.
 template <class Plane>
 void multiply(const Product<Plane>& p, bool half) {
+  const int64_t strips = few_rows(p) ? 1 : (p.rows + kTileMaxRows - 1) / kTileMaxRows;
+  p.fetcher->pace(p.share, strips * p.columns * p.steps);
   const bool steps_adjoin = p.step_stride < p.column_stride;
   int64_t column = 0;
   if (!few_rows(p) || !steps_adjoin) {
@@ -126,7 +122,8 @@ Product<FirstOnly<Plane>> last_step(const Product<Plane>& p) {
           p.columns,
           1,
           p.fresh && p.steps == 0,
-          nullptr};
+          0,
+          p.fetcher};
 }
 
 }  // namespace kvist

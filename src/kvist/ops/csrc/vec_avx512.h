@@ -44,15 +44,6 @@ inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 // The largest lane, when none is NaN.
 inline float maximum(Vec x) { return _mm512_reduce_max_ps(x); }
 
-// The largest lanes of four vectors, when none is NaN, in the first four lanes.
-inline Vec four_maxima(const Vec (&x)[4]) {
-  const auto both = [](Vec a, Vec b) { return larger(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
-  const __m512d a = _mm512_castps_pd(both(x[0], x[1])), b = _mm512_castps_pd(both(x[2], x[3]));
-  Vec all = larger(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  all = larger(all, _mm512_shuffle_f32x4(all, all, 0x4e));
-  return larger(all, _mm512_shuffle_f32x4(all, all, 0xb1));
-}
-
 // x - floor(x); 0 for an infinite x.
 inline Vec fraction(Vec x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 

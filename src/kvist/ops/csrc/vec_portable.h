@@ -108,13 +108,6 @@ inline float maximum(Vec x) {
   return *std::max_element(lanes, lanes + kLanes);
 }
 
-// The largest lanes of four vectors, when none is NaN, in the first four lanes.
-inline Vec four_maxima(const Vec (&x)[4]) {
-  float lanes[kLanes] = {};
-  for (int i = 0; i < 4; i++) lanes[i] = maximum(x[i]);
-  return load(lanes);
-}
-
 // floor(x) for x in [-200, 200], to which all others are moved. Adding 1.5 * 2^23 leaves no fraction bits.
 inline Vec whole(Vec x) {
   x = smaller(set1(200.0f), larger(set1(-200.0f), x));
