@@ -28,6 +28,12 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """Every test draws the same random numbers in every run, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Models here are so small that threads would mostly wait for each other; a test of threads sets its own number."""
     before = torch.get_num_threads()

@@ -30,6 +30,16 @@ class Part:
         within = self.first is None or self.last is None or self.first <= layer <= self.last
         return within and self.stream in (None, stream)
 
+    def hides(self, other: "Part") -> bool:
+        """Whether it says something of all that `other` speaks of."""
+        if self.stream not in (None, other.stream):
+            return False
+        if self.first is None or self.last is None:
+            return True
+        if other.first is None or other.last is None:
+            return False
+        return self.first <= other.first and other.last <= self.last
+
 
 @dataclass(frozen=True)
 class KvChoice:
@@ -62,7 +72,8 @@ class KvChoice:
 
 
 def parse_choice(text: str) -> KvChoice:
-    """Raises `ConfigError` that shows the part that cannot be read, or lists the codecs when one is unknown."""
+    """Raises `ConfigError` that shows the part that cannot be read or that a later one replaces, or lists the codecs when
+    one is unknown."""
     parts = []
     for piece in text.split(","):
         match = _PART.fullmatch(piece.strip())
@@ -74,4 +85,10 @@ def parse_choice(text: str) -> KvChoice:
         if low is not None and high is not None and high < low:
             raise ConfigError(f"--kv {piece.strip()}: layers {low} to {high} are none; write them in rising order")
         parts.append(Part(piece.strip(), low, high, stream, codec(name)))
+        for earlier in parts[:-1]:
+            if parts[-1].hides(earlier):
+                raise ConfigError(
+                    f"--kv {text}: {parts[-1].text} leaves nothing of {earlier.text}; what stands further right wins "
+                    "(to compare choices, give --kv several times)"
+                )
     return KvChoice(",".join(part.text for part in parts), tuple(parts))
