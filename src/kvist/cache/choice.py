@@ -72,8 +72,8 @@ class KvChoice:
 
 
 def parse_choice(text: str) -> KvChoice:
-    """Raises `ConfigError` that shows the part that cannot be read or that a later one replaces, or lists the codecs when
-    one is unknown."""
+    """Raises `ConfigError` that shows the part that cannot be read, or that a later part replaces, or lists the codecs
+    when one is unknown."""
     parts = []
     for piece in text.split(","):
         match = _PART.fullmatch(piece.strip())

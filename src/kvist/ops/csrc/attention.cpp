@@ -67,9 +67,9 @@ void Attention::attend(Task task, const Task* next, const Scratch& scratch, floa
   const Split split = split_of(task);
   const Reads values = reads_of(values_, task);
   Fetcher fetch_values(values);
-  keys_.score(split, scratch.queries, scratch.scores, fetch_values);
   const float share = (1 - kFetchedInProduct) / static_cast<float>(split.group.heads * split.rows());
   for (int64_t head = 0; head < split.group.heads; head++) {
+    keys_.score(split, head, scratch.queries, scratch.scores, fetch_values);
     for (int64_t row = split.first; row < split.group.rows; row++) {
       const int64_t index = head * split.group.rows + row, seen = split.visible[row];
       fetch_values.pace(share, (seen + kLanes - 1) / kLanes);

@@ -49,8 +49,8 @@ class Keys {
   virtual ~Keys() = default;
   // The group's queries as `score` wants them: at most State::stride() floats each, head after head.
   virtual void load_queries(const Group& group, float* queries) const = 0;
-  // Products of the rows from split.first on with the keys that the last row sees, not yet scaled.
-  virtual void score(const Split& split, const float* queries, float* scores, Fetcher& fetcher) const = 0;
+  // Products of one head's rows from split.first on with the keys that the last row sees, not yet scaled.
+  virtual void score(const Split& split, int64_t head, const float* queries, float* scores, Fetcher& fetcher) const = 0;
   // Adds what is read of the group's heads in the block that holds the token.
   virtual void add_reads(const Group& group, int64_t token, Reads& reads) const = 0;
 };
@@ -61,7 +61,7 @@ class Values {
   virtual ~Values() = default;
   // Turns the scores of one row, of which it sees `seen`, into weights in place; maximum and sum go into its state.
   virtual void soften(float* scores, int64_t seen, float* state, Fetcher& fetcher) const = 0;
-  // Adds the values, weighted, to the states.
+  // The values of all heads, weighted, into the states.
   virtual void weigh(const Split& split, float* weights, float* states, Fetcher& fetcher) const = 0;
   virtual void add_reads(const Group& group, int64_t token, Reads& reads) const = 0;
 };

@@ -25,7 +25,7 @@ class CodedKeys : public Keys {
   CodedKeys(const Batch& batch, const CodedStream& stream);
 
   void load_queries(const Group&, float*) const override {}
-  void score(const Split& split, const float* queries, float* scores, Fetcher& fetcher) const override;
+  void score(const Split& split, int64_t head, const float* queries, float* scores, Fetcher& fetcher) const override;
   void add_reads(const Group& group, int64_t token, Reads& reads) const override {
     add_block(batch_, stream_, group, token, reads);
   }
@@ -70,8 +70,8 @@ class CodedValues : public Values {
   struct Weighed;
   void scale_weights(const Split& split, int64_t head, int64_t segment, const float* weights, float* states,
                      Weighed& weighed, Fetcher& fetcher) const;
-  void add_values(const Split& split, int64_t segment, Weighed& weighed, Fetcher& fetcher) const;
-  void store_sums(const Split& split, int64_t segment, const Weighed& weighed, float* states) const;
+  void add_values(const Split& split, int64_t head, int64_t segment, Weighed& weighed, Fetcher& fetcher) const;
+  void store_sums(const Split& split, int64_t head, int64_t segment, const Weighed& weighed, float* states) const;
 
   const Batch& batch_;
   const CodedStream stream_;

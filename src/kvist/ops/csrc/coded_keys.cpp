@@ -122,11 +122,10 @@ void CodedKeys::quantize(const Lanes* x, int64_t dims, Part& part, const int64_t
   }
 }
 
-void CodedKeys::score(const Split& split, const float*, float* scores, Fetcher& fetcher) const {
+void CodedKeys::score(const Split& split, int64_t head, const float*, float* scores, Fetcher& fetcher) const {
   for (int64_t key = 0; key < split.seen(); key += batch_.block_size)
-    for (int64_t head = 0; head < split.group.heads; head++)
-      for (int64_t segment = 0; segment < stream_.coding.count(); segment++)
-        add_scores(split, key, head, segment, scores, fetcher);
+    for (int64_t segment = 0; segment < stream_.coding.count(); segment++)
+      add_scores(split, key, head, segment, scores, fetcher);
 }
 
 // What one segment of the channels of one block adds to the scores of one head: scale of the query * scale of the

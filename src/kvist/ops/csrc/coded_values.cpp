@@ -46,7 +46,7 @@ float quantize_weights(const float* weights, const float* scales, int64_t seen, 
 }  // namespace
 
 // What one segment of the values of a split is multiplied with: weights * scales of the tokens as whole numbers, for
-// the rows of a group, head after head; and the sums. There is room beyond, since tiles of rows are read whole.
+// the rows of one head; and the sums. There is room beyond, since tiles of rows are read whole.
 struct CodedValues::Weighed {
   alignas(64) uint8_t digits[kGroupRows + kTileRows][2][kDigitStride];
   alignas(64) int32_t sums[kGroupRows][2][kMaxCodedDim];
@@ -68,47 +68,48 @@ void CodedValues::soften(float* scores, int64_t seen, float* state, Fetcher& fet
 
 void CodedValues::weigh(const Split& split, float* weights, float* states, Fetcher& fetcher) const {
   Weighed weighed;
-  for (int64_t segment = 0; segment < stream_.coding.count(); segment++) {
-    for (int64_t head = 0; head < split.group.heads; head++)
+  for (int64_t head = 0; head < split.group.heads; head++) {
+    for (int64_t segment = 0; segment < stream_.coding.count(); segment++) {
       scale_weights(split, head, segment, weights, states, weighed, fetcher);
-    add_values(split, segment, weighed, fetcher);
-    store_sums(split, segment, weighed, states);
+      add_values(split, head, segment, weighed, fetcher);
+      store_sums(split, head, segment, weighed, states);
+    }
   }
 }
 
-// For the rows of one head. Those that see a scale that is not finite are not numbers: the sum of their weights, in
-// their state, becomes none.
-void CodedValues::scale_weights(const Split& split, int64_t head, int64_t index, const float* weights, float* states,
+// Rows that see a scale that is not finite are not numbers: the sum of their weights, in their state, becomes none.
+void CodedValues::scale_weights(const Split& split, int64_t head, int64_t segment, const float* weights, float* states,
                                 Weighed& weighed, Fetcher& fetcher) const {
   const Group& group = split.group;
   const int64_t size = batch_.block_size, segments = stream_.coding.count(), seen = split.seen();
-  const int64_t dims = stream_.coding.segments[index].dims;
+  const int64_t dims = stream_.coding.segments[segment].dims;
   alignas(64) float scales[kSplit];
   Vec poison = zero();
   for (int64_t key = 0; key < seen; key += size) {
     const int64_t id = batch_.block(group, split.start + key) * batch_.heads + group.head + head;
     for (int64_t i = 0; i < size; i += kLanes) {
-      const Vec scale = load(stream_.scales + (id * segments + index) * size + i);
+      const Vec scale = load(stream_.scales + (id * segments + segment) * size + i);
       poison = fma(scale, zero(), poison);
       store(scales + key + i, scale);
     }
   }
   const bool poisoned = sum(poison) != 0;
   fetcher.pace((1 - kFetchedInProduct) / static_cast<float>(group.heads * segments), split.rows() * seen / kLanes);
-  for (int64_t r = split.first; r < group.rows; r++) {
-    const int64_t row = head * group.rows + r;
+  for (int64_t row = split.first; row < group.rows; row++) {
+    const int64_t index = head * group.rows + row, visible = split.visible[row];
     int32_t total;
-    weighed.scale[row] = quantize_weights(weights + row * kScoreStride, scales, split.visible[r],
-                                          weighed.digits[row][0], weighed.digits[row][1], total, fetcher);
+    weighed.scale[row] = quantize_weights(weights + index * kScoreStride, scales, visible, weighed.digits[row][0],
+                                          weighed.digits[row][1], total, fetcher);
     std::fill_n(weighed.sums[row][0], dims, 0);
     std::fill_n(weighed.sums[row][1], dims, -128 * total);  // levels are unsigned in a product, see Columns
     const auto infinite = [](float scale) { return !std::isfinite(scale); };
-    if (poisoned && std::any_of(scales, scales + split.visible[r], infinite))
-      state_.sum(states + row * state_.stride()) = std::numeric_limits<float>::quiet_NaN();
+    if (poisoned && std::any_of(scales, scales + visible, infinite))
+      state_.sum(states + index * state_.stride()) = std::numeric_limits<float>::quiet_NaN();
   }
 }
 
-void CodedValues::add_values(const Split& split, int64_t index, Weighed& weighed, Fetcher& fetcher) const {
+void CodedValues::add_values(const Split& split, int64_t head, int64_t index, Weighed& weighed,
+                             Fetcher& fetcher) const {
   const Group& group = split.group;
   const Coding& coding = stream_.coding;
   const Segment& segment = coding.segments[index];
@@ -125,32 +126,28 @@ void CodedValues::add_values(const Split& split, int64_t index, Weighed& weighed
   for (int64_t key = 0, first = split.first; key < split.seen(); key += size) {
     while (split.visible[first] <= key) first++;
     columns.rows = 2 * (group.rows - first);
-    const int64_t id = batch_.block(group, split.start + key) * batch_.heads + group.head;
-    for (int64_t head = 0; head < group.heads; head++) {
-      const int64_t row = head * group.rows + first;
-      columns.codes = stream_.codes + (id + head) * coding.code_bytes(size) + coding.bytes_before(index, size);
-      columns.scalars = weighed.digits[row][0] + key;
-      for (int64_t dim = 0; dim < segment.dims; dim += kColumns * kLanes) {
-        columns.columns = std::min(kColumns, (segment.dims - dim) / kLanes);
-        columns.out = weighed.sums[row][0] + dim;
-        columns.share = kFetchedInProduct * static_cast<float>(size * columns.columns * kLanes) /
-                        static_cast<float>(split.seen() * group.heads * coding.dim);
-        multiply(columns, fetcher);
-        columns.codes += kColumns * columns.column_bytes;
-      }
+    const int64_t id = batch_.block(group, split.start + key) * batch_.heads + group.head + head;
+    columns.codes = stream_.codes + id * coding.code_bytes(size) + coding.bytes_before(index, size);
+    columns.scalars = weighed.digits[first][0] + key;
+    for (int64_t dim = 0; dim < segment.dims; dim += kColumns * kLanes) {
+      columns.columns = std::min(kColumns, (segment.dims - dim) / kLanes);
+      columns.out = weighed.sums[first][0] + dim;
+      columns.share = kFetchedInProduct * static_cast<float>(size * columns.columns * kLanes) /
+                      static_cast<float>(split.seen() * group.heads * coding.dim);
+      multiply(columns, fetcher);
+      columns.codes += kColumns * columns.column_bytes;
     }
   }
 }
 
-void CodedValues::store_sums(const Split& split, int64_t index, const Weighed& weighed, float* states) const {
+void CodedValues::store_sums(const Split& split, int64_t head, int64_t index, const Weighed& weighed,
+                             float* states) const {
   const Segment& segment = stream_.coding.segments[index];
-  for (int64_t head = 0; head < split.group.heads; head++) {
-    for (int64_t row = head * split.group.rows + split.first; row < (head + 1) * split.group.rows; row++) {
-      const Vec scale = set1(weighed.scale[row]);
-      float* out = states + row * state_.stride() + segment.first;
-      for (int64_t i = 0; i < segment.dims / kLanes; i++)
-        store(out + i * kLanes, whole_sum<2>(weighed.sums[row][0], kMaxCodedDim, i) * scale);
-    }
+  for (int64_t row = split.first; row < split.group.rows; row++) {
+    const Vec scale = set1(weighed.scale[row]);
+    float* out = states + (head * split.group.rows + row) * state_.stride() + segment.first;
+    for (int64_t i = 0; i < segment.dims / kLanes; i++)
+      store(out + i * kLanes, whole_sum<2>(weighed.sums[row][0], kMaxCodedDim, i) * scale);
   }
 }
 

@@ -41,29 +41,26 @@ class DenseKeys : public Keys {
     });
   }
 
-  void score(const Split& split, const float* queries, float* scores, Fetcher& fetcher) const override {
+  void score(const Split& split, int64_t head, const float* queries, float* scores, Fetcher& fetcher) const override {
     const Group& group = split.group;
-    const int64_t seen = split.seen(), size = batch_.block_size;
+    const int64_t seen = split.seen(), size = batch_.block_size, row = head * group.rows + split.first;
     for (int64_t key = 0; key < seen; key += size) {
-      for (int64_t head = 0; head < group.heads; head++) {
-        const int64_t row = head * group.rows + split.first;
-        Product<Plane> product;
-        product.vectors = block_of<Plane>(batch_, plane_, group, split.start + key) + head * size * batch_.head_dim;
-        product.column_stride = kLanes * batch_.head_dim;
-        product.step_stride = kLanes * Plane::kPack;
-        product.scalars = reinterpret_cast<const Scalar*>(queries) + row * width_ / Plane::kPack;
-        product.scalar_stride = width_ / Plane::kPack;
-        product.out = scores + row * kScoreStride + key;
-        product.out_stride = kScoreStride;
-        product.rows = split.rows();
-        product.columns = (std::min(size, seen - key) + kLanes - 1) / kLanes;
-        product.steps = batch_.head_dim / Plane::kPack;
-        product.fresh = true;
-        product.share = kFetchedInProduct * static_cast<float>(std::min(size, seen - key)) /
-                        static_cast<float>(seen * group.heads);
-        product.fetcher = &fetcher;
-        multiply(product, false);
-      }
+      const int64_t count = std::min(size, seen - key);
+      Product<Plane> product;
+      product.vectors = block_of<Plane>(batch_, plane_, group, split.start + key) + head * size * batch_.head_dim;
+      product.column_stride = kLanes * batch_.head_dim;
+      product.step_stride = kLanes * Plane::kPack;
+      product.scalars = reinterpret_cast<const Scalar*>(queries) + row * width_ / Plane::kPack;
+      product.scalar_stride = width_ / Plane::kPack;
+      product.out = scores + row * kScoreStride + key;
+      product.out_stride = kScoreStride;
+      product.rows = split.rows();
+      product.columns = (count + kLanes - 1) / kLanes;
+      product.steps = batch_.head_dim / Plane::kPack;
+      product.fresh = true;
+      product.share = kFetchedInProduct * static_cast<float>(count) / static_cast<float>(seen * group.heads);
+      product.fetcher = &fetcher;
+      multiply(product, false);
     }
   }
 
