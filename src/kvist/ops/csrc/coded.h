@@ -44,8 +44,7 @@ class CodedKeys : public Keys {
 
   void load_rows(int64_t first, int64_t count);
   void quantize(const Lanes* x, int64_t dims, Part& part, const int64_t* rows, int64_t count) const;
-  void add_scores(const Split& split, int64_t key, int64_t head, int64_t segment, float* scores,
-                  Fetcher& fetcher) const;
+  void add_scores(const Split& split, int64_t head, int64_t segment, float* scores, Fetcher& fetcher) const;
 
   const Batch& batch_;
   const CodedStream stream_;

@@ -123,26 +123,22 @@ void CodedKeys::quantize(const Lanes* x, int64_t dims, Part& part, const int64_t
 }
 
 void CodedKeys::score(const Split& split, int64_t head, const float*, float* scores, Fetcher& fetcher) const {
-  for (int64_t key = 0; key < split.seen(); key += batch_.block_size)
-    for (int64_t segment = 0; segment < stream_.coding.count(); segment++)
-      add_scores(split, key, head, segment, scores, fetcher);
+  for (int64_t segment = 0; segment < stream_.coding.count(); segment++)
+    add_scores(split, head, segment, scores + (head * split.group.rows + split.first) * kScoreStride, fetcher);
 }
 
-// What one segment of the channels of one block adds to the scores of one head: scale of the query * scale of the
-// token * sum of whole numbers, segment after segment.
-void CodedKeys::add_scores(const Split& split, int64_t key, int64_t head, int64_t index, float* scores,
-                           Fetcher& fetcher) const {
+// What one segment of the channels adds to the scores of one head: scale of the query * scale of the token * sum of
+// whole numbers.
+void CodedKeys::add_scores(const Split& split, int64_t head, int64_t index, float* scores, Fetcher& fetcher) const {
   const Group& group = split.group;
   const Coding& coding = stream_.coding;
   const Segment& segment = coding.segments[index];
   const Part& part = parts_[index];
-  const int64_t size = batch_.block_size, rows = split.rows(), digits = part.digits;
-  const int64_t block = batch_.block(group, split.start + key) * batch_.heads + group.head + head;
+  const int64_t size = batch_.block_size, digits = part.digits;
   const int64_t row = (group.head + head) * rows_ + batch_.starts[group.sequence] * batch_.heads_per_kv() +
                       group.first_row + split.first;
   alignas(64) int32_t sums[2 * kGroupRows * kSumStride];
   Columns columns;
-  columns.codes = stream_.codes + block * coding.code_bytes(size) + coding.bytes_before(index, kLanes);
   columns.column_bytes = coding.code_bytes(kLanes);
   columns.columns = size / kLanes;
   columns.steps = segment.dims / 4;
@@ -150,20 +146,21 @@ void CodedKeys::add_scores(const Split& split, int64_t key, int64_t head, int64_
   columns.levels = &part.levels;
   columns.scalars = part.scalars.get() + row * digits * segment.dims;
   columns.scalar_stride = segment.dims;
-  columns.rows = rows * digits;
+  columns.rows = split.rows() * digits;
   columns.digits = digits;
   columns.start = part.start.get() + row * digits;
   columns.out = sums;
   columns.out_stride = kSumStride;
-  columns.share = kFetchedInProduct * static_cast<float>(size) /
-                  static_cast<float>(split.seen() * group.heads * coding.count());
-  multiply(columns, fetcher);
-
-  const Float16* from = stream_.scales + (block * coding.count() + index) * size;
-  float* out = scores + (head * group.rows + split.first) * kScoreStride + key;
   const auto scale = digits == 1 ? (index ? scale_sums<1, false> : scale_sums<1, true>)
                                  : (index ? scale_sums<2, false> : scale_sums<2, true>);
-  scale(columns, from, part.scale.get() + row, out);
+  fetcher.pace(kFetchedInProduct * static_cast<float>(segment.dims) / static_cast<float>(coding.dim * group.heads),
+               split.seen() / size * ticks(columns.columns, columns.steps));
+  for (int64_t key = 0; key < split.seen(); key += size) {
+    const int64_t id = batch_.block(group, split.start + key) * batch_.heads + group.head + head;
+    columns.codes = stream_.codes + id * coding.code_bytes(size) + coding.bytes_before(index, kLanes);
+    multiply(columns, fetcher);
+    scale(columns, stream_.scales + (id * coding.count() + index) * size, part.scale.get() + row, scores + key);
+  }
 }
 
 }  // namespace kvist

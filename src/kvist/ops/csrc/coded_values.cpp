@@ -123,6 +123,8 @@ void CodedValues::add_values(const Split& split, int64_t head, int64_t index, We
   columns.digits = 2;
   columns.start = nullptr;
   columns.out_stride = kMaxCodedDim;
+  fetcher.pace(kFetchedInProduct * static_cast<float>(segment.dims) / static_cast<float>(coding.dim * group.heads),
+               split.seen() / size * ticks(segment.dims / kLanes, columns.steps));
   for (int64_t key = 0, first = split.first; key < split.seen(); key += size) {
     while (split.visible[first] <= key) first++;
     columns.rows = 2 * (group.rows - first);
@@ -132,8 +134,6 @@ void CodedValues::add_values(const Split& split, int64_t head, int64_t index, We
     for (int64_t dim = 0; dim < segment.dims; dim += kColumns * kLanes) {
       columns.columns = std::min(kColumns, (segment.dims - dim) / kLanes);
       columns.out = weighed.sums[first][0] + dim;
-      columns.share = kFetchedInProduct * static_cast<float>(size * columns.columns * kLanes) /
-                      static_cast<float>(split.seen() * group.heads * coding.dim);
       multiply(columns, fetcher);
       columns.codes += kColumns * columns.column_bytes;
     }

@@ -7,9 +7,6 @@
 namespace kvist {
 namespace {
 
-// Ticks of the fetcher: three for every two columns and four steps.
-constexpr int ticks_before(int step, int columns) { return step * columns * 3 / 8; }
-
 constexpr int kDecoded = 0;  // instead of bits: codes that stand in memory as the bytes they become
 
 template <int kBits>
@@ -36,7 +33,7 @@ inline void sum_tile(const Columns& p, Fetcher& fetcher, int64_t row, int64_t co
       load_steps<kBits>(p, codes + c * p.column_bytes, chunk, decoded[c]);
     KVIST_UNROLL for (int i = 0; i < 4; i++) {
       if constexpr (kBits != kDecoded) {
-        for (int t = ticks_before(i, kCount); t < ticks_before(i + 1, kCount); t++) fetcher.tick();
+        for (int64_t t = ticks(kCount, i); t < ticks(kCount, i + 1); t++) fetcher.tick();
       }
       KVIST_UNROLL for (int r = 0; r < kRows; r++) {
         const Bytes spread = spread_bytes(scalars + r * p.scalar_stride + 4 * i);
@@ -96,10 +93,9 @@ void sum_many(const Columns& p, Fetcher& fetcher) {
   sum_rows<kDecoded, std::min(8, kSumVectors), 1, 1>(p, fetcher, column);
 }
 
-// The ticks of four steps of one column.
-inline void fetch_decoding(Fetcher& fetcher, int64_t column) {
-  fetcher.tick();
-  if (column % 2) fetcher.tick();
+// While four steps of one column are decoded.
+inline void fetch(Fetcher& fetcher, int64_t column) {
+  for (int64_t t = ticks(column, 4); t < ticks(column + 1, 4); t++) fetcher.tick();
 }
 
 template <int kBits>
@@ -107,7 +103,7 @@ void decode_columns(const Columns& p, Fetcher& fetcher, uint8_t* to) {
   for (int64_t column = 0; column < p.columns; column++) {
     for (int64_t chunk = 0; chunk < p.steps / 4; chunk++) {
       Bytes decoded[4];
-      fetch_decoding(fetcher, column);
+      fetch(fetcher, column);
       load_steps<kBits>(p, p.codes + column * p.column_bytes, chunk, decoded);
       for (int i = 0; i < 4; i++, to += 64) store_bytes(to, decoded[i]);
     }
@@ -169,7 +165,7 @@ void multiply_tiles(const Columns& p, Fetcher& fetcher) {
     for (int64_t column = 0; column < p.columns; column++) {
       for (int64_t chunk = 0; chunk < p.steps / 4; chunk++) {
         Bytes loaded[4];
-        fetch_decoding(fetcher, column);
+        fetch(fetcher, column);
         load_steps<decltype(bits)::value>(p, p.codes + column * p.column_bytes, chunk, loaded);
         for (int i = 0; i < 4; i++, to += 64) store_bytes(to, loaded[i]);
       }
@@ -191,7 +187,6 @@ void multiply_tiles(const Columns& p, Fetcher& fetcher) {
 }  // namespace
 
 void multiply(const Columns& p, Fetcher& fetcher) {
-  fetcher.pace(p.share, p.columns * p.steps * 3 / 8);
 #if defined(KVIST_TILES)
   if (p.rows >= kTilesFrom && tiles_allowed()) return multiply_tiles(p, fetcher);
 #endif

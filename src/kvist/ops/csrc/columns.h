@@ -32,8 +32,10 @@ struct Columns {
   const int32_t* start;  // what each row's sums begin with; null to go on from `out`
   int32_t* out;
   int64_t out_stride;  // from row to row
-  float share;         // of what is to be fetched, meanwhile
 };
+
+// Ticks of the fetcher while so many steps of so many columns are worked on.
+constexpr int64_t ticks(int64_t columns, int64_t steps) { return columns * steps * 3 / 8; }
 
 void multiply(const Columns& columns, Fetcher& fetcher);
 

@@ -44,8 +44,9 @@ class DenseKeys : public Keys {
   void score(const Split& split, int64_t head, const float* queries, float* scores, Fetcher& fetcher) const override {
     const Group& group = split.group;
     const int64_t seen = split.seen(), size = batch_.block_size, row = head * group.rows + split.first;
+    fetcher.pace(kFetchedInProduct / static_cast<float>(group.heads),
+                 ticks(split.rows(), (seen + kLanes - 1) / kLanes * batch_.head_dim / Plane::kPack));
     for (int64_t key = 0; key < seen; key += size) {
-      const int64_t count = std::min(size, seen - key);
       Product<Plane> product;
       product.vectors = block_of<Plane>(batch_, plane_, group, split.start + key) + head * size * batch_.head_dim;
       product.column_stride = kLanes * batch_.head_dim;
@@ -55,10 +56,9 @@ class DenseKeys : public Keys {
       product.out = scores + row * kScoreStride + key;
       product.out_stride = kScoreStride;
       product.rows = split.rows();
-      product.columns = (count + kLanes - 1) / kLanes;
+      product.columns = (std::min(size, seen - key) + kLanes - 1) / kLanes;
       product.steps = batch_.head_dim / Plane::kPack;
       product.fresh = true;
-      product.share = kFetchedInProduct * static_cast<float>(count) / static_cast<float>(seen * group.heads);
       product.fetcher = &fetcher;
       multiply(product, false);
     }
@@ -109,7 +109,9 @@ class DenseValues : public Values {
   // Keys [from, to) of the split, from an even one on, for `rows` rows of each head.
   void weigh_rows(const Split& split, int64_t row, int64_t rows, int64_t from, int64_t to, float* weights,
                   float* states, Fetcher& fetcher) const {
-    const int64_t size = batch_.block_size;
+    const int64_t size = batch_.block_size, vectors = (to - from) / Plane::kPack * batch_.head_dim / kLanes;
+    fetcher.pace(static_cast<float>(rows * (to - from)) / static_cast<float>(split.rows() * split.seen()),
+                 ticks(rows, split.group.heads * vectors));
     for (int64_t key = from; key < to;) {
       const int64_t count = std::min(to - key, size - key % size);
       Product<Plane> product;
@@ -118,8 +120,6 @@ class DenseValues : public Values {
       product.out = states + row * state_.stride();
       product.rows = rows;
       product.fresh = key == 0;
-      product.share =
-          static_cast<float>(count * rows) / static_cast<float>(split.seen() * split.rows() * split.group.heads);
       product.fetcher = &fetcher;
       multiply_heads(split.group, count, product);
       key += count;

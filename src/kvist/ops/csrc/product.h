@@ -22,9 +22,11 @@ struct Product {
   int64_t out_stride;     // from row to row
   int64_t rows, columns, steps;
   bool fresh;  // sums start from zero, not from `out`
-  float share;  // of what is to be fetched, meanwhile
-  Fetcher* fetcher;
+  Fetcher* fetcher;  // paced by the caller
 };
+
+// Ticks of the fetcher, nearly: one whenever a vector is loaded, for each tile of rows.
+inline int64_t ticks(int64_t rows, int64_t vectors) { return (rows + kTileMaxRows - 1) / kTileMaxRows * vectors; }
 
 template <class Plane, int kRows, int kColumns, bool kHalf>
 inline void product_tile(const Product<Plane>& p, int64_t row, int64_t column) {
@@ -93,8 +95,6 @@ int64_t product_columns(const Product<Plane>& p, int64_t column, int64_t end) {
 // rows (prefill) want the tile with the fewest loads per product.
 template <class Plane>
 void multiply(const Product<Plane>& p, bool half) {
-  const int64_t strips = few_rows(p) ? 1 : (p.rows + kTileMaxRows - 1) / kTileMaxRows;
-  p.fetcher->pace(p.share, strips * p.columns * p.steps);
   const bool steps_adjoin = p.step_stride < p.column_stride;
   int64_t column = 0;
   if (!few_rows(p) || !steps_adjoin) {
@@ -122,7 +122,6 @@ Product<FirstOnly<Plane>> last_step(const Product<Plane>& p) {
           p.columns,
           1,
           p.fresh && p.steps == 0,
-          0,
           p.fetcher};
 }
 
