@@ -15,7 +15,7 @@ Attention::Attention(const Batch& batch, const Keys& keys, const Values& values,
       values_(values),
       result_(result),
       state_(batch.head_dim),
-      plan_(make_plan(batch, at::get_num_threads())) {}
+      plan_(make_plan(batch, std::max(keys.head_bytes(), values.head_bytes()), at::get_num_threads())) {}
 
 void Attention::run() const {
   const int64_t stride = state_.stride(), per_row = kScoreStride + 3 * stride;

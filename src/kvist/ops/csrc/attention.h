@@ -51,6 +51,7 @@ class Keys {
   virtual void load_queries(const Group& group, float* queries) const = 0;
   // Products of one head's rows from split.first on with the keys that the last row sees, not yet scaled.
   virtual void score(const Split& split, int64_t head, const float* queries, float* scores, Fetcher& fetcher) const = 0;
+  virtual int64_t head_bytes() const = 0;  // in one block
   // Adds what is read of the group's heads in the block that holds the token.
   virtual void add_reads(const Group& group, int64_t token, Reads& reads) const = 0;
 };
@@ -63,6 +64,7 @@ class Values {
   virtual void soften(float* scores, int64_t seen, float* state, Fetcher& fetcher) const = 0;
   // The values of all heads, weighted, into the states.
   virtual void weigh(const Split& split, float* weights, float* states, Fetcher& fetcher) const = 0;
+  virtual int64_t head_bytes() const = 0;
   virtual void add_reads(const Group& group, int64_t token, Reads& reads) const = 0;
 };
 

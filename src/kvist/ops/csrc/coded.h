@@ -10,6 +10,11 @@
 
 namespace kvist {
 
+// Bytes of one head in one block, of both planes.
+inline int64_t head_bytes_of(const Batch& batch, const CodedStream& stream) {
+  return stream.coding.code_bytes(batch.block_size) + stream.coding.count() * batch.block_size * sizeof(Float16);
+}
+
 // Adds what is read of the group's heads in the block that holds the token.
 inline void add_block(const Batch& batch, const CodedStream& stream, const Group& group, int64_t token, Reads& reads) {
   const int64_t codes = stream.coding.code_bytes(batch.block_size), scales = stream.coding.count() * batch.block_size;
@@ -26,6 +31,7 @@ class CodedKeys : public Keys {
 
   void load_queries(const Group&, float*) const override {}
   void score(const Split& split, int64_t head, const float* queries, float* scores, Fetcher& fetcher) const override;
+  int64_t head_bytes() const override { return head_bytes_of(batch_, stream_); }
   void add_reads(const Group& group, int64_t token, Reads& reads) const override {
     add_block(batch_, stream_, group, token, reads);
   }
@@ -61,6 +67,7 @@ class CodedValues : public Values {
 
   void soften(float* scores, int64_t seen, float* state, Fetcher& fetcher) const override;
   void weigh(const Split& split, float* weights, float* states, Fetcher& fetcher) const override;
+  int64_t head_bytes() const override { return head_bytes_of(batch_, stream_); }
   void add_reads(const Group& group, int64_t token, Reads& reads) const override {
     add_block(batch_, stream_, group, token, reads);
   }

@@ -15,9 +15,13 @@ const typename Plane::Unit* block_of(const Batch& batch, const void* plane, cons
 }
 
 template <class Plane>
+int64_t head_bytes_of(const Batch& batch) {
+  return batch.block_size * batch.head_dim * sizeof(typename Plane::Unit);
+}
+
+template <class Plane>
 void add_block(const Batch& batch, const void* plane, const Group& group, int64_t token, Reads& reads) {
-  reads.add(block_of<Plane>(batch, plane, group, token),
-            group.heads * batch.block_size * batch.head_dim * sizeof(typename Plane::Unit));
+  reads.add(block_of<Plane>(batch, plane, group, token), group.heads * head_bytes_of<Plane>(batch));
 }
 
 template <class Plane>
@@ -64,6 +68,7 @@ class DenseKeys : public Keys {
     }
   }
 
+  int64_t head_bytes() const override { return head_bytes_of<Plane>(batch_); }
   void add_reads(const Group& group, int64_t token, Reads& reads) const override {
     add_block<Plane>(batch_, plane_, group, token, reads);
   }
@@ -101,6 +106,7 @@ class DenseValues : public Values {
       weigh_rows(split, row, 1, shared, split.visible[row], weights, states, fetcher);
   }
 
+  int64_t head_bytes() const override { return head_bytes_of<Plane>(batch_); }
   void add_reads(const Group& group, int64_t token, Reads& reads) const override {
     add_block<Plane>(batch_, plane_, group, token, reads);
   }

@@ -6,6 +6,7 @@ namespace kvist {
 namespace {
 
 constexpr int64_t kTasksPerThread = 8;       // enough that the last of them to finish is not waited for long
+constexpr int64_t kFetchedBytes = 320 << 10;  // of one side of a split, while the other is read
 constexpr int64_t kWorkPerThread = 200'000;  // multiply-adds that pay for waking one more thread
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -13,7 +14,8 @@ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Groups of one sequence, of at most `heads_limit` heads.
 void add_groups(const Batch& batch, int64_t sequence, int64_t heads_limit, std::vector<Group>& groups) {
   const int64_t rows = batch.queries(sequence) * batch.heads_per_kv();
-  const int64_t together = std::clamp<int64_t>(rows ? kGroupRows / rows : 1, 1, heads_limit);
+  const int64_t most = std::clamp<int64_t>(rows ? kGroupRows / rows : 1, 1, heads_limit);
+  const int64_t together = ceil_divide(batch.heads, ceil_divide(batch.heads, most));
   for (int64_t first = 0; first < rows; first += kGroupRows) {
     const int64_t count = std::min(kGroupRows, rows - first);
     for (int64_t head = 0; head < batch.heads; head += together) {
@@ -28,7 +30,7 @@ int64_t cost(const Group& group) { return group.all_rows() * group.splits; }
 
 }  // namespace
 
-Plan make_plan(const Batch& batch, int64_t most_threads) {
+Plan make_plan(const Batch& batch, int64_t head_bytes, int64_t most_threads) {
   Plan plan;
   int64_t work = 0, pieces = 0, total = 0;
   for (int64_t s = 0; s < batch.sequences; s++) {
@@ -38,7 +40,9 @@ Plan make_plan(const Batch& batch, int64_t most_threads) {
   }
   plan.threads = std::min(most_threads, 1 + work / kWorkPerThread);
   const int64_t wanted = plan.threads == 1 ? 1 : plan.threads * kTasksPerThread;
-  const int64_t heads_limit = std::max<int64_t>(1, batch.heads / ceil_divide(wanted, std::max<int64_t>(1, pieces)));
+  const int64_t most_heads = std::min(batch.heads / ceil_divide(wanted, std::max<int64_t>(1, pieces)),
+                                      kFetchedBytes / (head_bytes * kSplit / batch.block_size));
+  const int64_t heads_limit = std::max<int64_t>(1, most_heads);
   for (int64_t s = 0; s < batch.sequences; s++) add_groups(batch, s, heads_limit, plan.groups);
   // The costly ones first: what is left at the end is small.
   std::stable_sort(plan.groups.begin(), plan.groups.end(),

@@ -1,8 +1,9 @@
 // How the work of one attention call is cut. Nothing here changes a bit of the result.
 //
 // The rows of one KV head share each key and value that is read, so they stay together, up to 48. When they are few
-// (decode), a group takes several KV heads, which lie side by side in a block: memory is then read in long runs. A
-// group is one task, or, when that would leave threads idle, one task per split of 512 keys.
+// (decode), a group takes several KV heads, which lie side by side in a block: memory is then read in long runs. But no
+// more than the second-level cache holds of a split's keys and values at once. A group is one task, or, when that would
+// leave threads idle, one task per split of 512 keys.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +25,7 @@ struct Plan {
   int64_t kept_rows = 0;  // rows of all partial results
 };
 
-Plan make_plan(const Batch& batch, int64_t most_threads);
+// `head_bytes`: of one head in one block, of its keys or its values, whichever are more.
+Plan make_plan(const Batch& batch, int64_t head_bytes, int64_t most_threads);
 
 }  // namespace kvist
