@@ -9,6 +9,7 @@
 #include "tiles.h"
 
 namespace kvist {
+
 Attention::Attention(const Batch& batch, const Keys& keys, const Values& values, const Result& result)
     : batch_(batch),
       keys_(keys),

@@ -98,8 +98,9 @@ inline void fetch(Fetcher& fetcher, int64_t column) {
   for (int64_t t = ticks(column, 4); t < ticks(column + 1, 4); t++) fetcher.tick();
 }
 
+// Each column is filled up with zeros to `steps`.
 template <int kBits>
-void decode_columns(const Columns& p, Fetcher& fetcher, uint8_t* to) {
+void decode_columns(const Columns& p, Fetcher& fetcher, int64_t steps, uint8_t* to) {
   for (int64_t column = 0; column < p.columns; column++) {
     for (int64_t chunk = 0; chunk < p.steps / 4; chunk++) {
       Bytes decoded[4];
@@ -107,6 +108,7 @@ void decode_columns(const Columns& p, Fetcher& fetcher, uint8_t* to) {
       load_steps<kBits>(p, p.codes + column * p.column_bytes, chunk, decoded);
       for (int i = 0; i < 4; i++, to += 64) store_bytes(to, decoded[i]);
     }
+    for (int64_t step = p.steps; step < steps; step++, to += 64) store_bytes(to, set1_int(0));
   }
 }
 
@@ -160,18 +162,8 @@ void sum_tiles(const Columns& p, const uint8_t* decoded, int64_t chunks, int64_t
 void multiply_tiles(const Columns& p, Fetcher& fetcher) {
   alignas(64) uint8_t decoded[kColumns * 64 * 64];
   const int64_t chunks = (p.steps + kTileSteps - 1) / kTileSteps;
-  uint8_t* to = decoded;
-  with_bits(p.bits, [&](auto bits) {
-    for (int64_t column = 0; column < p.columns; column++) {
-      for (int64_t chunk = 0; chunk < p.steps / 4; chunk++) {
-        Bytes loaded[4];
-        fetch(fetcher, column);
-        load_steps<decltype(bits)::value>(p, p.codes + column * p.column_bytes, chunk, loaded);
-        for (int i = 0; i < 4; i++, to += 64) store_bytes(to, loaded[i]);
-      }
-      for (int64_t step = p.steps; step < chunks * kTileSteps; step++, to += 64) store_bytes(to, set1_int(0));
-    }
-  });
+  with_bits(p.bits,
+            [&](auto bits) { decode_columns<decltype(bits)::value>(p, fetcher, chunks * kTileSteps, decoded); });
   asm volatile("" ::: "memory");  // the compiler does not know that loading a tile reads memory
   for (int64_t row = 0; row < p.rows; row += kTileRows) {
     switch (p.columns) {
@@ -197,7 +189,7 @@ void multiply(const Columns& p, Fetcher& fetcher) {
     return;
   }
   alignas(64) uint8_t decoded[kColumns * 64 * 64];
-  with_bits(p.bits, [&](auto bits) { decode_columns<decltype(bits)::value>(p, fetcher, decoded); });
+  with_bits(p.bits, [&](auto bits) { decode_columns<decltype(bits)::value>(p, fetcher, p.steps, decoded); });
   Columns bytes = p;
   bytes.codes = decoded;
   bytes.column_bytes = 64 * p.steps;

@@ -5,9 +5,9 @@
 namespace kvist {
 namespace {
 
-constexpr int64_t kTasksPerThread = 8;       // enough that the last of them to finish is not waited for long
+constexpr int64_t kTasksPerThread = 8;        // enough that the last of them to finish is not waited for long
 constexpr int64_t kFetchedBytes = 320 << 10;  // of one side of a split, while the other is read
-constexpr int64_t kWorkPerThread = 200'000;  // multiply-adds that pay for waking one more thread
+constexpr int64_t kWorkPerThread = 200'000;   // multiply-adds that pay for waking one more thread
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
