@@ -75,7 +75,8 @@ def test_cancelling_gives_everything_back(runner: Runner, tokenizer: Tokenizer) 
     generation = Generation(Engine(runner), tokenizer, request(tokenizer, "ab", seed=1), cancelled=lambda: next(asked))
     assert len("".join(generation)) == 2
     assert generation.result().finish_reason is FinishReason.CANCELLED
-    assert runner.manager.pool.used == 0
+    assert not list(runner.manager.leases)
+    assert runner.manager.available == runner.manager.pool.capacity
     runner.manager.check()
 
 

@@ -31,6 +31,26 @@ class RequestError(KvistError):
     """A request that can never run: an empty prompt, one longer than the context, a bad sampling value."""
 
 
+class ContextError(RequestError):
+    """A request whose tokens are more than the context, or the cache, can ever hold."""
+
+
+class Overloaded(KvistError):
+    """A request that must come again: the queue is full. `retry_after`: in how many seconds, about."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Stopping(KvistError):
+    """A request that came, or was still waiting, while the server shuts down."""
+
+
+class TimedOut(KvistError):
+    """A request that took longer than it may."""
+
+
 class OutOfBlocks(KvistError):
     """The pool has fewer free blocks than a reservation needs. Nothing was changed."""
 

@@ -43,5 +43,21 @@ class Released:
     blocks: int
 
 
-CacheEvent = Reserved | Committed | RolledBack | Released
+@dataclass(frozen=True)
+class Adopted:
+    """A lease found `tokens` more of its tokens in the prefix tree; it now holds `length`."""
+
+    lease: int
+    tokens: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """The prefix tree forgot `block`, which nobody read any more."""
+
+    block: int
+
+
+CacheEvent = Adopted | Evicted | Reserved | Committed | RolledBack | Released
 Listener = Callable[[CacheEvent], None]

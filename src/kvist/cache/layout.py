@@ -101,6 +101,12 @@ class Layout:
         """Bytes of one open block in every layer that has them; 0 where every codec writes in place."""
         return sum(layer.open_bytes for layer in self.layers)
 
+    def store_bytes(self, blocks: int, kept: int = 0, passing: int = 0) -> int:
+        """Bytes of a store of `blocks` blocks with, of open blocks, `kept` for each layer and `passing` for all layers
+        of one shape."""
+        shapes = {tuple(s.open for s in layer.streams): layer.open_bytes for layer in self.layers if layer.opens}
+        return blocks * self.block_bytes + kept * self.open_bytes + passing * sum(shapes.values())
+
     @property
     def needs_calibration(self) -> bool:
         """Whether some codec wants to know the model's own keys and values."""

@@ -14,21 +14,29 @@ A cache with lossy codecs also has a pool of open blocks, which hold tokens in f
 index to its open block: between steps the one that is partly filled, during a step the first and the last that it
 writes. Those in between are filled within the step and need none of their own. Without its open block a block can only
 be kept whole: a lease that is cut within one ends where that block begins, and its owner computes the rest again.
-"""
 
-from collections.abc import Callable, Iterator
+A prefix tree lets leases share what is already computed. `adopt` lengthens a lease by what the tree holds of its
+tokens, `publish` puts its full blocks there, `release` also its last, partly filled one. What the tree alone holds is
+evicted when its blocks are needed: `available` counts it as free."""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvist.base.errors import InvariantError, OutOfBlocks
-from kvist.base.events import CacheEvent, Committed, Listener, Released, Reserved, RolledBack
+from kvist.base.events import Adopted, CacheEvent, Committed, Evicted, Listener, Released, Reserved, RolledBack
 from kvist.cache.pool import BlockPool
+from kvist.cache.tree import Node, PrefixTree
 
 
 @dataclass(eq=False)
 class Lease:
-    """What a sequence holds. Created, changed and ended by its `CacheManager` alone; others read."""
+    """What a sequence holds. Created, changed and ended by its `CacheManager` alone; others read.
+
+    `path`: the root of its namespace, then the nodes of its first blocks as far as they are in the prefix tree.
+    """
 
     id: int
+    path: list[Node] = field(default_factory=list)
     table: list[int] = field(default_factory=list)
     length: int = 0
     reserved: int = 0
@@ -46,7 +54,8 @@ class Copy:
 
 
 class CacheManager:
-    """Leases over one pool of blocks of `block_size` tokens, and one of open blocks where codecs are lossy."""
+    """Leases over one pool of blocks of `block_size` tokens, and one of open blocks where codecs are lossy; the prefix
+    tree over both."""
 
     def __init__(
         self, pool: BlockPool, block_size: int, listener: Listener | None = None, open_pool: BlockPool | None = None
@@ -54,6 +63,7 @@ class CacheManager:
         self.pool = pool
         self.open_pool = open_pool
         self.block_size = block_size
+        self.tree = PrefixTree(pool, block_size, open_pool)
         self._listener = listener
         self._leases: dict[int, Lease] = {}
         self._next_id = 0
@@ -63,9 +73,14 @@ class CacheManager:
         """The live leases, oldest first."""
         return iter(self._leases.values())
 
-    def open(self) -> Lease:
-        """A lease that holds nothing yet."""
-        lease = Lease(self._next_id)
+    @property
+    def available(self) -> int:
+        """Blocks that a reservation can have: the free ones, and those that nobody but the prefix tree holds."""
+        return self.pool.free + self.tree.idle
+
+    def open(self, namespace: str = "") -> Lease:
+        """A lease that holds nothing yet. It shares with leases of its namespace only."""
+        lease = Lease(self._next_id, [self.tree.root(namespace)])
         self._next_id += 1
         self._leases[lease.id] = lease
         return lease
@@ -74,10 +89,15 @@ class CacheManager:
         """Blocks that `tokens` tokens fill, the last one perhaps in part."""
         return -(-tokens // self.block_size)
 
+    def cost(self, lease: Lease, tokens: int) -> int:
+        """Blocks that reserving `tokens` more tokens would take: new ones, and copies of shared ones."""
+        first, end = lease.length // self.block_size, self.blocks_for(lease.length + tokens)
+        return max(0, end - len(lease.table)) + len(self._shared(lease, first, end))
+
     def reserve(self, lease: Lease, tokens: int) -> list[Copy]:
         """Make `tokens` positions after `lease.length` writable. Returns the copies to make first.
 
-        Raises `OutOfBlocks`, changing nothing, when the pool cannot give what is missing.
+        Raises `OutOfBlocks`, changing nothing, when even without all idle blocks of the prefix tree too few are free.
         """
         self._require_live(lease)
         if tokens < 1:
@@ -86,23 +106,72 @@ class CacheManager:
             raise InvariantError(f"lease {lease.id} already has {lease.reserved} tokens reserved")
         first = lease.length // self.block_size
         end = self.blocks_for(lease.length + tokens)
-        shared = [
-            index for index in range(first, min(end, len(lease.table))) if self.pool.count(lease.table[index]) > 1
-        ]
+        shared = self._shared(lease, first, end)
         missing = max(0, end - len(lease.table))
+        if missing + len(shared) > self.available:
+            raise OutOfBlocks(missing + len(shared), self.available)
         self._require_open(lease, first, end)
-        taken = iter(self.pool.take(missing + len(shared)))
         copies = self._open_blocks(lease, first, end)
+        taken = iter(self._take(missing + len(shared)))
         for index, fresh in zip(shared, taken, strict=False):
             # Only committed tokens are worth copying: a shared block wholly beyond them is merely replaced.
             if index * self.block_size < lease.length:
                 copies.append(Copy(lease.table[index], fresh))
-            self.pool.give_back(lease.table[index])
+            self._give_back(lease.table[index])
             lease.table[index] = fresh
         lease.table.extend(taken)
         lease.reserved = tokens
         self._emit(lambda: Reserved(lease.id, tokens, missing + len(shared), len(copies)))
         return copies
+
+    def adopt(self, lease: Lease, tokens: Sequence[int]) -> int:
+        """Lengthen the lease by what the prefix tree holds of `tokens`, the first tokens of its sequence; returns by
+        how many. Does nothing where the lease ends within a block.
+
+        Full blocks are shared for good. One that agrees only in part is shared up to there, and copied by the
+        reservation that writes behind it.
+        """
+        self._require_live(lease)
+        size, before = self.block_size, lease.length
+        if lease.reserved or before != (len(lease.path) - 1) * size:
+            return 0
+        while lease.length + size <= len(tokens):
+            node = self.tree.child(lease.path[-1], tuple(tokens[lease.length : lease.length + size]))
+            if node is None:
+                break
+            self.tree.hold(node)
+            lease.path.append(node)
+            lease.table.append(node.block)
+            lease.length += size
+        node, shared = self.tree.partial(lease.path[-1], tuple(tokens[lease.length : lease.length + size]))
+        if node is not None:
+            self.tree.hold(node)
+            if node.open is not None:
+                lease.open[len(lease.table)] = node.open
+            lease.table.append(node.block)
+            lease.length += shared
+        if lease.length > before:
+            self._emit(lambda: Adopted(lease.id, lease.length - before, lease.length))
+        return lease.length - before
+
+    def publish(self, lease: Lease, tokens: Sequence[int]) -> None:
+        """Put the lease's committed full blocks into the prefix tree. `tokens`: its sequence, at least as long.
+
+        Where the tree already holds such a block, computed by another, the lease takes that one and gives back its own:
+        the two have the same bits.
+        """
+        self._require_live(lease)
+        size = self.block_size
+        for index in range(len(lease.path) - 1, lease.length // size):
+            window, own = tuple(tokens[index * size : (index + 1) * size]), lease.table[index]
+            node = self.tree.child(lease.path[-1], window)
+            if node is None:
+                node = self.tree.insert(lease.path[-1], window, own)
+            elif node.block != own:
+                self.tree.hold(node)
+                lease.table[index] = node.block
+                self._give_back(own)
+            lease.path.append(node)
 
     def commit(self, lease: Lease, tokens: int) -> None:
         """The first `tokens` reserved positions are written and become readable; the rest is given back.
@@ -135,6 +204,7 @@ class CacheManager:
         if lease.reserved:
             raise InvariantError(f"lease {lease.id} is forked in the middle of a step")
         twin = self.open()
+        twin.path = lease.path.copy()
         twin.table = lease.table.copy()
         twin.length = lease.length
         for block in twin.table:
@@ -145,11 +215,18 @@ class CacheManager:
                 self.open_pool.share(block)
         return twin
 
-    def release(self, lease: Lease) -> None:
-        """End the lease; everything it held goes back. Ending it again does nothing."""
+    def release(self, lease: Lease, tokens: Sequence[int] | None = None) -> None:
+        """End the lease; everything it held goes back. Ending it again does nothing.
+
+        `tokens`: its sequence, at least as long as the lease; then its blocks stay in the prefix tree, the last one
+        too."""
         if lease.released:
             return
         self._require_live(lease)
+        if tokens is not None:
+            lease.reserved = 0
+            self.publish(lease, tokens)
+            self._publish_tail(lease, tokens)
         given = self._keep(lease, 0)
         lease.released = True
         del self._leases[lease.id]
@@ -160,6 +237,9 @@ class CacheManager:
         self.pool.check()
         holders = [0] * self.pool.capacity
         self._check_open()
+        self.tree.check()
+        for node in self.tree.nodes():
+            holders[node.block] += 1
         for lease in self._leases.values():
             if lease.released or min(lease.length, lease.reserved) < 0:
                 raise InvariantError(f"lease {lease.id} is in an impossible state: {lease}")
@@ -169,6 +249,12 @@ class CacheManager:
                 raise InvariantError(f"lease {lease.id} holds a block twice: {lease.table}")
             for block in lease.table:
                 holders[block] += 1
+            path = lease.path[1:]
+            if len(path) > lease.length // self.block_size or any(
+                node.block != block or node.parent is not before
+                for node, block, before in zip(path, lease.table, lease.path, strict=False)
+            ):
+                raise InvariantError(f"lease {lease.id} does not hold the blocks of its path in the prefix tree")
             to_be_written = lease.table[lease.length // self.block_size :] if lease.reserved else []
             if any(self.pool.count(block) != 1 for block in to_be_written):
                 raise InvariantError(f"lease {lease.id} shares a block that it is about to write")
@@ -191,8 +277,9 @@ class CacheManager:
         kept = self.blocks_for(length)
         given = len(lease.table) - kept
         for block in reversed(lease.table[kept:]):
-            self.pool.give_back(block)
+            self._give_back(block)
         del lease.table[kept:]
+        del lease.path[length // self.block_size + 1 :]
         lease.length, lease.reserved = length, 0
         return given
 
@@ -210,14 +297,16 @@ class CacheManager:
         if self.open_pool is None:
             return
         needed = sum(map(len, self._wanted_open(lease, first, end)))
-        if needed > self.open_pool.free:
-            raise OutOfBlocks(needed, self.open_pool.free)
+        if needed > self.open_pool.free + self.tree.idle_open:
+            raise OutOfBlocks(needed, self.open_pool.free + self.tree.idle_open)
 
     def _open_blocks(self, lease: Lease, first: int, end: int) -> list[Copy]:
         """Open what a step needs; returns the copies to make of open blocks that others hold too."""
         if self.open_pool is None:
             return []
         fresh, shared = self._wanted_open(lease, first, end)
+        while self.open_pool.free < len(fresh) + len(shared):
+            self._tell_evicted(self.tree.evict_open())
         taken = iter(self.open_pool.take(len(fresh) + len(shared)))
         copies = []
         for index in shared:
@@ -242,13 +331,42 @@ class CacheManager:
                 holders[block] += 1
                 if lease.reserved and self.open_pool.count(block) != 1:
                     raise InvariantError(f"lease {lease.id} shares an open block that it is about to write")
+        for node in self.tree.nodes():
+            if node.open is not None:
+                holders[node.open] += 1
         for block, count in enumerate(holders):
             if self.open_pool.count(block) != count:
                 raise InvariantError(f"open block {block} has count {self.open_pool.count(block)}, {count} holders")
 
+    def _shared(self, lease: Lease, first: int, end: int) -> list[int]:
+        """Indices of the lease's blocks from `first` to `end` that it shares, and would write."""
+        return [index for index in range(first, min(end, len(lease.table))) if self.pool.count(lease.table[index]) > 1]
+
+    def _take(self, number: int) -> list[int]:
+        """`number` blocks, at the cost of what the prefix tree has not used for longest."""
+        while self.pool.free < number:
+            self._tell_evicted(self.tree.evict())
+        return self.pool.take(number)
+
+    def _give_back(self, block: int) -> None:
+        self.pool.give_back(block)
+        self.tree.let_go(block)
+
+    def _publish_tail(self, lease: Lease, tokens: Sequence[int]) -> None:
+        """Put the lease's last, partly filled block into the prefix tree, unless something there already serves."""
+        index, filled = divmod(lease.length, self.block_size)
+        tail = tuple(tokens[lease.length - filled : lease.length])
+        if not filled or (self.open_pool is not None and index not in lease.open):
+            return
+        if self.tree.partial(lease.path[-1], tail)[1] < filled:
+            self.tree.insert(lease.path[-1], tail, lease.table[index], lease.open.get(index))
+
     def _require_live(self, lease: Lease) -> None:
         if self._leases.get(lease.id) is not lease:
             raise InvariantError(f"lease {lease.id} is not a live lease of this manager")
+
+    def _tell_evicted(self, block: int) -> None:
+        self._emit(lambda: Evicted(block))
 
     def _emit(self, event: Callable[[], CacheEvent]) -> None:
         if self._listener is not None:

@@ -6,7 +6,7 @@ no pages, no tiles and no cache; those bits may differ, so it has a tolerance.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -23,6 +23,7 @@ from kvist.runtime.engine import Engine
 from kvist.runtime.request import Request, Sampling
 from kvist.runtime.runner import Runner
 from kvist.runtime.sampler import sample
+from kvist.runtime.sequence import Sequence as Running
 from kvist.service.loaded import Loaded
 
 # Of the largest logit: what rounding alone may do to logits computed, or cached, in that type.
@@ -105,6 +106,7 @@ class Verifier:
         yield self.chunkings()
         yield self.batches()
         yield self.engine_beside_others()
+        yield self.shared_prefixes()
         yield self.rollbacks()
         yield self.forks()
         yield self.plain_attention()
@@ -165,16 +167,31 @@ class Verifier:
 
     def engine_beside_others(self) -> Check:
         """Seeded requests arriving at random on one engine draw the tokens that they draw alone."""
-        comparison = Comparison()
-        requests = []
-        for seed in range(5):
-            prompt = tuple(self._tokens(self.random.randint(1, self.length)))
-            requests.append(Request(prompt, self.steps, Sampling(temperature=1.0, seed=seed)))
-        alone = [_run_to_end(self.engine, [request])[0] for request in requests]
-        together = _run_to_end(self.engine, requests, arrivals=lambda: self.random.random() < 0.5)
-        for index, (ours, expected) in enumerate(zip(together, alone, strict=True)):
-            comparison.tokens(ours, expected, f"request {index}")
+        requests = [self._request(self._tokens(self.random.randint(1, self.length)), seed) for seed in range(5)]
+        comparison = self._against_alone(requests, self._run_to_end(self.engine, requests))
         return comparison.check("seeded requests: together = alone", {"requests": len(requests)})
+
+    def shared_prefixes(self) -> Check:
+        """Requests that begin alike, in a pool too small for all, the more urgent ones last: they read each other's
+        blocks, preempt each other, and draw the tokens that each draws alone."""
+        base, requests = self._tokens(self.length), []
+        for seed in range(8):
+            prompt = base[: self.random.randint(self.length // 2, self.length)]
+            own = self._tokens(self.random.randint(0, self.length - len(prompt)))
+            requests.append(self._request([*prompt, *own], seed, priority=-seed))
+        size = self.loaded.layout.block_size
+        blocks = 2 * -(-(self.length + self.steps) // size)
+        runner = Runner(self.loaded.model, self.loaded.layout, blocks, self.loaded.backend, sequences=3)
+        engine = Engine(runner, step_tokens=max(4, self.length // 8))  # so that they meet
+        sequences = self._run_to_end(engine, requests)
+        comparison = self._against_alone(requests, sequences)
+        engine.check()
+        evidence: dict[str, int | float | str] = {
+            "requests": len(requests),
+            "tokens_shared": sum(sequence.cached.prompt for sequence in sequences),
+            "preemptions": engine.scheduler.preemptions,
+        }
+        return comparison.check("prefixes shared, preempted = alone", evidence)
 
     def rollbacks(self) -> Check:
         """Wrong tokens are written, then taken back, at random places: nothing of them remains."""
@@ -243,6 +260,28 @@ class Verifier:
         coded = CODED_TOLERANCE if self.loaded.layout.open_bytes else 0.0
         return max(coded, *(PLAIN_TOLERANCE[kind] for kind in types))
 
+    def _request(self, prompt: Sequence[int], seed: int, priority: int = 0) -> Request:
+        return Request(tuple(prompt), self.steps, Sampling(temperature=1.0, seed=seed), priority=priority)
+
+    def _run_to_end(self, engine: Engine, requests: Sequence[Request]) -> list[Running]:
+        """The requests arrive one by one, each before a step or not."""
+        waiting, sequences = list(requests), []
+        while waiting or not engine.idle:
+            if waiting and (engine.idle or self.random.random() < 0.5):
+                sequences.append(engine.add(waiting.pop(0)))
+            engine.step()
+        return sequences
+
+    def _against_alone(self, requests: Sequence[Request], sequences: Sequence[Running]) -> Comparison:
+        """Each request's tokens against those it draws alone, over a cache that holds nothing."""
+        comparison = Comparison()
+        for index, (request, ours) in enumerate(zip(requests, sequences, strict=True)):
+            self.runner.manager.tree.clear()
+            (alone,) = self._run_to_end(self.engine, [request])
+            comparison.tokens(ours.new_tokens, alone.new_tokens, f"request {index}")
+        self.runner.manager.tree.clear()
+        return comparison
+
     def _fresh(self, tokens: Sequence[int]) -> Tensor:
         """All logits `[len(tokens), vocab]` of a run from nothing, in the widest steps."""
         lease = self.runner.manager.open()
@@ -278,15 +317,3 @@ def _oracle(layer: LayerLayout, block_size: int) -> LayerView:
         ),
         lambda x: values.codec.decode(values.codec.encode(x, values.stream, values.frame), values.stream, values.frame),
     )
-
-
-def _run_to_end(
-    engine: Engine, requests: Sequence[Request], arrivals: Callable[[], bool] = lambda: True
-) -> list[list[int]]:
-    """The new tokens of each request; before each step the next one arrives when `arrivals` says so."""
-    waiting, sequences = list(requests), []
-    while waiting or not engine.idle:
-        if waiting and (engine.idle or arrivals()):
-            sequences.append(engine.add(waiting.pop(0)))
-        engine.step()
-    return [sequence.new_tokens for sequence in sequences]

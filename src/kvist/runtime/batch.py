@@ -16,12 +16,13 @@ from kvist.runtime.widths import Widths
 class Work:
     """The next `tokens` of one sequence, to be written behind its lease's committed ones.
 
-    `logits`: of how many of them, counted from the last, the logits are wanted.
-    """
+    `logits`: of how many of them, counted from the last, the logits are wanted. `pool`: `[hidden_size]` float64 to
+    which their last hidden states are added, one after the other, so that the sum does not depend on the steps."""
 
     lease: Lease
     tokens: Sequence[int]
     logits: int = 1
+    pool: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.logits <= len(self.tokens):
@@ -30,11 +31,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Batch:
-    """`tokens`, `positions` `[width]` int64; `logit_rows`: the rows whose logits are wanted, in order."""
+    """`tokens`, `positions` `[width]` int64, of which the first `rows` are no padding; `logit_rows`: the rows whose
+    logits are wanted, in order."""
 
     tokens: Tensor
     positions: Tensor
     step: Step
+    rows: int
     logit_rows: list[int]
 
 
@@ -78,6 +81,7 @@ def build_batch(works: Sequence[Work], block_size: int, widths: Widths, passing:
         tokens=torch.tensor(tokens + [0] * padding),
         positions=torch.tensor(positions + [0] * padding),
         step=step,
+        rows=len(tokens),
         logit_rows=rows,
     )
 

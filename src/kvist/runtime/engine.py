@@ -1,145 +1,234 @@
 """Grows every running sequence toward what is known of it, one step at a time, and draws what comes next."""
 
-from collections import deque
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from kvist.base.errors import InvariantError, RequestError
+import torch
+from torch import Tensor
+
+from kvist.base.errors import ContextError, KvistError, NumericsError, RequestError
 from kvist.base.units import plural
 from kvist.runtime.batch import Work
-from kvist.runtime.request import FinishReason, Request, Sequence
+from kvist.runtime.request import FinishReason, Request, TokenLogprobs
 from kvist.runtime.runner import Runner
-from kvist.runtime.sampler import sample
+from kvist.runtime.sampler import Sampler, check_bias, token_logprobs
+from kvist.runtime.scheduler import Scheduler
+from kvist.runtime.sequence import Sequence
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One new token of one sequence; `sequence.finish_reason` is set when it was the last."""
+    """One new token of one sequence; `sequence.finish_reason` is set when it was the last.
+
+    `token` is None where a sequence ended without one: it asked for none, or failed.
+    """
 
     sequence: Sequence
-    token: int
+    token: int | None
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass
+class Counters:
+    """What the engine has done since it was made."""
+
+    steps: int = 0
+    computed: int = 0  # tokens
+    drawn: int = 0  # tokens
+    sequences: int = 0  # in the last step
 
 
 class Engine:
-    """Many sequences over one runner. There are no prefill and decode phases: a step computes, for each running
-    sequence in the order of admission, as many of its not yet computed tokens as the step still has room for.
-
-    A sequence is admitted when the blocks it may come to need are not promised to another, so a running sequence
-    never runs out.
-    """
+    """Many sequences over one runner. The scheduler decides what a step computes; the engine runs it, publishes the
+    blocks that are now full, and draws the tokens. `step_tokens`: the most tokens of one step, by default as wide as
+    exact."""
 
     def __init__(self, runner: Runner, step_tokens: int | None = None) -> None:
         if step_tokens is not None and step_tokens < 1:
             raise ValueError(f"a step computes at least one token, got {step_tokens}")
         self.runner = runner
-        self.step_tokens = min(step_tokens or runner.widths.most, runner.widths.most)
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self.scheduler = Scheduler(
+            runner.manager, min(step_tokens or runner.widths.most, runner.widths.most), runner.sequences
+        )
+        self.counters = Counters()
+        self._added = 0
 
     @property
     def idle(self) -> bool:
-        return not self._waiting and not self._running
+        return not self.scheduler.waiting and not self.scheduler.running
 
-    def add(self, request: Request) -> Sequence:
-        """Queue a request. Raises `RequestError` when it can never run, saying by how much it does not fit."""
+    def check_request(self, request: Request) -> None:
+        """Raises `RequestError` when it can never run, saying by how much it does not fit. May be called at any time,
+        from any thread."""
         config = self.runner.model.config
         length = len(request.prompt)
         if length > config.max_positions:
-            raise RequestError(
+            raise ContextError(
                 f"the prompt has {plural(length, 'token')}, {length - config.max_positions:,} more than the context of "
                 f"{config.max_positions:,}"
             )
         if not 0 <= min(request.prompt) <= max(request.prompt) < config.vocab_size:
             raise RequestError(f"a token id of the prompt is outside the vocabulary of {config.vocab_size:,}")
-        sequence = Sequence(request)
-        needed, capacity = self._blocks(sequence), self.runner.manager.pool.capacity
+        check_bias(request.sampling, config.vocab_size)
+        most = min(length + max(request.max_tokens - 1, 0), config.max_positions)
+        manager = self.runner.manager
+        needed, capacity = manager.blocks_for(most), manager.pool.capacity
         if needed > capacity:
-            raise RequestError(f"the request needs {plural(needed, 'KV block')} and the pool has {capacity:,}")
-        self._waiting.append(sequence)
-        return sequence
+            raise ContextError(
+                f"the request needs {plural(needed, 'KV block')} and the pool has {capacity:,}: it may come to "
+                f"{most:,} tokens and {capacity * manager.block_size:,} fit"
+            )
+
+    def add(self, request: Request) -> Sequence:
+        """Queue a request. Raises `RequestError` when it can never run."""
+        return self.add_choices(request, 1)[0]
+
+    def add_choices(self, request: Request, choices: int) -> list[Sequence]:
+        """Queue several answers to one prompt, which is computed once. Choice `i` draws with the request's seed + i."""
+        self.check_request(request)
+        now = time.perf_counter()
+        sequences = []
+        for index in range(choices):
+            sampling = replace(request.sampling, seed=(request.sampling.seed + index) % 2**64)
+            sampler = Sampler(sampling, request.prompt, request.grammar() if request.grammar else None)
+            sequence = Sequence(replace(request, sampling=sampling), self._added, sampler)
+            sequence.times.added = now
+            if request.pooled:
+                sequence.pooled = torch.zeros(self.runner.model.config.hidden_size, dtype=torch.float64)
+            self._added += 1
+            sequences.append(sequence)
+        first, *twins = sequences
+        self._lead(first, twins)
+        self.scheduler.add(first)
+        return sequences
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence between two steps, wherever it stands; its blocks go back. Ending it again does nothing."""
+        """End a sequence between two steps, wherever it stands; its blocks go back, or stay in the prefix tree as long
+        as there is room. Ending it again does nothing."""
         if sequence.finish_reason is not None:
             return
         sequence.finish_reason = reason
-        if sequence.lease is None:
-            self._waiting.remove(sequence)
+        if sequence.leader is not None:
+            sequence.leader.twins.remove(sequence)
+            sequence.leader = None
             return
-        sequence.kv_blocks = len(sequence.lease.table)
-        self.runner.manager.release(sequence.lease)
-        self._running.remove(sequence)
+        self.scheduler.remove(sequence)
+        if sequence.lease is not None:
+            sequence.kv_blocks = len(sequence.lease.table)
+            self.runner.manager.release(sequence.lease, sequence.tokens)
+        if sequence.twins:
+            first, *others = sequence.twins
+            sequence.twins = []
+            self._lead(first, others)
+            self.scheduler.add(first)
 
     def step(self) -> list[Drawn]:
-        """Run one step; returns the tokens it drew, in the order of admission. Does nothing when idle.
+        """Run one step; returns the tokens it drew, and the sequences that ended without one. Does nothing when idle.
 
-        When the model's numbers are not finite (`NumericsError`), the sequences of that step are ended first.
+        A sequence whose numbers are not finite (`NumericsError`) or whose grammar fails is ended, with its `error`; the
+        others go on.
         """
-        self._admit()
-        scheduled = self._schedule()
-        if not scheduled:
+        works = self.scheduler.plan()
+        if not works:
             return []
+        self.counters.steps += 1
+        self.counters.sequences = len(works)
+        self.counters.computed += sum(len(work.tokens) for work in works.values())
+        drawn: list[Drawn] = []
         try:
-            logits = self.runner.run([work for _, work in scheduled])
+            for sequence, logits in self._run(works):
+                drawn += self._advance(sequence, logits) if logits is not None else [Drawn(sequence, None)]
         except BaseException:
-            for sequence, _ in scheduled:
+            for sequence in works:
                 self.finish(sequence, FinishReason.CANCELLED)
             raise
-        drawn = []
-        for (sequence, work), rows in zip(scheduled, logits, strict=True):
-            if not work.logits:
-                continue
-            token = sample(rows[-1], sequence.request.sampling, len(sequence.tokens))
-            sequence.tokens.append(token)
-            drawn.append(Drawn(sequence, token))
-            self._finish_if_done(sequence, token)
         return drawn
 
     def check(self) -> None:
-        """Raises `InvariantError` unless the cache is consistent, each running sequence holds a live lease of its own
-        that stops short of its last token, and no waiting one holds any.
-        """
-        manager = self.runner.manager
-        manager.check()
-        held = [sequence.lease for sequence in self._running]
-        if len({id(lease) for lease in held}) < len(held) or not {*map(id, held)} <= {*map(id, manager.leases)}:
-            raise InvariantError("a running sequence shares its lease or holds one that has ended")
-        if any(lease is None or lease.length >= len(s.tokens) for lease, s in zip(held, self._running, strict=True)):
-            raise InvariantError("a running sequence has nothing left to compute")
-        if any(sequence.lease is not None for sequence in self._waiting):
-            raise InvariantError("a waiting sequence holds a lease")
+        """Raises `InvariantError` unless the cache and the scheduler are consistent."""
+        self.runner.manager.check()
+        self.scheduler.check()
 
-    def _blocks(self, sequence: Sequence) -> int:
-        """The most blocks that a sequence may come to hold."""
-        most = min(sequence.most_tokens, self.runner.model.config.max_positions)
-        return self.runner.manager.blocks_for(most)
+    def _lead(self, first: Sequence, twins: list[Sequence]) -> None:
+        first.leader = None
+        first.twins = twins
+        for twin in twins:
+            twin.leader = first
 
-    def _admit(self) -> None:
-        manager = self.runner.manager
-        promised = sum(map(self._blocks, self._running))
-        while self._waiting and promised + self._blocks(self._waiting[0]) <= manager.pool.capacity:
-            sequence = self._waiting.popleft()
-            sequence.lease = manager.open()
-            self._running.append(sequence)
-            promised += self._blocks(sequence)
+    def _run(self, works: dict[Sequence, Work]) -> list[tuple[Sequence, Tensor | None]]:
+        """Each sequence with its logits; None where it failed. A step that fails is run again one by one: the same
+        bits."""
+        try:
+            return list(zip(works, self.runner.run(list(works.values())), strict=True))
+        except NumericsError as error:
+            if len(works) > 1:
+                return [pair for sequence, work in works.items() for pair in self._run({sequence: work})]
+            (sequence,) = works
+            self._fail(sequence, error)
+            return [(sequence, None)]
 
-    def _schedule(self) -> list[tuple[Sequence, Work]]:
-        budget = self.step_tokens
-        scheduled = []
-        for sequence in self._running:
-            lease = sequence.lease
-            assert lease is not None
-            tokens = sequence.tokens[lease.length : lease.length + budget]
-            if not tokens:
-                break
-            reaches_end = lease.length + len(tokens) == len(sequence.tokens)
-            scheduled.append((sequence, Work(lease, tokens, logits=int(reaches_end))))
-            budget -= len(tokens)
-        return scheduled
+    def _fail(self, sequence: Sequence, error: KvistError) -> None:
+        sequence.error = error
+        self.finish(sequence, FinishReason.FAILED)
 
-    def _finish_if_done(self, sequence: Sequence, token: int) -> None:
-        request = sequence.request
-        full = len(sequence.tokens) > self.runner.model.config.max_positions
-        if token in request.stop_ids:
-            self.finish(sequence, FinishReason.STOP)
-        elif full or len(sequence.new_tokens) == request.max_tokens:
+    def _advance(self, sequence: Sequence, logits: Tensor) -> Iterator[Drawn]:
+        """What follows from a step of one sequence."""
+        lease, request = sequence.lease, sequence.request
+        assert lease is not None
+        self.runner.manager.publish(lease, sequence.tokens)
+        self._note_prompt(sequence, logits)
+        if lease.length < len(sequence.tokens):
+            return
+        if request.max_tokens == 0:
             self.finish(sequence, FinishReason.LENGTH)
+            yield Drawn(sequence, None)
+            return
+        twins, sequence.twins = sequence.twins, []
+        for twin in twins:
+            twin.leader = None
+            if len(self.scheduler.running) < self.scheduler.most_running:
+                twin.lease = self.runner.manager.fork(lease)
+                twin.cached.fork = len(request.prompt)
+                twin.prompt_logprobs = sequence.prompt_logprobs
+                twin.times.admitted = sequence.times.admitted
+                self.scheduler.run(twin)
+            else:
+                self.scheduler.add(twin)
+        for one in (sequence, *twins):
+            if one.lease is not None:
+                yield self._draw(one, logits[-1])
+
+    def _note_prompt(self, sequence: Sequence, logits: Tensor) -> None:
+        """Keep the log-probabilities of the prompt's tokens that these logits predict, and that are not known yet."""
+        prompt, wanted = sequence.request.prompt, sequence.request.prompt_logprobs
+        assert sequence.lease is not None
+        if wanted is None:
+            return
+        first = sequence.lease.length - len(logits)  # the position of the first row; it predicts the next
+        known = len(sequence.prompt_logprobs)
+        rows = logits[known - first : len(prompt) - 1 - first] if known >= first else logits[:0]
+        if len(rows):
+            sequence.prompt_logprobs += token_logprobs(rows, prompt[known + 1 : known + 1 + len(rows)], wanted)
+
+    def _draw(self, sequence: Sequence, row: Tensor) -> Drawn:
+        request, logprobs = sequence.request, None
+        try:
+            token = sequence.sampler.draw(row, len(sequence.tokens))
+            sequence.sampler.accept(token)
+        except KvistError as error:
+            self._fail(sequence, error)
+            return Drawn(sequence, None)
+        if request.logprobs is not None:
+            (logprobs,) = token_logprobs(row[None], [token], request.logprobs)
+        sequence.tokens.append(token)
+        self.counters.drawn += 1
+        times = sequence.times
+        times.last = time.perf_counter()
+        times.first = times.first or times.last
+        full = len(sequence.tokens) > self.runner.model.config.max_positions
+        if token in request.stop_ids or sequence.sampler.ended:
+            self.finish(sequence, FinishReason.STOP)
+        elif full or len(sequence.tokens) - len(request.prompt) >= request.max_tokens:
+            self.finish(sequence, FinishReason.LENGTH)
+        return Drawn(sequence, token, logprobs)

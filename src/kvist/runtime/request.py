@@ -1,16 +1,20 @@
-"""What is asked of the engine, and the state of one sequence that answers it."""
+"""What is asked of the engine. Frozen: nothing here changes while it is answered."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
+
+from torch import Tensor
 
 from kvist.base.errors import RequestError
-from kvist.cache.manager import Lease
 
 
 class FinishReason(StrEnum):
-    STOP = "stop"  # an end-of-text token or a stop string
+    STOP = "stop"  # an end-of-text token, a stop string, or a grammar that allows no more
     LENGTH = "length"  # as many tokens as were asked for, or as the context holds
     CANCELLED = "cancelled"
+    FAILED = "failed"  # see the sequence's `error`
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,11 @@ class Sampling:
 
     `top_k` 0 keeps all; `top_p` keeps the smallest set of tokens whose probability reaches it (arXiv 1904.09751);
     `min_p` drops tokens less likely than that fraction of the likeliest (arXiv 2407.01082).
+
+    Before temperature and filters, logits are changed in this order: `repetition_penalty` divides positive logits (and
+    multiplies negative ones) of every token of the prompt or the answer (arXiv 1909.05858); `presence_penalty` and
+    `frequency_penalty` are taken off the logits of tokens of the answer, once and per occurrence; `logit_bias` is added
+    to the tokens it names.
     """
 
     temperature: float = 0.0
@@ -26,6 +35,10 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 100:
@@ -38,47 +51,67 @@ class Sampling:
             raise RequestError(f"min-p must be between 0 and 1, got {self.min_p}")
         if not 0 <= self.seed < 2**64:
             raise RequestError(f"a seed is a number from 0 to 2^64 - 1, got {self.seed}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise RequestError(f"{name} must be between -2 and 2, got {getattr(self, name)}")
+        if not 0 < self.repetition_penalty <= 100:
+            raise RequestError(f"repetition_penalty must be above 0 and at most 100, got {self.repetition_penalty}")
+        if not all(-100 <= bias <= 100 for _, bias in self.logit_bias):
+            raise RequestError("a logit bias must be between -100 and 100")
+
+
+class Grammar(Protocol):
+    """Which tokens one sequence may still draw. It has state: each sequence has its own."""
+
+    def forbid(self, logits: Tensor) -> None:
+        """Set to -inf, in place, the logits `[V]` float32 of all tokens that may not come next."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Take note of a token that was drawn."""
+        ...
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing may follow any more, not even an end-of-text token."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of the probabilities that the model itself gives, before any of `Sampling`.
+
+    `logprob`: of the token that came; `top`: the likeliest tokens and theirs, the likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt in token ids, and how to continue it."""
+    """A prompt in token ids, and how to continue it.
+
+    `logprobs`, `prompt_logprobs`: of how many of the likeliest tokens the log-probabilities are wanted beside each new
+    token's, and beside each token's of the prompt; None: none at all. `max_tokens` 0: only the prompt is computed.
+    `grammar` makes a sequence's own grammar. `priority`: lower comes first. `tenant`: whose it is; room is shared
+    fairly between tenants, and cached tokens only within one. `pooled`: the sum of the prompt's last hidden states is
+    wanted.
+    """
 
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: Sampling = Sampling()
     stop_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Callable[[], Grammar] | None = None
+    priority: int = 0
+    tenant: str = ""
+    pooled: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise RequestError("the prompt is empty: a model continues text, so give it at least one token")
-        if self.max_tokens < 1:
+        if self.max_tokens < 0 or (self.max_tokens == 0 and self.prompt_logprobs is None and not self.pooled):
             raise RequestError(f"at least one new token must be asked for, got {self.max_tokens}")
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One request on its way. The engine alone changes it.
-
-    `tokens`: the prompt and all that was drawn. `lease.length` of them are in the cache; the rest is still to be
-    computed, and only when none is left is the next token drawn.
-    """
-
-    request: Request
-    tokens: list[int] = field(init=False)
-    lease: Lease | None = None
-    finish_reason: FinishReason | None = None
-    kv_blocks: int = 0  # blocks held when it ended
-
-    def __post_init__(self) -> None:
-        self.tokens = list(self.request.prompt)
-
-    @property
-    def new_tokens(self) -> list[int]:
-        """What was drawn so far."""
-        return self.tokens[len(self.request.prompt) :]
-
-    @property
-    def most_tokens(self) -> int:
-        """The most tokens it may come to keep in the cache: the last one drawn is never written."""
-        return len(self.request.prompt) + self.request.max_tokens - 1

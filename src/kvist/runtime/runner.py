@@ -22,9 +22,10 @@ SEQUENCES = 8
 
 
 class Runner:
-    """A model and its cache of `blocks` blocks. `sequences`: how many of them may be under way at once where codecs
-    are lossy, since each then keeps a block or two in full precision.
-    """
+    """A model and its cache of `blocks` blocks, for at most `sequences` sequences at once.
+
+    Where codecs are lossy each of these keeps a block or two in full precision, and the prefix tree `tails` more: the
+    last blocks of sequences that ended, so that whoever goes on from there computes nothing again."""
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class Runner:
         backend: Backend,
         listener: Listener | None = None,
         sequences: int = SEQUENCES,
+        tails: int = 1,
     ) -> None:
         if any(layer.spec.retention != Full() or layer.spec.source is not None for layer in layout.layers):
             raise ConfigError("every layer must keep all its tokens itself: windows and sources are not supported")
@@ -42,7 +44,9 @@ class Runner:
         self.backend = backend
         self.widths = probe(model.linears())
         self.head_widths = probe([(model.head_weight(), None)], HEAD_LADDER)
-        open_pool = BlockPool(OPEN_BLOCKS * sequences) if layout.open_bytes else None
+        self.sequences = sequences
+        # One more than sequences ever write at once: a reservation takes its copy before it lets go of the original.
+        open_pool = BlockPool(OPEN_BLOCKS * sequences + max(tails, 1)) if layout.open_bytes else None
         self.manager = CacheManager(BlockPool(blocks), layout.block_size, listener, open_pool)
         # A step fills no more blocks whole than this; other blocks that it writes are open ones of a lease.
         self.passing = self.widths.most // layout.block_size if open_pool else None
@@ -62,18 +66,22 @@ class Runner:
                 # Copied at once: a lease never holds a fresh block without the tokens it stands for.
                 self.store.copy(copies)
             batch = build_batch(works, self.layout.block_size, self.widths, self.passing)
-            logits = self._forward(batch)
+            hidden, logits = self._forward(batch)
         except BaseException:
             for lease in reserved:
                 self.manager.rollback(lease, lease.length)
             raise
-        for work in works:
+        for work, rows in zip(works, hidden.split([len(work.tokens) for work in works]), strict=True):
             self.manager.commit(work.lease, len(work.tokens))
+            if work.pool is not None:
+                for row in rows.double():
+                    work.pool.add_(row)
         return list(logits.split([work.logits for work in works]))
 
     @torch.inference_mode()
-    def _forward(self, batch: Batch) -> Tensor:
-        """The wanted logits, finite, `[rows, vocab_size]` float32."""
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The last hidden states `[tokens, hidden_size]`, and the wanted logits, finite, `[rows, vocab_size]`
+        float32."""
         views = paged_views(self.store, batch.step, self.backend)
         hidden = self.model(batch.tokens, batch.positions, views)
         most = self.head_widths.most
@@ -87,4 +95,4 @@ class Runner:
                 "the model's logits are not finite numbers: its weights are damaged, or overflow in this dtype "
                 "(try --dtype fp32)"
             )
-        return logits
+        return hidden[: batch.rows], logits

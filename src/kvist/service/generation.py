@@ -1,6 +1,5 @@
 """One prompt's way through an engine: text in, pieces of text out, then what it took."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,8 +7,7 @@ from kvist.cache.layout import OPEN_BLOCKS, Layout
 from kvist.runtime.engine import Engine
 from kvist.runtime.request import FinishReason, Request, Sampling
 from kvist.service.loaded import Loaded
-from kvist.text.detokenizer import Detokenizer
-from kvist.text.stops import StopMatcher
+from kvist.service.text_stream import TextStream
 from kvist.text.tokenizer import Tokenizer
 
 
@@ -57,11 +55,9 @@ class Generation:
     ) -> None:
         self._engine = engine
         self._sequence = engine.add(request)
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stops = StopMatcher(stops)
+        self._text = TextStream(tokenizer, request.stop_ids, stops)
         self._cancelled = cancelled
         self._pieces: list[str] = []
-        self._started = self._first = self._last = time.perf_counter()
 
     def __iter__(self) -> Iterator[str]:
         sequence = self._sequence
@@ -70,28 +66,27 @@ class Generation:
                 self._engine.finish(sequence, FinishReason.CANCELLED)
                 break
             for drawn in self._engine.step():
-                if drawn.sequence is sequence:
-                    self._time_token()
+                if drawn.sequence is sequence and drawn.token is not None:
                     yield from self._emit(self._push(drawn.token))
-        if not self._stops.matched:
-            yield from self._emit(self._stops.push(self._detokenizer.finish()))
-        if not self._stops.matched:
-            yield from self._emit(self._stops.finish())
+        if sequence.error is not None:
+            raise sequence.error
+        yield from self._emit(self._text.finish())
 
     def result(self) -> Result:
         """Raises `RuntimeError` before the iteration has ended."""
         sequence = self._sequence
         if sequence.finish_reason is None:
             raise RuntimeError("the generation has not ended yet")
+        times = sequence.times
         layout: Layout = self._engine.runner.layout
         return Result(
             prompt_tokens=len(sequence.request.prompt),
             tokens=sequence.new_tokens,
             text="".join(self._pieces),
             # A stop string may complete in the very token that exhausts the length.
-            finish_reason=FinishReason.STOP if self._stops.matched else sequence.finish_reason,
-            prefill_seconds=self._first - self._started,
-            decode_seconds=self._last - self._first,
+            finish_reason=FinishReason.STOP if self._text.stop is not None else sequence.finish_reason,
+            prefill_seconds=max(times.first - times.added, 0.0),
+            decode_seconds=times.last - times.first,
             kv_codec=layout.kv,
             kv_blocks=sequence.kv_blocks,
             kv_bytes=sequence.kv_blocks * layout.block_bytes + OPEN_BLOCKS * layout.open_bytes,
@@ -100,11 +95,8 @@ class Generation:
         )
 
     def _push(self, token: int) -> str:
-        """The text that a token makes certain. An end-of-text token is no text."""
-        if token in self._sequence.request.stop_ids:
-            return ""
-        text = self._stops.push(self._detokenizer.push(token))
-        if self._stops.matched:
+        text = self._text.push(token)
+        if self._text.stop is not None:
             self._engine.finish(self._sequence, FinishReason.STOP)
         return text
 
@@ -112,11 +104,6 @@ class Generation:
         if text:
             self._pieces.append(text)
             yield text
-
-    def _time_token(self) -> None:
-        self._last = time.perf_counter()
-        if len(self._sequence.tokens) == len(self._sequence.request.prompt) + 1:
-            self._first = self._last
 
 
 def generate(

@@ -17,6 +17,8 @@ from kvist.models.load import DTYPES, load, load_config, stored_dtype
 from kvist.ops.backend import Backend, select
 from kvist.runtime.engine import Engine
 from kvist.runtime.runner import Runner
+from kvist.runtime.widths import probe
+from kvist.service.budget import KvBudget, plan_budget
 from kvist.service.calibration import AUTO, planned
 from kvist.text.tokenizer import Tokenizer
 from kvist.weights.checkpoint import Checkpoint
@@ -52,6 +54,18 @@ class Loaded:
         tokens = min(tokens, self.config.max_positions)
         blocks = sequences * -(-tokens // self.layout.block_size)
         return Engine(Runner(self.model, self.layout, blocks, self.backend, listener, sequences))
+
+    def budget(self, nbytes: int | None = None, running: int | None = None) -> KvBudget:
+        """What `nbytes` of KV memory buy for this model; see `plan_budget`. Nothing is allocated."""
+        passing = probe(self.model.linears()).most // self.layout.block_size if self.layout.open_bytes else 0
+        return plan_budget(self.layout, nbytes, running, passing, self.config.max_positions)
+
+    def serving_engine(self, budget: KvBudget, listener: Listener | None = None) -> Engine:
+        """An engine whose cache is that of the budget."""
+        runner = Runner(
+            self.model, self.layout, budget.blocks, self.backend, listener, budget.running, max(budget.tails, 1)
+        )
+        return Engine(runner)
 
 
 def open_model(name: str | None, *, dtype: str | None = None, kv: str | None = None) -> Loaded:

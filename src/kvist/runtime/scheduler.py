@@ -1,0 +1,259 @@
+"""Decides what the next step computes. Owns the queue and the running sequences; holds no tensor, draws no token.
+
+There are no prefill and decode phases: a step computes, for each running sequence, tokens that are known and not yet in
+the cache. In order:
+
+1. Sequences that wait only for their last token, those longest not served first: one token each.
+2. New ones are admitted as long as their tokens find room.
+3. The prompts under way share what is left of the step. The first in line gets at least half, so that it never waits
+   for
+   those behind it; the rest goes to the shortest, so that a short question does not wait for a long document.
+
+When blocks run out, the last in line is preempted: its blocks stay in the prefix tree until they are needed, and what
+was evicted is computed again. The first in line is never preempted, so something always ends."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from kvist.base.errors import InvariantError, OutOfBlocks
+from kvist.cache.manager import CacheManager
+from kvist.cache.tree import Node
+from kvist.runtime.batch import Work
+from kvist.runtime.sequence import Sequence
+
+# The widest step, in tokens, while somebody waits for the next token of an answer: prompts must not make answers
+# stutter.
+BESIDE_ANSWERS = 128
+# Rows of logits that one step may give: each is as wide as the vocabulary.
+LOGIT_ROWS = 128
+
+
+@dataclass
+class _Plan:
+    """The step as planned so far. `room`: tokens it still takes; `spent`: blocks that its reservations will take."""
+
+    room: int
+    works: dict[Sequence, Work] = field(default_factory=dict)
+    spent: int = 0
+    costs: dict[Sequence, int] = field(default_factory=dict)
+    preempted: bool = False
+
+    def add(self, sequence: Sequence, work: Work, cost: int) -> None:
+        self.works[sequence] = work
+        self.costs[sequence] = cost
+        self.spent += cost
+        self.room -= len(work.tokens)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take back what was planned for a sequence, if anything was."""
+        if work := self.works.pop(sequence, None):
+            self.spent -= self.costs.pop(sequence)
+            self.room += len(work.tokens)
+
+
+class Scheduler:
+    """`step_tokens`: the most tokens of one step. `most_running`: how many sequences may hold leases at once."""
+
+    def __init__(self, manager: CacheManager, step_tokens: int, most_running: int) -> None:
+        if min(step_tokens, most_running) < 1:
+            raise ValueError(f"a step computes at least one token, got {min(step_tokens, most_running)}")
+        self.step_tokens = step_tokens
+        self.most_running = most_running
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._manager = manager
+        # Tokens computed for each tenant that has asked for something. A tenant that comes back starts with the others:
+        # what it did not use is not saved up (virtual token counter, Sheng et al., OSDI 2024, section 4).
+        self._served: dict[str, float] = {}
+        self._step = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        tenant = sequence.request.tenant
+        active = {other.request.tenant for other in (*self.waiting, *self.running)}
+        if tenant not in active:
+            floor = min((self._served[other] for other in active), default=0.0)
+            self._served[tenant] = max(self._served.get(tenant, 0.0), floor)
+        self.waiting.append(sequence)
+
+    def run(self, sequence: Sequence) -> None:
+        """A sequence that already has its lease joins the running ones."""
+        self.running.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, wherever it stands. Its lease is the caller's."""
+        (self.waiting if sequence in self.waiting else self.running).remove(sequence)
+
+    def plan(self) -> dict[Sequence, Work]:
+        """The works of the next step, which fit the pool together; leases are opened, lengthened and ended on the way.
+
+        Empty when nothing is waiting or running, and now and then when somebody was preempted.
+        """
+        self._step += 1
+        for sequence in self.running:
+            self._adopt(sequence)
+        answers = [sequence for sequence in self.running if sequence.pending == 1]
+        plan = _Plan(min(self.step_tokens, BESIDE_ANSWERS) if answers else self.step_tokens)
+        self._plan_answers(plan, answers)
+        if not plan.preempted:
+            self._admit(plan)
+        self._plan_prompts(plan)
+        for sequence, work in plan.works.items():
+            sequence.last_step = self._step
+            self._served[sequence.request.tenant] += len(work.tokens)
+        return plan.works
+
+    def check(self) -> None:
+        """Raises `InvariantError` unless each running sequence holds a live lease of its own that stops short of its
+        last token, and no waiting one holds any."""
+        leases = [sequence.lease for sequence in self.running]
+        if len(set(map(id, leases))) < len(leases) or not {*map(id, leases)} <= {*map(id, self._manager.leases)}:
+            raise InvariantError("a running sequence shares its lease or holds one that has ended")
+        if any(sequence.pending < 1 for sequence in self.running):
+            raise InvariantError("a running sequence has nothing left to compute")
+        if any(sequence.lease is not None for sequence in self.waiting):
+            raise InvariantError("a waiting sequence holds a lease")
+        if len(self.running) > self.most_running:
+            raise InvariantError(f"{len(self.running)} sequences run where {self.most_running} may")
+
+    def _line(self, sequence: Sequence) -> tuple[int, float, int]:
+        """Its place in line: by priority, then whose tenant was served least, then who came first."""
+        return sequence.request.priority, self._served[sequence.request.tenant], sequence.number
+
+    def _last(self, sequence: Sequence) -> tuple[int, int]:
+        """The greatest is preempted first."""
+        return sequence.request.priority, sequence.number
+
+    def _plan_answers(self, plan: _Plan, answers: list[Sequence]) -> None:
+        """One token each, while there is room; a quarter of it is left to prompts where there are some."""
+        prompts = len(answers) < len(self.running) or self.waiting
+        kept = plan.room // 4 if prompts else 0
+        for sequence in sorted(answers, key=lambda s: (s.request.priority, s.last_step, s.number)):
+            if plan.room <= kept:
+                break
+            if sequence.lease is not None:  # it may have been preempted for one before it
+                self._plan_work(plan, sequence, 1)
+
+    def _plan_prompts(self, plan: _Plan) -> None:
+        prompts = sorted((s for s in self.running if s not in plan.works and s.pending > 1), key=self._line)
+        prompts = self._without_twins(prompts)
+        if not prompts or plan.room < 1:
+            return
+        first, others = prompts[0], sorted(prompts[1:], key=lambda s: s.pending)
+        for_others = min(plan.room // 2, sum(sequence.pending for sequence in others))
+        self._plan_work(plan, first, plan.room - for_others)
+        for sequence in others:
+            if plan.room < 1:
+                break
+            if sequence.lease is not None:
+                self._plan_work(plan, sequence, plan.room, may_preempt=not plan.works)
+
+    def _without_twins(self, prompts: list[Sequence]) -> list[Sequence]:
+        """Less those whose next block another computes just now: once it is published they adopt it."""
+        size = self._manager.block_size
+        under_way: set[tuple[Node, tuple[int, ...]]] = set()
+        kept = []
+        for sequence in prompts:
+            assert sequence.lease is not None
+            start = sequence.lease.length // size * size
+            block = tuple(sequence.tokens[start : start + size])
+            if len(block) == size and start + size <= sequence.reusable:
+                key = sequence.lease.path[-1], block
+                if key in under_way and sequence.lease.length == start:
+                    continue
+                under_way.add(key)
+            kept.append(sequence)
+        return kept
+
+    def _plan_work(self, plan: _Plan, sequence: Sequence, most: int, may_preempt: bool = True) -> None:
+        """Plan the next tokens of a sequence, at most `most`: as many as there are blocks for, at least one if others
+        can be preempted for it."""
+        lease = sequence.lease
+        assert lease is not None
+        request, size = sequence.request, self._manager.block_size
+        count = min(most, sequence.pending)
+        watched = request.prompt_logprobs is not None and lease.length < len(request.prompt) - 1
+        if watched:
+            count = min(count, LOGIT_ROWS)
+        while (cost := self._manager.cost(lease, count)) > (left := self._manager.available - plan.spent):
+            # What fits into the blocks that are left; a partly filled block that is shared takes one to be copied.
+            copied = self._manager.cost(lease, 1) if lease.length % size else 0
+            fits = (len(lease.table) + left - copied) * size - lease.length
+            if 0 < fits < count:
+                count = fits
+            elif not may_preempt or not self._preempt(plan, sequence):
+                return
+        tokens = sequence.tokens[lease.length : lease.length + count]
+        ends = lease.length + count == len(sequence.tokens)
+        logits = count if watched else int(ends and request.max_tokens > 0)
+        plan.add(sequence, Work(lease, tokens, logits, sequence.pooled), cost)
+
+    def _preempt(self, plan: _Plan, wanting: Sequence) -> bool:
+        """Make room for `wanting`: the last in line gives up its lease. False when that was `wanting` itself."""
+        victim = max(self.running, key=self._last)
+        if victim is wanting and len(self.running) == 1:
+            raise OutOfBlocks(self._manager.cost(victim.lease, 1) if victim.lease else 0, self._manager.available)
+        plan.drop(victim)
+        self._give_up(victim)
+        plan.preempted = True
+        return victim is not wanting
+
+    def _give_up(self, victim: Sequence) -> None:
+        """A running sequence goes back to the queue."""
+        assert victim.lease is not None
+        self._manager.release(victim.lease, victim.tokens)
+        victim.lease = None
+        victim.preempted += 1
+        if victim.pooled is not None:
+            victim.pooled.zero_()
+        self.running.remove(victim)
+        self.waiting.append(victim)
+        self.preemptions += 1
+
+    def _admit(self, plan: _Plan) -> None:
+        while self.waiting:
+            sequence = min(self.waiting, key=self._line)
+            if not self._has_room(plan, sequence):
+                victim = max(self.running, key=self._last, default=None)
+                if victim is None or victim.request.priority <= sequence.request.priority:
+                    return
+                plan.drop(victim)
+                self._give_up(victim)
+                continue
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            sequence.times.admitted = sequence.times.admitted or time.perf_counter()
+
+    def _has_room(self, plan: _Plan, sequence: Sequence) -> bool:
+        """Give the sequence a lease, with what the prefix tree holds of it, if all its tokens fit beside the running
+        ones.
+
+        A block more is asked for each of these, so that they do not preempt it with their next tokens.
+        """
+        if len(self.running) >= self.most_running:
+            return False
+        lease = sequence.lease = self._manager.open(sequence.request.tenant)
+        self._adopt(sequence)
+        promised = sum(self._manager.cost(s.lease, s.pending) for s in self._unplanned(plan) if s.lease is not None)
+        needed = self._manager.cost(lease, len(sequence.tokens) - lease.length) + promised + len(self.running)
+        if not self.running or needed <= self._manager.available - plan.spent:
+            return True
+        self._manager.release(lease)
+        sequence.lease = None
+        return False
+
+    def _unplanned(self, plan: _Plan) -> Iterable[Sequence]:
+        return (sequence for sequence in self.running if sequence not in plan.works)
+
+    def _adopt(self, sequence: Sequence) -> None:
+        """Lengthen a lease by what the prefix tree holds of its sequence."""
+        assert sequence.lease is not None
+        if sequence.pending == 1 or sequence.lease.length % self._manager.block_size:
+            return
+        found = self._manager.adopt(sequence.lease, sequence.tokens[: sequence.reusable])
+        if sequence.preempted:
+            sequence.cached.resume += found
+        else:
+            sequence.cached.prompt += found

@@ -1,0 +1,83 @@
+"""One budget in bytes for everything that holds KV, checked before any of it is allocated."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvist.base.errors import ConfigError
+from kvist.base.units import format_bytes, plural
+from kvist.cache.layout import OPEN_BLOCKS, Layout
+
+MOST_RUNNING = 32  # sequences at once, where nothing else is asked for
+SHARE = 0.5  # of the free memory, where no budget is given
+_OPEN_SHARE = 4  # open blocks take at most one part in so many of the budget
+_SHOWN = (4096, 32768)  # lengths of sessions that a budget is told in
+
+
+@dataclass(frozen=True)
+class KvBudget:
+    """What a budget buys. `nbytes`: of all planes, never more than was given; `running`: sequences at once; `tails`:
+    last blocks of sequences that ended, kept in full precision; `passing`: see `Store`."""
+
+    layout: Layout
+    nbytes: int
+    blocks: int
+    running: int
+    tails: int
+
+    @property
+    def tokens(self) -> int:
+        return self.blocks * self.layout.block_size
+
+    def sessions(self, tokens: int) -> int:
+        """How many sessions of `tokens` tokens, none of them shared, lie in the cache side by side."""
+        return self.blocks // -(-tokens // self.layout.block_size)
+
+    def describe(self, context: int) -> str:
+        """One line: bytes, tokens, and sessions of lengths that the context allows."""
+        lengths = [length for length in _SHOWN if length <= context] or [context]
+        sessions = " or ".join(f"{self.sessions(length):,} of {length:,}" for length in lengths)
+        return (
+            f"KV {self.layout.kv}: {format_bytes(self.nbytes)} hold {plural(self.tokens, 'token')}, "
+            f"sessions of tokens: {sessions}; {plural(self.running, 'sequence')} at once"
+        )
+
+
+def plan_budget(layout: Layout, given: int | None, running: int | None, passing: int, context: int) -> KvBudget:
+    """The blocks that `given` bytes buy (by default half of the free memory, and no more than `running` sequences of
+    the whole context could use). `running`: sequences at once, by default up to 32, fewer where their open blocks would
+    take more than a quarter of the budget. `passing`: passing blocks of the store.
+
+    Raises `ConfigError`, with numbers, when not even one block fits.
+    """
+    budget = int(free_memory() * SHARE) if given is None else given
+    most = MOST_RUNNING if running is None else running
+    if running is None and layout.open_bytes:
+        most = max(1, min(most, budget // _OPEN_SHARE // ((OPEN_BLOCKS + 1) * layout.open_bytes)))
+    tails = most if layout.open_bytes else 0
+    kept = OPEN_BLOCKS * most + max(tails, 1) if layout.open_bytes else 0
+    fixed = layout.store_bytes(0, kept, passing)
+    blocks = (budget - fixed) // layout.block_bytes
+    if blocks < 1:
+        raise ConfigError(
+            f"a KV budget of {format_bytes(budget)} is too small: one block of {layout.block_size} tokens takes "
+            f"{format_bytes(layout.block_bytes)}"
+            + (f" and the open blocks of {plural(most, 'sequence')} {format_bytes(fixed)}" if fixed else "")
+        )
+    if given is None:
+        blocks = min(blocks, most * -(-context // layout.block_size))
+    return KvBudget(layout, layout.store_bytes(blocks, kept, passing), blocks, most, tails)
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of the control group that it runs in."""
+    limits = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limits += [] if limit == "max" else [max(int(limit) - int(used), 0)]
+    except (OSError, ValueError, IndexError):
+        pass
+    return min(limits, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)

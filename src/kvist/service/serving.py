@@ -1,0 +1,390 @@
+"""The engine on a thread of its own, and the sessions that an event loop holds on it.
+
+The event loop's thread hands over commands through a queue and never waits for a step; the engine's thread hands over
+what a step drew with one call into the loop and never waits for a reader. A session keeps what its reader has not taken
+yet, which is no more than its request may draw.
+"""
+
+import asyncio
+import logging
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+from kvist.base.errors import KvistError, Overloaded, RequestError, Stopping, TimedOut
+from kvist.base.units import plural
+from kvist.runtime.engine import Drawn, Engine
+from kvist.runtime.request import FinishReason, Request, TokenLogprobs
+from kvist.runtime.sequence import Sequence as Running
+from kvist.service.facts import Cause, ChoiceDone, FactListener, Load, Matched, RequestDone, StepDone
+from kvist.service.loaded import Loaded
+from kvist.service.session import Delta, Job, NewToken
+from kvist.service.text_stream import TextStream
+from kvist.text.chat import ChatTemplate
+from kvist.text.grammar import GrammarCompiler
+from kvist.text.response import ResponseFormat
+
+_log = logging.getLogger("kvist.serving")
+
+
+class _Session:
+    """See `session.Session`. What begins with `_` belongs to the event loop's thread, `choices` to the engine's."""
+
+    def __init__(self, serving: "Serving", job: Job) -> None:
+        self.job = job
+        self.prompt_tokens = len(job.request.prompt)
+        self.cached_tokens = 0
+        self.new_tokens = 0
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.submitted = time.perf_counter()
+        self.choices: list[tuple[Running, TextStream]] = []
+        self.unfinished = job.choices
+        self._serving = serving
+        self._deltas: deque[Delta] = deque()
+        self._arrived = asyncio.Event()
+        self._left = job.choices
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        try:
+            while self._left:
+                while not self._deltas:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+                delta = self._deltas.popleft()
+                self.new_tokens += len(delta.tokens)
+                self._left -= delta.finish_reason is not None
+                yield delta
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._left:
+            self._serving.end(self)
+
+    def arrive(self, delta: Delta) -> None:
+        """On the event loop's thread: one more delta for the reader."""
+        self._deltas.append(delta)
+        self._arrived.set()
+
+    def expire_after(self, seconds: float) -> None:
+        """On the event loop's thread: the session fails when it has not ended by then."""
+        error = TimedOut(f"the request took longer than the {seconds:g} s that this server allows")
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._serving.end, self, error)
+
+
+class Serving:
+    """A model, its text side and its engine, which runs on a thread from `start` to `stop`.
+
+    `max_waiting`: requests that may wait before others are refused; `timeout`: seconds that one may take; `listener`
+    hears facts on the engine's thread.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        engine: Engine,
+        *,
+        name: str | None = None,
+        template: Path | None = None,
+        max_waiting: int = 256,
+        timeout: float = math.inf,
+        listener: FactListener = lambda fact: None,
+    ) -> None:
+        self.name = name or loaded.name
+        self.loaded = loaded
+        self.tokenizer = loaded.tokenizer()
+        self.template = ChatTemplate.load(loaded.directory, template)
+        self.format = ResponseFormat.detect(loaded.directory, self.template)
+        self.grammars = GrammarCompiler(self.tokenizer, loaded.config.vocab_size)
+        self.created = int(time.time())
+        self.listener = listener
+        manager = engine.runner.manager
+        # The last token drawn is never written, so a sequence may have one more than the cache holds.
+        self.context = min(loaded.config.max_positions, manager.pool.capacity * manager.block_size)
+        self._engine = engine
+        self._max_waiting = max_waiting
+        self._timeout = timeout
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._sessions: dict[Running, tuple[_Session, int]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._ending = False  # set by the engine's thread, on command
+        self.failure: BaseException | None = None
+        self._stopping = False
+        self._queued = 0  # requests submitted and not yet taken over by the engine's thread
+        self._step_seconds = 0.05
+
+    # ---- the event loop's side
+
+    def start(self) -> None:
+        """Start the engine's thread. Call it on the event loop that sessions will be read on."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._main, name="kvist-engine", daemon=True)
+        self._thread.start()
+
+    async def stop(self, grace: float) -> None:
+        """Refuse what waits and what comes (`Stopping`), let what runs go on for at most `grace` seconds, then end it and
+        the thread."""
+        self._stopping = True
+        if self._thread is None:
+            return
+        self._commands.put(self._refuse_waiting)
+        end = time.perf_counter() + grace
+        while not self._engine.idle and self.alive and time.perf_counter() < end:
+            await asyncio.sleep(0.02)
+        self._commands.put(self._end_all)
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs, and can."""
+        return self._thread is not None and self._thread.is_alive() and self.failure is None
+
+    def submit(self, job: Job) -> _Session:
+        """Queue a job. Raises `RequestError` for one that can never run, `Overloaded` when too many wait, `Stopping`."""
+        if self._stopping or not self.alive:
+            raise Stopping("the server is shutting down" if self._stopping else "the engine has failed; see the log")
+        if not 1 <= job.choices <= self._engine.scheduler.most_running:
+            raise RequestError(
+                f"between 1 and {self._engine.scheduler.most_running} choices can be had at once, not {job.choices}"
+            )
+        self._engine.check_request(job.request)
+        waiting = self._queued + len(self._engine.scheduler.waiting)
+        if waiting >= self._max_waiting:
+            raise Overloaded(
+                f"{plural(waiting, 'request')} wait already, as many as this server allows; try again later",
+                retry_after=min(60, max(1, math.ceil(waiting * self._step_seconds))),
+            )
+        session = _Session(self, job)
+        if math.isfinite(self._timeout):
+            session.expire_after(self._timeout)
+        self._queued += 1
+        self._commands.put(lambda: self._begin(session))
+        return session
+
+    def end(self, session: _Session, error: KvistError | None = None) -> None:
+        """End what has not ended of a session, because nobody wants it any more or because of `error`. From any thread."""
+        self._commands.put(lambda: self._end(session, error))
+
+    async def embed(self, prompts: Sequence[Sequence[int]], tenant: str = "") -> list[list[float]]:
+        """The mean of each prompt's last hidden states, scaled to unit length."""
+        sessions = [self.submit(Job(Request(tuple(prompt), 0, pooled=True, tenant=tenant))) for prompt in prompts]
+        try:
+            return [await self._embedding(session) for session in sessions]
+        finally:
+            for session in sessions:
+                session.cancel()
+
+    async def check(self) -> None:
+        """Raises `InvariantError` unless the engine and the cache are consistent. Looks between two steps."""
+        done: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+        self._commands.put(lambda: self._check(done))
+        error = await done
+        if error is not None:
+            raise error
+
+    def load(self) -> Load:
+        """What is under way at this moment, as far as it can be seen from another thread."""
+        manager, scheduler = self._engine.runner.manager, self._engine.scheduler
+        used, idle = manager.pool.used, manager.tree.idle
+        waiting = len(scheduler.waiting) + self._queued
+        return Load(len(scheduler.running), waiting, max(used - idle, 0), idle, manager.pool.capacity)
+
+    async def _embedding(self, session: _Session) -> list[float]:
+        async for delta in session:
+            if delta.error is not None:
+                raise delta.error
+        ((sequence, _),) = session.choices
+        assert sequence.pooled is not None
+        length = sequence.pooled.norm()
+        return [float(value) for value in (sequence.pooled / length).float()]
+
+    # ---- the engine's thread
+
+    def _main(self) -> None:
+        try:
+            while not self._ending:
+                self._take_commands()
+                if not self._engine.idle:
+                    self._step()
+        except BaseException as error:
+            _log.exception("the engine has failed")
+            self.failure = error
+            self._end_all()
+
+    def _take_commands(self) -> None:
+        """Carry out what has been asked for; wait for it only when there is nothing else to do."""
+        while True:
+            try:
+                command = self._commands.get(block=self._engine.idle and not self._ending)
+            except queue.Empty:
+                return
+            command()
+
+    def _step(self) -> None:
+        engine, started = self._engine, time.perf_counter()
+        computed, preemptions = engine.counters.computed, engine.scheduler.preemptions
+        lasts = {sequence: sequence.times.last for sequence in engine.scheduler.running}
+        try:
+            drawn = engine.step()
+        except Exception:
+            # A defect. The sequences of that step are ended; if what is left is sound, the others go on.
+            _log.exception("a step failed")
+            engine.check()
+            self._deliver_failed()
+            return
+        ended = time.perf_counter()
+        self._step_seconds += 0.05 * (ended - started - self._step_seconds)
+        deliveries = [(session, delta) for one in drawn for session, delta in self._deltas_of(one)]
+        self._send(deliveries)
+        new = [one.sequence for one in drawn if one.token is not None]
+        self.listener(
+            StepDone(
+                tokens=engine.counters.computed - computed,
+                sequences=engine.counters.sequences,
+                seconds=ended - started,
+                drawn=len(new),
+                preempted=engine.scheduler.preemptions - preemptions,
+                first=tuple(s.times.last - s.times.added for s in new if not lasts.get(s) and s.times.first),
+                gaps=tuple(s.times.last - lasts[s] for s in new if lasts.get(s)),
+            )
+        )
+
+    def _deltas_of(self, drawn: Drawn) -> list[tuple[_Session, Delta]]:
+        """What a drawn token is to its session. A stop string ends the sequence."""
+        sequence = drawn.sequence
+        if sequence not in self._sessions:
+            return []
+        session, index = self._sessions[sequence]
+        _, stream = session.choices[index]
+        text, tokens = "", ()
+        if drawn.token is not None:
+            text, tokens = stream.push(drawn.token), (NewToken(drawn.token, drawn.logprobs),)
+            if stream.stop is not None:
+                self._engine.finish(sequence, FinishReason.STOP)
+        self._note_prompt(session)
+        if sequence.finish_reason is not None:
+            return [(session, self._last(session, index, text, tokens))]
+        return [(session, Delta(index, text, tokens))]
+
+    def _last(
+        self, session: _Session, index: int, text: str = "", tokens: tuple[NewToken, ...] = (), error: KvistError | None = None
+    ) -> Delta:
+        """The delta that ends a choice, which is forgotten."""
+        sequence, stream = session.choices[index]
+        del self._sessions[sequence]
+        session.unfinished -= 1
+        text += stream.finish()
+        reason = sequence.finish_reason
+        assert reason is not None
+        if stream.stop is not None:
+            reason = FinishReason.STOP
+        error = error or sequence.error
+        if error is not None:
+            reason = FinishReason.FAILED
+        self._tell(session, sequence)
+        return Delta(index, text, tokens, reason, stream.stop, error)
+
+    def _note_prompt(self, session: _Session) -> None:
+        """What is known of the prompt once its first token is drawn."""
+        first = session.choices[0][0]
+        if not session.prompt_logprobs and first.request.prompt_logprobs is not None:
+            session.prompt_logprobs = [None, *first.prompt_logprobs]
+        session.cached_tokens = first.cached.prompt
+
+    def _tell(self, session: _Session, sequence: Running) -> None:
+        """Facts about a choice that has ended, and about the request when it was the last."""
+        cached, length = sequence.cached, len(sequence.request.prompt)
+        cause = Cause.FORK if cached.fork else Cause.PROMPT
+        self.listener(Matched(cause, length, cached.fork or min(cached.prompt, length)))
+        if sequence.preempted:
+            self.listener(Matched(Cause.RESUME, max(len(sequence.tokens), cached.resume), cached.resume))
+        if session.unfinished:
+            return
+        sequences = [sequence for sequence, _ in session.choices]
+        times = [sequence.times for sequence in sequences]
+        self.listener(
+            RequestDone(
+                prompt_tokens=session.prompt_tokens,
+                choices=tuple(
+                    ChoiceDone(len(s.new_tokens), s.finish_reason or FinishReason.CANCELLED) for s in sequences
+                ),
+                submitted=session.submitted,
+                admitted=min((t.admitted for t in times if t.admitted), default=None),
+                first_token=min((t.first for t in times if t.first), default=None),
+                ended=time.perf_counter(),
+            )
+        )
+
+    def _begin(self, session: _Session) -> None:
+        self._queued -= 1
+        job = session.job
+        try:
+            if self._stopping:
+                raise Stopping("the server is shutting down")
+            sequences = self._engine.add_choices(job.request, job.choices)
+        except KvistError as error:
+            session.unfinished = 0
+            failed = [Delta(index, "", (), FinishReason.FAILED, None, error) for index in range(job.choices)]
+            self._send([(session, delta) for delta in failed])
+            return
+        for index, sequence in enumerate(sequences):
+            text = TextStream(self.tokenizer, self.tokenizer.eos_ids, job.stops, job.keep_special)
+            session.choices.append((sequence, text))
+            self._sessions[sequence] = session, index
+
+    def _end(self, session: _Session, error: KvistError | None) -> None:
+        deliveries = []
+        for index, (sequence, _) in enumerate(session.choices):
+            if sequence in self._sessions:
+                self._engine.finish(sequence, FinishReason.CANCELLED)
+                deliveries.append((session, self._last(session, index, error=error)))
+        self._send(deliveries)
+
+    def _refuse_waiting(self) -> None:
+        """End the sessions of which nothing has run yet."""
+        waiting = {sequence for sequence in self._engine.scheduler.waiting if not sequence.preempted}
+        for session in {session for session, _ in self._sessions.values()}:
+            if all(sequence in waiting or sequence.leader in waiting for sequence, _ in session.choices):
+                self._end(session, Stopping("the server is shutting down"))
+
+    def _end_all(self) -> None:
+        for session in {session for session, _ in self._sessions.values()}:
+            self._end(session, Stopping("the server is shutting down"))
+        self._ending = True
+
+    def _deliver_failed(self) -> None:
+        """Tell the sessions whose sequences a failed step has ended."""
+        for sequence, (session, index) in list(self._sessions.items()):
+            if sequence.finish_reason is not None:
+                error = KvistError("the engine failed on this request; the server's log says why")
+                self._send([(session, self._last(session, index, error=error))])
+
+    def _check(self, done: "asyncio.Future[BaseException | None]") -> None:
+        error: BaseException | None = None
+        try:
+            self._engine.check()
+        except Exception as found:
+            error = found
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(done.set_result, error)
+
+    def _send(self, deliveries: list[tuple[_Session, Delta]]) -> None:
+        if not deliveries or self._loop is None:
+            return
+
+        def arrive() -> None:
+            for session, delta in deliveries:
+                session.arrive(delta)
+
+        try:
+            self._loop.call_soon_threadsafe(arrive)
+        except RuntimeError:  # the loop is closed: nobody reads any more
+            _log.debug("nobody is left to tell")

@@ -1,0 +1,63 @@
+"""What a client of the engine's thread asks for, and the stream that answers it. No HTTP, no wire format."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvist.base.errors import KvistError
+from kvist.runtime.request import FinishReason, Request, TokenLogprobs
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request and what its text needs.
+
+    `choices`: how many answers; choice `i` draws with the seed of the request + `i` (modulo 2^64), and all share the
+    prompt's blocks. `stops`: stop strings. `keep_special`: special tokens (but for those that end a text) give their
+    text, as whoever parses tool calls needs it.
+    """
+
+    request: Request
+    choices: int = 1
+    stops: tuple[str, ...] = ()
+    keep_special: bool = False
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """One drawn token; `logprobs` where they were asked for."""
+
+    id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to one choice. `text` is settled: all pieces joined are the whole. The last delta of a choice
+    has `finish_reason`, with `stop` where a stop string ended it, and `error` where it was ended by a failure."""
+
+    choice: int
+    text: str
+    tokens: tuple[NewToken, ...]
+    finish_reason: FinishReason | None = None
+    stop: str | None = None
+    error: KvistError | None = None
+
+
+class Session(Protocol):
+    """One job under way. Iterate once over its deltas, of all choices as they come; it ends when all have ended.
+
+    `cached_tokens`: how many of the prompt's tokens were read from the cache; known from the first delta on.
+    `prompt_logprobs`: one entry for each token of the prompt, None for the first; complete from the first delta on.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int  # of all choices, so far
+    prompt_logprobs: list[TokenLogprobs | None]
+
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+
+    def cancel(self) -> None:
+        """End every choice that has not ended, at any moment, any number of times."""
+        ...
