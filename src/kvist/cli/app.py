@@ -3,7 +3,7 @@
 import typer
 
 from kvist import __version__
-from kvist.cli import bench, calibrate, convert, eval_codecs, evals, fidelity, run, trace, train, verify
+from kvist.cli import bench, calibrate, chat, convert, eval_codecs, evals, fidelity, run, serve, trace, train, verify
 
 app = typer.Typer(
     name="kvist",
@@ -28,6 +28,8 @@ def _kvist(
 
 
 app.command("run")(run.run)
+app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("verify")(verify.verify)
 app.command("fidelity")(fidelity.fidelity)
 app.command("calibrate")(calibrate.calibrate)

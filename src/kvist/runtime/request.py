@@ -54,8 +54,8 @@ class Sampling:
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 raise RequestError(f"{name} must be between -2 and 2, got {getattr(self, name)}")
-        if not 0 < self.repetition_penalty <= 100:
-            raise RequestError(f"repetition_penalty must be above 0 and at most 100, got {self.repetition_penalty}")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise RequestError(f"repetition_penalty must be between 0.01 and 100, got {self.repetition_penalty}")
         if not all(-100 <= bias <= 100 for _, bias in self.logit_bias):
             raise RequestError("a logit bias must be between -100 and 100")
 

@@ -130,8 +130,8 @@ class Serving:
         self._thread.start()
 
     async def stop(self, grace: float) -> None:
-        """Refuse what waits and what comes (`Stopping`), let what runs go on for at most `grace` seconds, then end it and
-        the thread."""
+        """Refuse what waits and what comes (`Stopping`), let what runs go on for at most `grace` seconds, then end it
+        and the thread."""
         self._stopping = True
         if self._thread is None:
             return
@@ -148,7 +148,8 @@ class Serving:
         return self._thread is not None and self._thread.is_alive() and self.failure is None
 
     def submit(self, job: Job) -> _Session:
-        """Queue a job. Raises `RequestError` for one that can never run, `Overloaded` when too many wait, `Stopping`."""
+        """Queue a job. Raises `RequestError` for one that can never run, `Overloaded` when too many wait,
+        `Stopping`."""
         if self._stopping or not self.alive:
             raise Stopping("the server is shutting down" if self._stopping else "the engine has failed; see the log")
         if not 1 <= job.choices <= self._engine.scheduler.most_running:
@@ -170,7 +171,8 @@ class Serving:
         return session
 
     def end(self, session: _Session, error: KvistError | None = None) -> None:
-        """End what has not ended of a session, because nobody wants it any more or because of `error`. From any thread."""
+        """End what has not ended of a session, because nobody wants it any more or because of `error`. From any
+        thread."""
         self._commands.put(lambda: self._end(session, error))
 
     async def embed(self, prompts: Sequence[Sequence[int]], tenant: str = "") -> list[list[float]]:
@@ -264,7 +266,7 @@ class Serving:
             return []
         session, index = self._sessions[sequence]
         _, stream = session.choices[index]
-        text, tokens = "", ()
+        text, tokens = "", tuple[NewToken, ...]()
         if drawn.token is not None:
             text, tokens = stream.push(drawn.token), (NewToken(drawn.token, drawn.logprobs),)
             if stream.stop is not None:
@@ -275,7 +277,12 @@ class Serving:
         return [(session, Delta(index, text, tokens))]
 
     def _last(
-        self, session: _Session, index: int, text: str = "", tokens: tuple[NewToken, ...] = (), error: KvistError | None = None
+        self,
+        session: _Session,
+        index: int,
+        text: str = "",
+        tokens: tuple[NewToken, ...] = (),
+        error: KvistError | None = None,
     ) -> Delta:
         """The delta that ends a choice, which is forgotten."""
         sequence, stream = session.choices[index]

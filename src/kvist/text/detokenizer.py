@@ -2,7 +2,7 @@
 
 import codecs
 
-from kvist.text.tokenizer import Tokenizer
+from kvist.text.tokenizer import BYTE_OF, Tokenizer
 
 _UNDECODED = "\ufffd"
 
@@ -35,7 +35,7 @@ class _ByteText:
 
     def push(self, token_id: int, token: str) -> str:
         try:
-            raw = bytes(_BYTE_OF[character] for character in token)
+            raw = bytes(BYTE_OF[character] for character in token)
         except KeyError:  # an added token, spelled as itself
             raw = token.encode()
         return self._utf8.decode(raw)
@@ -71,13 +71,3 @@ class _WindowText:
             return ""
         self._context, self._pending = self._pending or self._context, []
         return text[len(before) :]
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The byte behind each of GPT-2's 256 characters: printable Latin-1 is itself, the rest from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()

@@ -1,5 +1,6 @@
 """A checkpoint's tokenizer: text to token ids and back, and which ids end a text."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from kvist.base.errors import KvistError, TextError
 from kvist.base.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _SHOWN_CHARACTERS = 100
 
 
@@ -31,6 +33,9 @@ class Tokenizer:
         self.byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
+        self._added = frozenset(added)
+        decoder = b"" if backend.decoder is None else backend.decoder.__getstate__()
+        self._falls_back = b"ByteFallback" in decoder  # to tokens that are single bytes, spelled <0xE2>
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
@@ -52,13 +57,14 @@ class Tokenizer:
         bos_id = None if bos is None else backend.token_to_id(bos)
         return cls(backend, eos_ids if eos_id is None else eos_ids | {eos_id}, bos_id)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the file's post-processor adds.
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids, with the special tokens that the file's post-processor adds unless `add_special` is False: a chat
+        template writes them itself.
 
         Raises `TextError` for a lone surrogate, and for a character that a vocabulary of characters lacks.
         """
         try:
-            return self._backend.encode(text).ids
+            return self._backend.encode(text, add_special_tokens=add_special).ids
         except Exception as error:  # the library raises plain Exception
             raise TextError(self._refusal(text, error)) from error
 
@@ -69,6 +75,21 @@ class Tokenizer:
     def token(self, token_id: int) -> str | None:
         """The vocabulary's entry for an id, as it is spelled there; None for an id without one."""
         return self._backend.id_to_token(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds within a text; none for an id without a token. A special token's are its name."""
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._added:
+            return token.encode()
+        if self.byte_level:
+            return bytes(BYTE_OF[character] for character in token if character in BYTE_OF)
+        if _BYTE_TOKEN.fullmatch(token) and self._falls_back:
+            return bytes([int(token[3:5], 16)])
+        # Twice, because a text's first token may be decoded unlike the others.
+        twice, once = (self.decode([token_id] * count, skip_special=False) for count in (2, 1))
+        return twice[len(once) :].encode()
 
     def _refusal(self, text: str, error: Exception) -> str:
         surrogate = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
@@ -129,6 +150,16 @@ def _eos_ids(path: Path) -> frozenset[int]:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
             raise TextError(f"{path}: eos_token_id should be a token id or a list of them, got {value!r}")
     return frozenset(ids)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte behind each of GPT-2's 256 characters: printable Latin-1 is itself, the rest from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_alphabet()  # how byte-level vocabularies spell bytes
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,176 @@
+"""`kvist serve`: a model behind the APIs of OpenAI and Anthropic."""
+
+import os
+import re
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvist.base.errors import KvistError
+from kvist.cli.options import Dtype, Kv, Model, note
+from kvist.cli.run import INTERRUPTED
+
+if TYPE_CHECKING:
+    from kvist.server.settings import ServerSettings
+    from kvist.service.serving import Serving
+
+KEY_VARIABLE = "KVIST_API_KEY"
+_UNITS = {
+    prefix + suffix: base**power
+    for power, prefix in enumerate(("", "k", "m", "g", "t"))
+    for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
+}
+
+
+def serve(
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="Listen on this address.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port; 0 takes any that is free.")] = 8000,
+    kv: Kv = None,
+    kv_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory for the cache, as in 2GiB; by default half of the free.")
+    ] = None,
+    dtype: Dtype = None,
+    name: Annotated[str | None, typer.Option(help="The model's name for clients; by default as it was given.")] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A chat template instead of the model's own.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY", help=f"Answer only who sends this key; may be given several times. Also {KEY_VARIABLE}."
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keys, one a line; '#' begins a comment.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Let the network ask without an API key.")] = False,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Let pages of this origin ask; '*' for all; may be given several times."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Answer under this host name, too; may be given several times."),
+    ] = None,
+    max_running: Annotated[int | None, typer.Option(min=1, help="The most answers under way at once.")] = None,
+    max_waiting: Annotated[int, typer.Option(min=0, help="The most requests that wait; others get 429.")] = 256,
+    max_body: Annotated[str, typer.Option(metavar="SIZE", help="The largest request.")] = "32MiB",
+    timeout: Annotated[float, typer.Option(help="The most seconds that a request may take.")] = 600.0,
+    grace: Annotated[float, typer.Option(help="Seconds that a shut-down waits for answers under way.")] = 30.0,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Log in JSON; the default where stderr is no terminal.")
+    ] = False,
+) -> None:
+    """Serve a model over the APIs of OpenAI and Anthropic. Ctrl-C ends it in an orderly way."""
+    if not 0 < timeout < float("inf") or not 0 <= grace < float("inf"):
+        raise KvistError(f"--timeout and --grace take a number of seconds, got {timeout:g} and {grace:g}")
+    given = None if kv_memory is None else size(kv_memory, "--kv-memory")
+    body, keys = size(max_body, "--max-body"), api_keys(api_key or [], api_key_file)
+
+    from kvist.server.logs import shown
+    from kvist.server.run import is_loopback, listen
+    from kvist.server.settings import ServerSettings
+
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        api_keys=keys,
+        origins=tuple(allow_origin or ()),
+        hosts=tuple(allow_host or ()),
+        max_body_bytes=body,
+        max_waiting=max_waiting,
+        timeout=timeout,
+        grace=grace,
+    )
+    # Before the model is read: whoever has the port keeps it, and it takes a moment to say so.
+    with listen(host, port) as listening:
+        if not keys and not insecure and not is_loopback(listening):
+            raise KvistError(
+                f"on {host} everybody on the network could ask; protect the server with --api-key, or give --insecure "
+                "where something else does"
+            )
+        with shown(as_json=log_json or not sys.stderr.isatty()):
+            try:
+                serving = _serving(model, dtype, kv, given, max_running, name, chat_template, settings)
+            except KeyboardInterrupt:
+                note("stopped")
+                raise typer.Exit(INTERRUPTED) from None
+            _run(serving, settings, listening)
+
+
+def size(text: str, option: str) -> int:
+    """Bytes: `2GiB` and `2G` are 2^31, `2GB` is 2 * 10^9. Raises `KvistError` that names the option."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in _UNITS or (number := int(float(found[1]) * _UNITS[found[2]])) < 1:
+        raise KvistError(f"{option} takes a size, as in 512MiB or 2GiB; got {text!r}")
+    return number
+
+
+def api_keys(given: list[str], file: Path | None) -> tuple[str, ...]:
+    """All keys there are, each once: as options, in the environment, in a file. Raises `KvistError` for one that no
+    header can carry, and for a file that has none."""
+    from kvist.text.reading import read_text
+
+    keys = [*given, os.environ.get(KEY_VARIABLE, "")]
+    if file is not None:
+        lines = [line.partition("#")[0].strip() for line in read_text(file).splitlines()]
+        if not any(lines):
+            raise KvistError(f"{file} holds no key; it takes one a line")
+        keys += lines
+    for key in keys:
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise KvistError("an API key is made of letters, digits and signs of ASCII, without blanks")
+    if "" in given:
+        raise KvistError("--api-key is empty; leave it out to serve without one")
+    return tuple(dict.fromkeys(key for key in keys if key))
+
+
+def _serving(
+    model: str | None,
+    dtype: str | None,
+    kv: str | None,
+    kv_memory: int | None,
+    running: int | None,
+    name: str | None,
+    template: Path | None,
+    settings: "ServerSettings",
+) -> "Serving":
+    """The model in memory and its engine; tells what the cache holds."""
+    from kvist.server.run import log
+    from kvist.service.loaded import open_model
+    from kvist.service.serving import Serving
+
+    loaded = open_model(model, dtype=dtype, kv=kv)
+    budget = loaded.budget(kv_memory, running)
+    serving = Serving(
+        loaded,
+        loaded.serving_engine(budget),
+        name=name,
+        template=template,
+        max_waiting=settings.max_waiting,
+        timeout=settings.timeout,
+    )
+    log.info("%s · context of %s tokens", serving.name, f"{serving.context:,}")
+    log.info("%s", budget.describe(serving.context))
+    if serving.template is None:
+        log.info("the model has no chat template: only completions are served; --chat-template gives it one")
+    return serving
+
+
+def _run(serving: "Serving", settings: "ServerSettings", listening: socket.socket) -> None:
+    from kvist.server.app import create_app
+    from kvist.server.run import log, serve, url_of
+
+    def ready() -> None:
+        url = url_of(listening)
+        log.info("listening on %s · OpenAI: %s/v1 · Anthropic: %s", url, url, url, extra={"facts": {"url": url}})
+
+    serve(create_app(serving, settings), serving.stop, settings, listening, ready)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # it has ended well: one signal more changes nothing of that
+    log.info("stopped")

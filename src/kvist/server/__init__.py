@@ -1,0 +1,1 @@
+"""HTTP: OpenAI and Anthropic wire formats, metrics, limits."""

@@ -1,0 +1,196 @@
+"""The routes of the Messages API: from a request to an answer, whole or as a stream.
+
+Usage. `input_tokens`, `cache_creation_input_tokens` and `cache_read_input_tokens` add up to the prompt's tokens. Read
+are those that the cache had. Created are those that this request computed and left in the cache, in whole blocks, where
+it asked for that with `cache_control`; without, they count as input, though they are kept all the same. At least the
+last token of a prompt is computed anew, so `input_tokens` is never 0.
+
+In a stream, `message_start` comes with the first token, when it is known how much was read from the cache; if that
+takes longer than `PATIENCE`, it comes before, and counts the whole prompt as input. `message_delta` has the final
+counts in either case: the official clients, and whoever follows their types, let these replace the first ones.
+"""
+
+import logging
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from kvist.base.errors import Stopping
+from kvist.cache.layout import BLOCK_SIZE
+from kvist.runtime.request import FinishReason, Sampling
+from kvist.server.anthropic.prompt import asks_for_caching, chat_request, options_of
+from kvist.server.anthropic.replies import MessageReply, TokenCount, Usage
+from kvist.server.anthropic.schema import MessagesRequest, Prompt
+from kvist.server.anthropic.stream import Blocks, Event, content_of, encoded, paced
+from kvist.server.errors import ANTHROPIC_RESPONSES, anthropic_error, problem_of
+from kvist.server.limits import tenant_of
+from kvist.server.logs import Note, note
+from kvist.server.openai.replies import answers, new_id, reply
+from kvist.server.openai.stream import raise_failure
+from kvist.server.settings import ServerSettings
+from kvist.service.chat import Chat, ChatDelta, ChatSession, Options
+from kvist.service.serving import Serving
+from kvist.text.response import Reasoning
+
+log = logging.getLogger("kvist.server")
+
+PATIENCE = 1.0  # seconds in which the first token usually comes when most of a prompt was cached
+PING = 10.0  # seconds of silence before a client hears that the server is still at work
+_PING = encoded({"type": "ping"})
+
+
+def router(serving: Serving, settings: ServerSettings) -> APIRouter:
+    """`POST /v1/messages` and `POST /v1/messages/count_tokens`.
+
+    Any name of a model is taken: a server has one model, and its answers say which. Nothing of `settings` matters here:
+    who may ask is settled before, and for how long below.
+    """
+    routes = APIRouter(tags=["Anthropic"], responses=ANTHROPIC_RESPONSES)
+    chat = Chat(serving)
+
+    @routes.post("/v1/messages", response_model=None, responses=answers(MessageReply, streams=True))
+    async def messages(body: MessagesRequest, request: Request) -> Response:
+        session = chat.start(chat_request(body, options_of(body, tenant_of(request))))
+        noted = note(request, session.session, serving.name)
+        answer = Answer(session, serving.name, body)
+        if body.stream:
+            return _Stream(answer, noted)
+        try:
+            return reply(await answer.whole(noted))
+        finally:
+            session.cancel()
+
+    @routes.post("/v1/messages/count_tokens", response_model=None, responses=answers(TokenCount))
+    async def count_tokens(body: Prompt, request: Request) -> Response:
+        options = Options(max_tokens=None, sampling=Sampling(), tenant=tenant_of(request))
+        return reply({"input_tokens": chat.count(chat_request(body, options))})
+
+    return routes
+
+
+class Answer:
+    """One message under way."""
+
+    def __init__(self, session: ChatSession, model: str, body: MessagesRequest) -> None:
+        self.session = session
+        self.ended = False
+        self._id = new_id("msg_")
+        self._model = model
+        self._max_tokens = body.max_tokens
+        self._stops = body.stop_sequences or ()  # templates have stops of their own beside them
+        self._asked = asks_for_caching(body)
+        self._begun = False  # from then on it is known what was read from the cache
+        self._thinks = False
+        self._thinking_tokens = 0  # drawn while it thinks, the mark that ends it included
+        self._blocks = Blocks()
+
+    def message(self) -> MessageReply:
+        """The message with what is known by now, and no content."""
+        return {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": self._usage(),
+        }
+
+    def push(self, delta: ChatDelta) -> list[Event]:
+        """The events that a delta gives, the last of all being `message_delta`. Raises what ended the answer early."""
+        self._begun = True
+        raise_failure(delta.error, delta.finish)
+        events: list[Event] = []
+        if self._max_tokens:
+            events = [event for part in delta.parts for event in self._blocks.push(part)]
+            self._thinking_tokens += len(delta.tokens) * self._thinks
+            if delta.parts:
+                self._thinks = isinstance(delta.parts[-1], Reasoning)
+        if delta.finish is not None:
+            reason = self._reason(delta)
+            stop = {"stop_reason": reason, "stop_sequence": delta.stop if reason == "stop_sequence" else None}
+            events += self._blocks.close()
+            events.append({"type": "message_delta", "delta": stop, "usage": self._usage()})
+            self.ended = True
+        return events
+
+    async def whole(self, noted: Note) -> Event:
+        """The message once it is complete."""
+        events = [event async for delta in self.session for event in self.push(delta)]
+        self._check_ended()
+        end = events.pop()
+        noted.finish = end["delta"]["stop_reason"]
+        return {**self.message(), **end["delta"], "content": content_of(events)}
+
+    async def events(self, noted: Note) -> AsyncIterator[bytes]:
+        """The stream, event by event; those of one delta together."""
+        started = False
+        try:
+            async for delta in paced(self.session, PATIENCE, PING):
+                events = [] if delta is None else self.push(delta)
+                head = b""
+                if not started:
+                    head = encoded({"type": "message_start", "message": self.message()}) + _PING
+                    started = True
+                elif delta is None:
+                    head = _PING
+                if data := head + b"".join(map(encoded, events)):
+                    yield data
+                if self.ended:
+                    noted.finish = events[-1]["delta"]["stop_reason"]
+            self._check_ended()
+            yield encoded({"type": "message_stop"})
+        except Exception as error:
+            problem = problem_of(error)
+            noted.finish = "error"
+            if problem.status == 500:  # it is too late for whoever logs what routes raise
+                log.error("request failed", exc_info=error, extra={"facts": {"request_id": noted.request_id}})
+            yield encoded(anthropic_error(problem, noted.request_id or None))
+
+    def _check_ended(self) -> None:
+        if not self.ended:
+            raise Stopping("the answer was ended before it was complete")
+
+    def _reason(self, delta: ChatDelta) -> str:
+        if not self._max_tokens:
+            return "max_tokens"
+        if delta.stop in self._stops:
+            return "stop_sequence"
+        if delta.finish is FinishReason.LENGTH:
+            full = self.session.session.new_tokens < self._max_tokens
+            return "model_context_window_exceeded" if full else "max_tokens"
+        return "tool_use" if self._blocks.called else "end_turn"
+
+    def _usage(self) -> Usage:
+        session = self.session.session
+        prompt, read = session.prompt_tokens, session.cached_tokens
+        kept = min(prompt // BLOCK_SIZE * BLOCK_SIZE, prompt - 1)
+        created = max(kept - read, 0) if self._asked and self._begun else 0
+        return {
+            "input_tokens": prompt - read - created,
+            "cache_creation_input_tokens": created,
+            "cache_read_input_tokens": read,
+            "output_tokens": session.new_tokens if self._max_tokens else 0,
+            "output_tokens_details": {"thinking_tokens": self._thinking_tokens},
+        }
+
+
+class _Stream(StreamingResponse):
+    """Events of an answer. Its session ends with it, be it at the last event or because the client left."""
+
+    def __init__(self, answer: Answer, noted: Note) -> None:
+        super().__init__(
+            answer.events(noted),
+            media_type="text/event-stream",
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+        )
+        self._session = answer.session
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._session.cancel()

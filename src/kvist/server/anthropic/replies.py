@@ -1,0 +1,55 @@
+"""The shapes of answers, as their types name the fields; the served schema shows them."""
+
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
+
+
+class TextReply(TypedDict):
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingReply(TypedDict):
+    type: Literal["thinking"]
+    thinking: str
+    signature: str
+
+
+class ToolUseReply(TypedDict):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class OutputTokens(TypedDict):
+    thinking_tokens: int
+
+
+class Usage(TypedDict):
+    """The three kinds of input add up to the prompt. `output_tokens` includes those of thinking."""
+
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+    output_tokens_details: OutputTokens
+
+
+class Stop(TypedDict):
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"] | None
+    stop_sequence: str | None
+
+
+class MessageReply(Stop):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[TextReply | ThinkingReply | ToolUseReply]
+    usage: Usage
+
+
+class TokenCount(TypedDict):
+    input_tokens: int

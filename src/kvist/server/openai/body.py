@@ -1,0 +1,190 @@
+"""What the bodies of OpenAI's routes have in common: how strictly they are read, and how tokens are drawn.
+
+Types and ranges are checked strictly: no number is read from a string. Fields that are not named are ignored, for
+clients send new ones before servers know them, but those that would change the answer and cannot be had here are
+refused (`refused`), each with what would work instead. `null` is always the same as leaving a field out.
+"""
+
+import math
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from kvist.base.units import plural
+from kvist.runtime.request import Sampling
+from kvist.server.errors import ApiError
+from kvist.service.chat import Options
+from kvist.text.tokenizer import Tokenizer
+
+MOST_CHOICES = 128
+MOST_LOGPROBS = 20
+MOST_STOPS = 16
+_MOST_STOP = 4096  # characters
+_MOST_BIASES = 1024
+_MOST_DEPTH = 100  # of arrays and objects in each other
+_SMALLEST_TOP_P = 1e-6  # OpenAI allows 0: only the likeliest token
+
+
+def _whole(value: Any) -> Any:
+    """In JSON 2.0 is a whole number, as 2 is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[Integer, Field(ge=1, lt=2**31)]
+TokenId = Annotated[Integer, Field(ge=0, lt=2**31)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
+Stop = Annotated[str, Field(min_length=1, max_length=_MOST_STOP)]
+
+
+def text_or_list(value: Any) -> str:
+    """Which of two alternatives is meant, tagged "text" and "list", so that complaints are about that one alone."""
+    return "text" if isinstance(value, str) else "list"
+
+
+Stops = Annotated[
+    Annotated[Stop, Tag("text")] | Annotated[list[Stop], Field(max_length=MOST_STOPS), Tag("list")],
+    Discriminator(text_or_list),
+]
+
+
+class Fields(BaseModel):
+    """Any object within a body."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class Body(Fields):
+    """A whole body. `refused`: fields that may not be there, each with the reason."""
+
+    refused: ClassVar[Mapping[str, str]] = {}
+
+    model: str | None = Field(None, description="The name of the model that this server has; needs not be given.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_values(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        for name, reason in cls.refused.items():
+            if body.get(name) not in (None, False, [], {}):
+                raise PydanticCustomError(
+                    "refused", "{name} is not supported: {reason}", {"name": name, "reason": reason}
+                )
+        _check_json(body)
+        return body
+
+
+class StreamOptions(Fields):
+    include_usage: bool | None = None
+
+
+class Generation(Body):
+    """How tokens are drawn. What OpenAI does not have is named as vLLM names it."""
+
+    temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy; 1 by default.")
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: Integer | None = Field(None, ge=-1, lt=2**31, description="0 or -1: all tokens.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
+        Field(None, max_length=_MOST_BIASES)
+    )
+    seed: Integer | None = Field(None, ge=-(2**63), lt=2**64, description="Another one for each request by default.")
+    stop: Stops | None = None
+    ignore_eos: bool | None = None
+    priority: Integer | None = Field(None, ge=-(2**31), lt=2**31, description="Lower comes first; 0 by default.")
+    stream: bool | None = None
+
+    def options(
+        self,
+        tokenizer: Tokenizer,
+        tenant: str,
+        *,
+        max_tokens: int | None,
+        choices: int = 1,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> Options:
+        """Raises `ApiError` (400) for a bias on a token that the vocabulary does not have."""
+        return Options(
+            max_tokens=max_tokens,
+            sampling=self._sampling(tokenizer),
+            stops=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            choices=choices,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            priority=self.priority or 0,
+            tenant=tenant,
+            ignore_eos=bool(self.ignore_eos),
+        )
+
+    def _sampling(self, tokenizer: Tokenizer) -> Sampling:
+        bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
+        if bias and max(bias) >= tokenizer.vocab_size:
+            text = f"token {max(bias)} is not among the {plural(tokenizer.vocab_size, 'token')} of this model"
+            raise ApiError(400, f"logit_bias: {text}", param="logit_bias")
+        return Sampling(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=max(self.top_k or 0, 0),
+            top_p=1.0 if self.top_p is None else max(self.top_p, _SMALLEST_TOP_P),
+            min_p=self.min_p or 0.0,
+            seed=secrets.randbits(64) if self.seed is None else self.seed % 2**64,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias=tuple(sorted(bias.items())),
+        )
+
+
+# Of vLLM's and llama.cpp's extensions, those that decide what is drawn and that Kvist does not have.
+REFUSED_EXTENSIONS = {
+    "stop_token_ids": "end tokens are the model's own; use stop",
+    "min_tokens": "an answer ends where the model ends it; ignore_eos goes on to max_tokens",
+    "bad_words": "use logit_bias",
+    "allowed_token_ids": "use logit_bias",
+    "use_beam_search": "answers are sampled; use n",
+    "length_penalty": "it belongs to beam search",
+    "logits_processors": "no code of clients runs here",
+    "truncate_prompt_tokens": "a prompt is computed whole; shorten it yourself",
+    "prompt_logprobs": "use /v1/completions with echo and logprobs",
+}
+
+
+def _check_json(body: Any) -> None:
+    """Raises for numbers that are none or that no 64 bits hold, for lone surrogates, and for what is nested too deeply,
+    wherever in a body it stands: these would fail later, in places that cannot say so."""
+    waiting: list[tuple[Any, tuple[str | int, ...]]] = [(body, ())]
+    while waiting:
+        value, path = waiting.pop()
+        if len(path) > _MOST_DEPTH:
+            raise PydanticCustomError(
+                "too_deep", "the body is nested more than {most} levels deep", {"most": _MOST_DEPTH}
+            )
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            if isinstance(item, dict | list):
+                waiting.append((item, (*path, key)))
+            if reason := _reason_against(item) or _reason_against(key):
+                place = ".".join(map(str, (*path, key))).encode("ascii", "backslashreplace").decode()
+                raise PydanticCustomError("bad_value", "{place}: {reason}", {"place": place[:200], "reason": reason})
+
+
+def _reason_against(value: Any) -> str:
+    if isinstance(value, str):
+        if value.isascii():
+            return ""
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return "the text holds a lone surrogate, which is no character"
+    elif isinstance(value, float):
+        return "" if math.isfinite(value) else "the number is not finite"
+    elif isinstance(value, int):
+        return "" if -(2**63) <= value < 2**64 else "the number does not fit 64 bits"
+    return ""

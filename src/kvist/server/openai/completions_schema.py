@@ -1,0 +1,80 @@
+"""The bodies of `/v1/completions` and `/v1/embeddings`, which take text or token ids."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from kvist.server.openai.body import (
+    MOST_CHOICES,
+    MOST_LOGPROBS,
+    REFUSED_EXTENSIONS,
+    Body,
+    Generation,
+    Integer,
+    StreamOptions,
+    TokenId,
+)
+
+MOST_PROMPTS = 256
+_MOST_INPUTS = 2048
+_MOST_TOKENS = 4_000_000
+
+
+def prompt_kind(prompt: Any) -> str:
+    """Which of the four forms of a prompt is meant, by its first element."""
+    if isinstance(prompt, str):
+        return "text"
+    first = prompt[0] if isinstance(prompt, list) and prompt else None
+    if isinstance(first, list):
+        return "lists"
+    return "tokens" if isinstance(first, int | float) else "texts"
+
+
+Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=_MOST_TOKENS)]
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS), Tag("texts")]
+    | Annotated[Tokens, Tag("tokens")]
+    | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS), Tag("lists")],
+    Discriminator(prompt_kind),
+]
+Input = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Field(min_length=1, max_length=_MOST_INPUTS), Tag("texts")]
+    | Annotated[Tokens, Tag("tokens")]
+    | Annotated[list[Tokens], Field(min_length=1, max_length=_MOST_INPUTS), Tag("lists")],
+    Discriminator(prompt_kind),
+]
+
+
+class CompletionBody(Generation):
+    refused: ClassVar = {
+        **REFUSED_EXTENSIONS,
+        "suffix": "models here continue a text and do not fill gaps in one",
+        "response_format": "/v1/chat/completions has it",
+        "guided_json": "/v1/chat/completions has response_format",
+        "guided_regex": "/v1/chat/completions has response_format",
+        "guided_choice": "/v1/chat/completions has response_format",
+        "guided_grammar": "/v1/chat/completions has response_format",
+        "structured_outputs": "/v1/chat/completions has response_format",
+        "grammar": "/v1/chat/completions has response_format",
+        "json_schema": "/v1/chat/completions has response_format",
+    }
+
+    prompt: Prompt
+    max_tokens: Annotated[Integer, Field(ge=0, lt=2**31)] | None = Field(
+        None, description="16 by default, as OpenAI has it. 0 goes with echo."
+    )
+    n: Annotated[Integer, Field(ge=1, le=MOST_CHOICES)] | None = None
+    best_of: Annotated[Integer, Field(ge=1, le=MOST_CHOICES)] | None = Field(None, description="As many as n.")
+    echo: bool | None = None
+    logprobs: Annotated[Integer, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    stream_options: StreamOptions | None = None
+
+
+class EmbeddingBody(Body):
+    input: Input
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[Integer, Field(ge=1, lt=2**31)] | None = Field(
+        None, description="As many as the model has; they cannot be fewer."
+    )

@@ -1,0 +1,45 @@
+"""`POST /v1/embeddings`: texts or token ids as vectors, the mean of the model's last hidden states at unit length."""
+
+import base64
+import sys
+from array import array
+
+from fastapi import APIRouter, Request
+
+from kvist.server.errors import ApiError
+from kvist.server.limits import tenant_of
+from kvist.server.openai.completions import read_prompts
+from kvist.server.openai.completions_schema import EmbeddingBody
+from kvist.server.openai.models import check_model
+from kvist.server.openai.replies import Embedding, EmbeddingList, answers
+from kvist.service.serving import Serving
+
+
+def add_embeddings(routes: APIRouter, serving: Serving) -> None:
+    """Add the route."""
+
+    @routes.post("/v1/embeddings", response_model=None, responses=answers(EmbeddingList))
+    async def embeddings(body: EmbeddingBody, request: Request) -> EmbeddingList:
+        check_model(serving, body.model)
+        prompts = [prompt.tokens for prompt in read_prompts(body.input, serving.tokenizer)]
+        vectors = await serving.embed(prompts, tenant_of(request))
+        if body.dimensions is not None and body.dimensions != len(vectors[0]):
+            text = f"dimensions: this model's vectors have {len(vectors[0]):,}, and cannot be cut"
+            raise ApiError(400, text, param="dimensions")
+        data: list[Embedding] = [
+            {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format == "base64")}
+            for index, vector in enumerate(vectors)
+        ]
+        tokens = sum(map(len, prompts))
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return {"object": "list", "data": data, "model": serving.name, "usage": usage}
+
+
+def _encoded(vector: list[float], as_base64: bool) -> list[float] | str:
+    """As numbers, or as the base64 of little-endian float32."""
+    if not as_base64:
+        return vector
+    numbers = array("f", vector)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return base64.b64encode(numbers.tobytes()).decode()

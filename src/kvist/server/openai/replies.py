@@ -1,0 +1,173 @@
+"""The shapes of answers, as OpenAI's types name their fields: what is sent is built of these, and the served schema
+shows them. Those of the Responses API stand in `response_shapes.py`."""
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NotRequired
+
+from fastapi.responses import Response
+from typing_extensions import TypedDict
+
+from kvist import __version__
+from kvist.service.session import Session
+
+FINGERPRINT = f"kvist-{__version__}"  # with the same seed and model, answers are the same as long as this is
+
+# ASCII only: whatever a client's own words hold, they can be sent back.
+encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+_STREAM = {
+    "text/event-stream": {"schema": {"type": "string", "description": "Server-sent events, where stream is true."}}
+}
+
+
+def answers(shape: Any, streams: bool = False) -> dict[int | str, dict[str, Any]]:
+    """The `responses=` of a route whose answer has a shape."""
+    return {200: {"model": shape, "content": _STREAM} if streams else {"model": shape}}
+
+
+def reply(data: Mapping[str, Any]) -> Response:
+    """The response that carries an answer."""
+    return Response(encode(data), media_type="application/json")
+
+
+def new_id(kind: str) -> str:
+    """`chatcmpl-` and 24 random hexadecimal digits."""
+    return f"{kind}{secrets.token_hex(12)}"
+
+
+class PromptTokensDetails(TypedDict):
+    cached_tokens: int
+
+
+class CompletionTokensDetails(TypedDict):
+    reasoning_tokens: int
+
+
+class Usage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: NotRequired[CompletionTokensDetails]
+
+
+def usage_of(sessions: Sequence[Session], reasoning: int | None = None) -> Usage:
+    """Tokens of all sessions together. `cached_tokens` are those of the prompt that were read from the cache."""
+    prompt, new = (sum(session.prompt_tokens for session in sessions), sum(session.new_tokens for session in sessions))
+    usage: Usage = {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": sum(session.cached_tokens for session in sessions)},
+    }
+    if reasoning is not None:
+        usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    return usage
+
+
+class TopLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class FunctionCall(TypedDict):
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class ChatMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+
+
+class ChatCompletion(TypedDict):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class LegacyLogprobs(TypedDict):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class TextChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: LegacyLogprobs | None
+    finish_reason: str | None
+
+
+class TextCompletion(TypedDict):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[TextChoice]
+    usage: NotRequired[Usage | None]
+
+
+class Model(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Embedding(TypedDict):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(TypedDict):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage

@@ -1,0 +1,139 @@
+"""From the body of `/v1/responses` to a conversation as chat templates take it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvist.server.openai.chat_schema import JsonObjectFormat
+from kvist.server.openai.conversation import Calling, called, calling, ordered, tools_of, variables_of
+from kvist.server.openai.responses_schema import (
+    AllowedChoice,
+    CallItem,
+    CallOutputItem,
+    FunctionTool,
+    InputRefusal,
+    InputText,
+    Item,
+    JsonSchemaFormat,
+    MessageItem,
+    NamedChoice,
+    NamespaceTool,
+    ReasoningItem,
+    ResponsesBody,
+)
+from kvist.service.chat import ChatRequest, Options
+from kvist.text.chat import ChatTemplate
+
+
+@dataclass(frozen=True)
+class Offered:
+    """A function as the client knows it; the model knows it by one name alone."""
+
+    namespace: str | None
+    function: FunctionTool
+
+    @property
+    def name(self) -> str:
+        return flat_name(self.namespace, self.function.name)
+
+
+def flat_name(namespace: str | None, name: str) -> str:
+    """`("mcp__files", "read")` → `mcp__files__read`."""
+    return name if not namespace else f"{namespace.rstrip('_')}__{name}"
+
+
+def offered_tools(body: ResponsesBody) -> list[Offered]:
+    """The functions of a body, also those in namespaces."""
+    offered: list[Offered] = []
+    for tool in body.tools or ():
+        if isinstance(tool, FunctionTool):
+            offered.append(Offered(None, tool))
+        elif isinstance(tool, NamespaceTool):
+            offered += [Offered(tool.name, inner) for inner in tool.tools if isinstance(inner, FunctionTool)]
+    return offered
+
+
+def chat_request(body: ResponsesBody, options: Options, template: ChatTemplate | None) -> ChatRequest:
+    """The conversation of a body. Raises `ApiError` (400) for what is well formed and makes no sense."""
+    calls = _calling(body)
+    form = None if body.text is None else body.text.format
+    schema = form.schema_ if isinstance(form, JsonSchemaFormat) else {} if isinstance(form, JsonObjectFormat) else None
+    effort = None if body.reasoning is None else body.reasoning.effort
+    return ChatRequest(
+        messages=tuple(ordered(_messages(body), template)),
+        options=options,
+        tools=calls.tools,
+        tool_choice=calls.choice,
+        tool_name=calls.name,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        schema=schema,
+        template_variables=variables_of(effort, body.chat_template_kwargs),
+    )
+
+
+def _calling(body: ResponsesBody) -> Calling:
+    tools = tools_of((tool.name, tool.function) for tool in offered_tools(body))
+    choice = body.tool_choice
+    if isinstance(choice, NamedChoice):
+        return calling(tools, "required", named=choice.name)
+    if isinstance(choice, AllowedChoice):
+        return calling(tools, choice.mode, only=[tool.name for tool in choice.tools])
+    return calling(tools, choice or "auto")
+
+
+def _messages(body: ResponsesBody) -> Iterable[dict[str, Any]]:
+    if body.instructions:
+        yield {"role": "system", "content": body.instructions}
+    if isinstance(body.input, str):
+        yield {"role": "user", "content": body.input}
+        return
+    turn = _Turn()
+    for item in body.input:
+        if turn.takes(item):
+            continue
+        yield from turn.end()
+        turn.takes(item)
+        if isinstance(item, CallOutputItem):
+            yield {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
+        elif isinstance(item, MessageItem) and item.role != "assistant":
+            yield {"role": item.role, "content": _text(item.content)}
+    yield from turn.end()
+
+
+class _Turn:
+    """What the model said before anybody else spoke: reasoning, then text, then calls are one message of a template."""
+
+    def __init__(self) -> None:
+        self._reasoning: list[str] = []
+        self._content: list[str] = []
+        self._calls: list[dict[str, Any]] = []
+
+    def takes(self, item: Item) -> bool:
+        """Whether the item belongs to the message, and was added to it."""
+        match item:
+            case ReasoningItem() if not self._content and not self._calls:
+                self._reasoning += [part.text for part in item.content or ()]
+            case MessageItem(role="assistant") if not self._calls:
+                self._content.append(_text(item.content))
+            case CallItem():
+                self._calls.append(called(item.call_id, flat_name(item.namespace, item.name), item.arguments))
+            case _:
+                return False
+        return True
+
+    def end(self) -> list[dict[str, Any]]:
+        """The message, if there is one; the next starts empty."""
+        message: dict[str, Any] = {"role": "assistant", "content": "\n".join(self._content)}
+        if self._reasoning:
+            message["reasoning_content"] = "\n".join(self._reasoning)
+        if self._calls:
+            message["tool_calls"] = self._calls
+        said = bool(self._content or self._calls or self._reasoning)
+        self._reasoning, self._content, self._calls = [], [], []
+        return [message] if said else []
+
+
+def _text(content: str | Sequence[InputText | InputRefusal]) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.text if isinstance(part, InputText) else part.refusal for part in content)

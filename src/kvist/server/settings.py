@@ -1,0 +1,25 @@
+"""What a server is told once, at its start."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """`api_keys`: none means that everybody may ask who reaches the server from a program; pages in a browser may only
+    from `origins` ("*": any), and `hosts` are names that the server may be asked under, beside addresses and localhost.
+
+    `max_body_bytes`: of a request; `body_timeout`: seconds in which it must have arrived. `max_waiting`: requests in
+    the queue before others are refused. `timeout`: seconds that a request may take; `grace`: seconds that a shut-down
+    waits for those under way.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    max_body_bytes: int = 32 << 20
+    body_timeout: float = 60.0
+    max_waiting: int = 256
+    timeout: float = 600.0
+    grace: float = 30.0

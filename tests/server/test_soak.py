@@ -1,0 +1,54 @@
+"""The server under clients of every kind: no defect, no leak, and a clean engine at the end."""
+
+import asyncio
+import os
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+from soak import Soak, settle
+
+from kvist.server.app import create_app
+from kvist.server.settings import ServerSettings
+from live import live
+from tiny_model import open_serving
+
+MOST_BODY = 1 << 16
+SECONDS = 20
+LONG = float(os.environ.get("KVIST_SOAK_SECONDS", 20 * 60))
+MOST_GROWTH = 24 << 20  # bytes: the allocator's own play; what leaks grows with the time
+
+
+def own_threads() -> list[str]:
+    """Threads but for those that routes borrow, which stay for a while when they are not needed."""
+    return sorted(thread.name for thread in threading.enumerate() if not thread.name.startswith("AnyIO"))
+
+
+def soak(model: Path, seconds: float) -> None:
+    settings = ServerSettings(max_body_bytes=MOST_BODY, body_timeout=0.5, timeout=30)
+    serving = open_serving(model, blocks=96, running=4, max_waiting=4, timeout=30)
+    process = psutil.Process()
+    with live(create_app(serving, settings), serving, settings) as server:
+        clients = Soak(server, seed=1, most_body=MOST_BODY)
+        files, threads = process.num_fds(), own_threads()
+        report = asyncio.run(clients.run(seconds))
+        assert settle(server) == []
+        assert process.num_fds() <= files
+        assert own_threads() == threads
+    assert report.failures == [], f"{len(report.failures)} of {sum(report.seen.values())}, first of all"
+    assert report.growth < MOST_GROWTH
+    # All of them came, and met what they were to meet.
+    assert min(report.count(kind) for kind in clients.kinds) > 0, report.seen
+    assert report.statuses().keys() >= {200, 400, 404, 405, 413, 422, 429}
+    assert report.seen["whole", 200] + report.seen["streamed", 200] > seconds / 2
+
+
+def test_clients_of_every_kind_for_a_while(tiny_model: Path) -> None:
+    soak(tiny_model, SECONDS)
+
+
+@pytest.mark.slow
+def test_clients_of_every_kind_for_minutes(tiny_model: Path) -> None:
+    """20 minutes, or as many seconds as KVIST_SOAK_SECONDS says."""
+    soak(tiny_model, LONG)

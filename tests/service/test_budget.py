@@ -1,0 +1,97 @@
+"""A budget in bytes buys what it says, and is never exceeded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvist.base.errors import ConfigError
+from kvist.cache.choice import parse_choice
+from kvist.cache.layout import OPEN_BLOCKS, Layout, plan_layout
+from kvist.cache.store import Store
+from kvist.models.config import Activation, ModelConfig, Rope
+from kvist.models.load import build, randomize
+from kvist.service import budget as budget_module
+from kvist.service.budget import plan_budget
+from kvist.service.loaded import Loaded, select_backend
+
+CONFIG = ModelConfig(
+    family="llama",
+    vocab_size=61,
+    hidden_size=64,
+    intermediate_size=72,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    max_positions=8192,
+    norm_eps=1e-5,
+    activation=Activation.SILU,
+    rope=Rope(10_000.0),
+)
+KINDS = ("fp32", "bf16", "turbo4", "turbo4,0:fp32", "k=int8,v=turbo2")
+
+
+def layout_of(kv: str) -> Layout:
+    return plan_layout(CONFIG.layer_specs(), parse_choice(kv))
+
+
+@pytest.mark.parametrize("kv", KINDS)
+@pytest.mark.parametrize("given", [3 << 20, 20 << 20, 20_000_001])
+def test_the_store_of_a_budget_has_its_bytes_and_no_block_more_would_fit(kv: str, given: int) -> None:
+    layout, passing = layout_of(kv), 2
+    budget = plan_budget(layout, given, None, passing if layout_of(kv).open_bytes else 0, CONFIG.max_positions)
+    kept = OPEN_BLOCKS * budget.running + budget.tails if layout.open_bytes else 0
+    store = Store(layout, budget.blocks, kept, passing if layout.open_bytes else 0)
+    assert store.nbytes == budget.nbytes <= given
+    assert budget.nbytes + layout.block_bytes > given
+
+
+@pytest.mark.parametrize("kv", KINDS)
+def test_an_engine_of_a_budget_takes_just_its_bytes(kv: str) -> None:
+    layout = layout_of(kv)
+    backend = select_backend(CONFIG, torch.float32)
+    model = randomize(build(CONFIG, backend, torch.float32), seed=1)
+    loaded = Loaded("random", CONFIG, model, layout, backend, Path())
+    budget = loaded.budget(8 << 20, 4)
+    engine = loaded.serving_engine(budget)
+    assert engine.runner.store.nbytes == budget.nbytes <= 8 << 20
+    assert engine.scheduler.most_running == budget.running == 4
+    assert engine.runner.manager.pool.capacity * layout.block_size == budget.tokens
+
+
+def test_what_a_budget_buys_is_told_in_sessions() -> None:
+    layout = layout_of("fp32")  # 3 layers x 2 heads x 2 streams x 32 numbers x 4 bytes = 1.5 KiB a token
+    budget = plan_budget(layout, 12 << 20, 4, 0, 8192)
+    assert (budget.tokens, budget.sessions(4096), budget.sessions(4097), budget.sessions(8192)) == (8192, 2, 1, 1)
+    assert budget.describe(8192) == (
+        "KV fp32: 12.0 MiB hold 8,192 tokens, sessions of tokens: 2 of 4,096; 4 sequences at once"
+    )
+    assert "8 of 1,000" in budget.describe(1000)
+
+
+def test_too_small_a_budget_is_refused_with_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"50.0 KiB is too small: one block of 64 tokens takes 96.0 KiB$"):
+        plan_budget(layout_of("fp32"), 50 << 10, None, 0, 8192)
+    with pytest.raises(ConfigError, match=r"the open blocks of 8 sequences"):
+        plan_budget(layout_of("turbo4"), 1 << 20, 8, 0, 8192)
+
+
+def test_the_default_is_half_of_what_is_free_and_no_more_than_could_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = layout_of("fp32")
+    monkeypatch.setattr(budget_module, "free_memory", lambda: 24 << 20)
+    assert plan_budget(layout, None, 4, 0, 8192).nbytes == 12 << 20
+    monkeypatch.setattr(budget_module, "free_memory", lambda: 24 << 30)
+    assert plan_budget(layout, None, 4, 0, 8192).tokens == 4 * 8192
+
+
+def test_open_blocks_take_at_most_a_quarter_unless_more_sequences_are_asked_for() -> None:
+    layout = layout_of("turbo4")
+    few = plan_budget(layout, 2 << 20, None, 0, 8192)
+    assert 1 <= few.running < 32
+    assert (OPEN_BLOCKS * few.running + few.tails) * layout.open_bytes <= (2 << 20) / 4
+    assert plan_budget(layout, 64 << 20, None, 0, 8192).running == 32
+
+
+def test_free_memory_is_some_of_this_machine() -> None:
+    assert 1 << 20 < budget_module.free_memory() < 1 << 50
