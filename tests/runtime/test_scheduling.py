@@ -23,7 +23,7 @@ def crowded(kv: str, blocks: int, sequences: int, events: list[CacheEvent] | Non
     config = LLAMA if kv == "fp32" else TALL
     base = make_runner(config, kv=kv)
     listener = None if events is None else events.append
-    return Runner(base.model, base.layout, blocks, base.backend, listener, sequences=sequences)
+    return Runner(base.model, base.layout, blocks, base.backend, listener, sequences, tails=sequences)
 
 
 def run_out(engine: Engine) -> None:

@@ -24,12 +24,12 @@ from kvist.service.serving import Serving
 from live import Live, answer_of, live
 from tiny_model import open_serving
 
-LONG = 300  # tokens of an answer that is under way while other things happen
+LONG = 200  # tokens of an answer that is under way while other things happen
 PAUSE = 0.01  # seconds that each step takes longer than it would
 
 
 class Slow:
-    """Facts for whoever counts, and a pause after each step: an answer of `LONG` tokens takes three seconds."""
+    """Facts for whoever counts, and a pause after each step: an answer of `LONG` tokens takes two seconds."""
 
     def __init__(self, inner: Callable[[Fact], None]) -> None:
         self._inner = inner

@@ -89,6 +89,14 @@ class Routes:
 
             return StreamingResponse(pieces())
 
+        @app.get("/flood")
+        async def flood() -> StreamingResponse:
+            async def pieces() -> AsyncIterator[bytes]:
+                while True:
+                    yield b"x" * (1 << 16)
+
+            return StreamingResponse(pieces())
+
         @app.get("/broken")
         async def broken() -> StreamingResponse:
             async def pieces() -> AsyncIterator[bytes]:
@@ -121,7 +129,7 @@ def server(routes: Routes) -> Iterator[Live]:
 
 @pytest.fixture(scope="module")
 def locked() -> Iterator[Live]:
-    settings = ServerSettings(api_keys=("first-key", "second-key"), origins=("https://page.test",))
+    settings = ServerSettings(api_keys=("first-key", "second-key"), origins=("https://Page.test/",))
     with live(Routes().app(settings), Standing(), settings) as running:
         yield running
 
@@ -198,7 +206,8 @@ def test_garbage_is_the_clients_mistake(server: Live, path: str, body: bytes) ->
 
 
 def test_bytes_that_are_no_http(server: Live) -> None:
-    for sent in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET /\r\n\r\n", b"POST / HTTP/1.1\r\ncontent-length: x\r\n\r\n"):
+    post = b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: "
+    for sent in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET /\r\n", post + b"x", post + b"9" * 5000, post + b"-1"):
         received = exchange(server.port, sent + b"\r\n\r\n")
         assert received.startswith(b"HTTP/1.1 400") or received == b""
     assert httpx.get(f"{server.url}/health").status_code == 200
@@ -330,6 +339,22 @@ def test_work_ends_when_it_takes_far_too_long() -> None:
         assert response.status_code == 504
         assert response.headers["x-should-retry"] == "false"
         assert routes.cancelled.is_set()
+
+
+def test_a_reader_that_does_not_read_holds_nothing_for_long() -> None:
+    settings = ServerSettings(timeout=0.5, grace=0)
+    with (
+        live(Routes().app(settings), Standing(), settings) as running,
+        socket.create_connection(("127.0.0.1", running.port)) as connection,
+    ):
+        connection.sendall(b"GET /flood HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        time.sleep(0.3)
+        assert len(running.server.server_state.tasks) == 1
+        time.sleep(0.7)
+        assert not running.server.server_state.tasks
+        # Nor does it hold up the end: see `_DRAIN`.
+        running.stop()
+        assert running.ended(10)
 
 
 def test_a_stream_that_breaks_ends_without_its_end(server: Live, caplog: pytest.LogCaptureFixture) -> None:

@@ -55,14 +55,20 @@ class Copy:
 
 class CacheManager:
     """Leases over one pool of blocks of `block_size` tokens, and one of open blocks where codecs are lossy; the prefix
-    tree over both."""
+    tree over both. `open_tails`: whether the prefix tree keeps open blocks, for which that pool then needs room."""
 
     def __init__(
-        self, pool: BlockPool, block_size: int, listener: Listener | None = None, open_pool: BlockPool | None = None
+        self,
+        pool: BlockPool,
+        block_size: int,
+        listener: Listener | None = None,
+        open_pool: BlockPool | None = None,
+        open_tails: bool = True,
     ) -> None:
         self.pool = pool
         self.open_pool = open_pool
         self.block_size = block_size
+        self._open_tails = open_tails
         self.tree = PrefixTree(pool, block_size, open_pool)
         self._listener = listener
         self._leases: dict[int, Lease] = {}
@@ -356,7 +362,7 @@ class CacheManager:
         """Put the lease's last, partly filled block into the prefix tree, unless something there already serves."""
         index, filled = divmod(lease.length, self.block_size)
         tail = tuple(tokens[lease.length - filled : lease.length])
-        if not filled or (self.open_pool is not None and index not in lease.open):
+        if not filled or (self.open_pool is not None and not (self._open_tails and index in lease.open)):
             return
         if self.tree.partial(lease.path[-1], tail)[1] < filled:
             self.tree.insert(lease.path[-1], tail, lease.table[index], lease.open.get(index))

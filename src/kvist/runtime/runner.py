@@ -35,7 +35,7 @@ class Runner:
         backend: Backend,
         listener: Listener | None = None,
         sequences: int = SEQUENCES,
-        tails: int = 1,
+        tails: int = 0,
     ) -> None:
         if any(layer.spec.retention != Full() or layer.spec.source is not None for layer in layout.layers):
             raise ConfigError("every layer must keep all its tokens itself: windows and sources are not supported")
@@ -45,9 +45,9 @@ class Runner:
         self.widths = probe(model.linears())
         self.head_widths = probe([(model.head_weight(), None)], HEAD_LADDER)
         self.sequences = sequences
-        # One more than sequences ever write at once: a reservation takes its copy before it lets go of the original.
-        open_pool = BlockPool(OPEN_BLOCKS * sequences + max(tails, 1)) if layout.open_bytes else None
-        self.manager = CacheManager(BlockPool(blocks), layout.block_size, listener, open_pool)
+        open_pool = BlockPool(OPEN_BLOCKS * sequences + tails) if layout.open_bytes else None
+        pool = BlockPool(blocks)
+        self.manager = CacheManager(pool, layout.block_size, listener, open_pool, open_tails=tails > 0)
         # A step fills no more blocks whole than this; other blocks that it writes are open ones of a lease.
         self.passing = self.widths.most // layout.block_size if open_pool else None
         self.store = Store(layout, blocks, open_pool.capacity if open_pool else 0, self.passing or 0)

@@ -26,6 +26,7 @@ from kvist.server.settings import ServerSettings
 
 OPEN = frozenset({"/health"})  # for load balancers: they have no key, and ask by any name
 _LINGER = 1.0  # seconds in which a client that is still sending gets to read why it was refused
+_MOST_DIGITS = 18  # of a length
 _LATE = 1.1  # by how much a request may pass its time: whoever works on it ends it in time, and better
 _TENANT = b"kvist tenant"
 
@@ -43,7 +44,7 @@ def guard(app: FastAPI, settings: ServerSettings) -> None:
     if settings.origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(settings.origins),
+            allow_origins=_origins(settings),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "request-id", "retry-after"],
@@ -61,7 +62,7 @@ class Gate:
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
         self._keys = [(_digest(key.encode()), _tenant(key.encode())) for key in settings.api_keys]
-        self._origins = frozenset(origin.lower().rstrip("/") for origin in settings.origins)
+        self._origins = frozenset(_origins(settings))
         self._names = frozenset(name.lower() for name in (settings.host, *settings.hosts))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -143,7 +144,7 @@ class Intake:
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The body; None when the client went away before its end."""
         declared = Headers(scope=scope).get("content-length", "0")
-        if not declared.isdecimal() or int(declared) > self._most:
+        if not declared.isdecimal() or len(declared) > _MOST_DIGITS or int(declared) > self._most:
             raise self._too_large()
         pieces, size, more = [], 0, True
         try:
@@ -222,6 +223,11 @@ async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -
             while (await receive()).get("more_body", False):
                 pass
     await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _origins(settings: ServerSettings) -> list[str]:
+    """The allowed origins as browsers write them."""
+    return [origin.lower().rstrip("/") for origin in settings.origins]
 
 
 def _digest(key: bytes) -> bytes:

@@ -39,7 +39,11 @@ class Note:
     sessions: list[Session] = field(default_factory=list)
     finish: str | None = None
     status: int | None = None
-    first_token: float | None = None  # seconds from the start to the first new token that was sent
+    first_token: float | None = None  # seconds from the start until a stream sent its first new token
+
+    def has_begun(self) -> bool:
+        """Whether there is a new token."""
+        return any(session.new_tokens for session in self.sessions)
 
     def facts(self, scope: Scope) -> dict[str, Any]:
         """The fields of a log line; what is not known is left out."""
@@ -101,7 +105,7 @@ class RequestLog:
             if message["type"] == "http.response.start":
                 note.status = message["status"]
                 _name(message, scope["path"], request_id)
-            elif note.first_token is None and any(session.new_tokens for session in note.sessions):
+            elif note.first_token is None and message.get("more_body") and note.has_begun():
                 note.first_token = time.perf_counter() - note.started
             await send(message)
 

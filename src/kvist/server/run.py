@@ -38,7 +38,8 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
+        # Of a name's addresses an IPv4 one, which is what most clients try for localhost.
+        family, kind, protocol, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
         listening = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
         raise KvistError(f"cannot listen on {host!r}: {getattr(error, 'strerror', None) or error}") from None
@@ -113,6 +114,8 @@ class Server(uvicorn.Server):
         await ending
         if self.force_exit:  # uvicorn then leaves the application's own end out
             await self.lifespan.shutdown()
+        self._hang_up()  # what is left are readers that do not read
+        await asyncio.sleep(0)
 
     async def _end(self) -> None:
         stop = asyncio.ensure_future(self._stop(self._grace))
@@ -121,9 +124,12 @@ class Server(uvicorn.Server):
         if self.force_exit:
             await self._stop(0)
             await asyncio.sleep(_LAST_WORDS)
-            for connection in list(self.server_state.connections):
-                connection.transport.abort()
+            self._hang_up()
         await stop
+
+    def _hang_up(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
-    max_body_bytes: int = 32 << 20
+    max_body_bytes: int = 8 << 20
     body_timeout: float = 60.0
     max_waiting: int = 256
     timeout: float = 600.0

@@ -55,7 +55,7 @@ def plan_budget(layout: Layout, given: int | None, running: int | None, passing:
     if running is None and layout.open_bytes:
         most = max(1, min(most, budget // _OPEN_SHARE // ((OPEN_BLOCKS + 1) * layout.open_bytes)))
     tails = most if layout.open_bytes else 0
-    kept = OPEN_BLOCKS * most + max(tails, 1) if layout.open_bytes else 0
+    kept = OPEN_BLOCKS * most + tails if layout.open_bytes else 0
     fixed = layout.store_bytes(0, kept, passing)
     blocks = (budget - fixed) // layout.block_bytes
     if blocks < 1:

@@ -62,9 +62,7 @@ class Loaded:
 
     def serving_engine(self, budget: KvBudget, listener: Listener | None = None) -> Engine:
         """An engine whose cache is that of the budget."""
-        runner = Runner(
-            self.model, self.layout, budget.blocks, self.backend, listener, budget.running, max(budget.tails, 1)
-        )
+        runner = Runner(self.model, self.layout, budget.blocks, self.backend, listener, budget.running, budget.tails)
         return Engine(runner)
 
 
