@@ -167,6 +167,19 @@ def test_it_says_what_it_serves_and_ends_well(tiny: Path) -> None:
     assert not any("secret" in json.dumps(line) or "Hi" in json.dumps(line) for line in log)
 
 
+def test_chatting_with_it(kvist: Kvist, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time, most of the prompt is in the server's cache, and the answer is the same."""
+    monkeypatch.setenv("KVIST_API_KEY", "secret")  # for both: the server inherits it
+    options = ("-p", "Hi", "--system", "word " * 200, "--max-tokens", 9, "--seed", 3, "--json")
+    with served(tiny) as serving:
+        first, second = (json.loads(kvist("chat", "--url", serving.url, *options).out) for _ in range(2))
+        monkeypatch.setenv("KVIST_API_KEY", "other")
+        refused(kvist("chat", "--url", serving.url, "-p", "Hi"), "this API key is not known here")
+    assert (first["model"], first["cached_tokens"]) == ("tiny", 0)
+    assert second["cached_tokens"] > 100
+    assert second["text"] == first["text"]
+
+
 def test_the_first_signal_lets_answers_end_and_the_port_close(tiny: Path) -> None:
     with served(tiny) as serving, httpx.stream(**ask(serving.url, 900, stream=True)) as response:
         lines = response.iter_lines()

@@ -9,8 +9,10 @@ import psutil
 import pytest
 from soak import Soak, settle
 
+from kvist.runtime.request import Request
 from kvist.server.app import create_app
 from kvist.server.settings import ServerSettings
+from kvist.service.session import Job
 from live import live
 from tiny_model import open_serving
 
@@ -46,6 +48,22 @@ def soak(model: Path, seconds: float) -> None:
 
 def test_clients_of_every_kind_for_a_while(tiny_model: Path) -> None:
     soak(tiny_model, SECONDS)
+
+
+def test_a_defect_and_a_leak_are_found(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ServerSettings(max_body_bytes=MOST_BODY, body_timeout=0.5)
+    serving = open_serving(tiny_model)
+    app = create_app(serving, settings)
+    monkeypatch.setattr(serving.tokenizer, "encode", lambda text, add_special=True: 1 // 0)
+    with live(app, serving, settings) as server:
+        report = asyncio.run(Soak(server, seed=1, most_body=MOST_BODY).run(1))
+        assert any(failure.startswith("500 for /v1/chat/completions") for failure in report.failures)
+
+        async def forget() -> None:
+            serving.submit(Job(Request((1, 2, 3), 2000)))
+
+        asyncio.run_coroutine_threadsafe(forget(), server.loop).result(5)
+        assert settle(server, 0) != []
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""Models with random weights in standard shapes: made once, kept in the cache folder as ordinary checkpoints."""
+"""Models with random weights in standard shapes: made once, kept in the cache folder as ordinary checkpoints, with a
+vocabulary made up for them."""
 
 import json
 from pathlib import Path
@@ -7,6 +8,7 @@ import torch
 
 from kvist.base.files import atomic_folder, cache_folder
 from kvist.bench.shapes import Shape, shape_named
+from kvist.bench.vocabulary import write_tokenizer
 from kvist.models.config import read_config
 from kvist.models.load import DTYPES, build, export, randomize
 from kvist.models.plain import PlainActivations
@@ -37,6 +39,8 @@ def random_model(name: str, dtype: str, kv: str | None = None) -> Loaded:
     directory = cache_folder() / "shapes" / f"{name}-{dtype}-{SEED}"
     if not (directory / SINGLE_FILE).exists():
         _make(directory, config, DTYPES[dtype])
+    if not (directory / "chat_template.jinja").exists() and name != "nanogpt-0.2m":
+        write_tokenizer(directory, shape_named(name).vocab)
     return open_model(str(directory), kv=kv)
 
 

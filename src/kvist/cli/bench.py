@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvist.cli.options import Json, Model, note, numbers, print_json
+from kvist.base.errors import KvistError
+from kvist.cli.options import Json, Kv, Model, note, numbers, print_json
 
 if TYPE_CHECKING:
     from kvist.bench.report import Report
@@ -17,6 +18,8 @@ app = typer.Typer(help="Measure, beside others, in one run on one machine.", no_
 ATTENTION_SHAPES = "smollm2-135m,qwen2.5-0.5b,llama-3.2-1b,llama-3.1-8b"
 DECODE_SHAPES = "smollm2-135m,llama-3.2-1b"
 CACHE_SHAPES = "nanogpt-0.2m,smollm2-135m"
+SERVE_SHAPE = "smollm2-135m"
+SERVE_PARTS = "agent,throughput,structured"
 
 Shapes = Annotated[str, typer.Option("--shape", metavar="NAME,...", help="Standard shapes.")]
 Contexts = Annotated[str, typer.Option("--context", metavar="N,...", help="Tokens in the cache.")]
@@ -104,6 +107,60 @@ def cache(
         return
     bench.plot(report, plot)
     note(f"picture: {plot}")
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    shape: Annotated[
+        str, typer.Option(metavar="NAME", help="A standard shape, where no MODEL is named.")
+    ] = SERVE_SHAPE,
+    kv: Kv = None,
+    part: Annotated[str, typer.Option(metavar="NAME,...", help="Of agent, throughput, structured.")] = SERVE_PARTS,
+    prefix: Annotated[
+        int, typer.Option(min=64, help="Tokens of the agent's instructions; 27000 for a coding agent's.")
+    ] = 3000,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of the agent's main thread.")] = 12,
+    unshared: Annotated[int, typer.Option(min=1, help="Turns that are also run without sharing.")] = 3,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved measurements of each throughput.")] = 5,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also replay a trace in Mooncake's format.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first requests of the trace.")] = None,
+    scale: Annotated[float, typer.Option(min=0.001, max=1.0, help="Shorten the trace's requests to this part.")] = 1.0,
+    speed: Annotated[float, typer.Option(min=0.001, help="Replay the trace so many times as fast.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """A server measured from outside: an agent's session with and without sharing, many streams, structured output."""
+    from rich.console import Console
+
+    from kvist.bench import serve as bench
+    from kvist.bench.models import random_model
+    from kvist.service.loaded import open_model
+
+    parts = part.split(",") if part else []
+    if unknown := next((name for name in parts if name not in bench.PARTS), None):
+        raise KvistError(f"there is no part {unknown!r}; choose among {', '.join(bench.PARTS)}")
+    loaded = random_model(shape, "bf16", kv) if model is None else open_model(model, kv=kv)
+    with Console(stderr=True).status("measuring", spinner="line") as status:
+        report = bench.run(
+            shape if model is None else loaded.name,
+            loaded,
+            parts,
+            prefix=prefix,
+            turns=turns,
+            unshared=unshared,
+            rounds=rounds,
+            trace=trace,
+            limit=limit,
+            scale=scale,
+            speed=speed,
+            watch=lambda what: status.update(f"measuring · {what}"),
+        )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        report.print(Console(width=None if sys.stdout.isatty() else 160))
 
 
 @app.command()

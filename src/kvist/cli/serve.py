@@ -58,7 +58,7 @@ def serve(
         typer.Option(metavar="NAME", help="Answer under this host name, too; may be given several times."),
     ] = None,
     max_running: Annotated[int | None, typer.Option(min=1, help="The most answers under way at once.")] = None,
-    max_waiting: Annotated[int, typer.Option(min=0, help="The most requests that wait; others get 429.")] = 256,
+    max_waiting: Annotated[int, typer.Option(min=1, help="The most requests that wait; others get 429.")] = 256,
     max_body: Annotated[str, typer.Option(metavar="SIZE", help="The largest request.")] = "8MiB",
     timeout: Annotated[float, typer.Option(help="The most seconds that a request may take.")] = 600.0,
     grace: Annotated[float, typer.Option(help="Seconds that a shut-down waits for answers under way.")] = 30.0,

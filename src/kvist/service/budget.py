@@ -26,6 +26,11 @@ class KvBudget:
     tails: int
 
     @property
+    def open_bytes(self) -> int:
+        """Of `nbytes`, what open blocks take."""
+        return self.nbytes - self.layout.store_bytes(self.blocks)
+
+    @property
     def tokens(self) -> int:
         return self.blocks * self.layout.block_size
 

@@ -51,7 +51,7 @@ def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> N
         except BaseException:
             _cancel(sessions)
             raise
-        answer = Answer(prompts, sessions, serving.name, options, bool(body.echo), texts)
+        answer = Answer(prompts, sessions, serving.name, options, bool(body.echo), bool(body.return_token_ids), texts)
         noted = note_of(request)
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -149,8 +149,10 @@ class Answer:
         model: str,
         options: Options,
         echo: bool,
+        ids: bool,
         texts: TokenTexts,
     ) -> None:
+        self._ids = ids
         self._sessions = sessions
         self._per_prompt = options.choices
         self._tokenizer = texts.tokenizer
@@ -170,10 +172,14 @@ class Answer:
     async def whole(self, noted: Note) -> dict[str, Any]:
         """All choices, once they are complete."""
         pieces: list[list[str]] = [[] for _ in self._choices]
+        ids: list[list[int]] = [[] for _ in self._choices]
         async for choice, delta in self._deltas():
             pieces[choice.index].append(choice.push(delta, self._tokenizer))
+            ids[choice.index] += [token.id for token in delta.tokens]
         noted.finish = self._finish
         choices = [_shown(choice, "".join(pieces[choice.index]), choice.finish) for choice in self._choices]
+        for shown in choices if self._ids else ():
+            shown["token_ids"] = ids[shown["index"]]
         return {**self._head, "choices": choices, "usage": usage_of(self._sessions)}
 
     async def chunks(self, noted: Note, usage: bool) -> AsyncIterator[bytes]:
@@ -181,8 +187,11 @@ class Answer:
         rest = {"usage": None} if usage else {}
         async for choice, delta in self._deltas():
             text = choice.push(delta, self._tokenizer)
-            if text or choice.finish or (choice.scores and delta.tokens):
-                yield event({**self._head, "choices": [_shown(choice, text, choice.finish)], **rest})
+            if text or choice.finish or ((choice.scores or self._ids) and delta.tokens):
+                shown = _shown(choice, text, choice.finish)
+                if self._ids:
+                    shown["token_ids"] = [token.id for token in delta.tokens]
+                yield event({**self._head, "choices": [shown], **rest})
         noted.finish = self._finish
         if usage:
             yield event({**self._head, "choices": [], "usage": usage_of(self._sessions)})

@@ -70,6 +70,7 @@ class CompletionBody(Generation):
     echo: bool | None = None
     logprobs: Annotated[Integer, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = Field(None, description="Also the ids of the new tokens, as vLLM names it.")
 
 
 class EmbeddingBody(Body):

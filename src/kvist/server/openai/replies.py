@@ -130,6 +130,7 @@ class TextChoice(TypedDict):
     text: str
     logprobs: LegacyLogprobs | None
     finish_reason: str | None
+    token_ids: NotRequired[list[int]]
 
 
 class TextCompletion(TypedDict):
