@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from kvist.base.errors import KvistError
 from kvist.base.units import format_duration
 from kvist.bench import structured, throughput
 from kvist.bench.agent import Asked, Replay, Session, necessary
@@ -175,6 +176,11 @@ def run(
 def measure_agent(loaded: Loaded, prefix: int, turns: int, unshared: int, watch: Watch) -> AgentReport:
     """The session twice: with sharing, whole; and its first turns with each request on its own."""
     session = Session.draw(prefix, turns, loaded.config.vocab_size)
+    if session.longest > loaded.config.max_positions:
+        raise KvistError(
+            f"the agent's session comes to {session.longest:,} tokens and the context holds "
+            f"{loaded.config.max_positions:,}; try a shorter --prefix or fewer --turns"
+        )
     room = session.distinct + loaded.layout.block_size * 4 * turns + _SPARE
 
     def play(server: Served, key: Callable[[int], str | None], most: int | None) -> tuple[list[Asked], int, float]:
