@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_model import CONTEXT, open_serving, write_tiny_model
 
 from kvist.base.errors import ContextError, KvistError, NumericsError, Overloaded, RequestError, Stopping, TimedOut
 from kvist.runtime.request import FinishReason, Request, Sampling
@@ -18,6 +17,7 @@ from kvist.service.facts import Cause, Fact, Matched, RequestDone, StepDone
 from kvist.service.generation import Generation
 from kvist.service.serving import Serving
 from kvist.service.session import Delta, Job, Session
+from tiny_model import CONTEXT, open_serving, write_tiny_model
 
 pytestmark = pytest.mark.anyio
 WARM = Sampling(temperature=1.0, top_k=50)
@@ -209,10 +209,10 @@ async def test_what_can_never_run_is_refused_at_once_with_numbers(tiny: Path) ->
 
 async def test_a_full_queue_refuses_and_says_when_to_come_again(tiny: Path) -> None:
     async with started(tiny, running=1, max_waiting=3) as serving:
-        sessions = []
+        jobs = [Job(Request((1, 2), 400, replace(WARM, seed=seed))) for seed in range(5)]
+        sessions = [serving.submit(job) for job in jobs[:3]]
         with pytest.raises(Overloaded, match="3 requests wait already") as refusal:
-            for seed in range(10):
-                sessions.append(serving.submit(Job(Request((1, 2), 400, replace(WARM, seed=seed)))))
+            sessions.extend(map(serving.submit, jobs[3:]))
         assert refusal.value.retry_after >= 1
         assert len(sessions) in (3, 4)
         for session in sessions:

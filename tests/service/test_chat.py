@@ -1,0 +1,212 @@
+"""What a chat request becomes: the prompt, the job, the grammar; and what comes back."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvist.base.errors import ContextError, RequestError
+from kvist.runtime.request import FinishReason, Sampling
+from kvist.service.chat import Chat, ChatDelta, ChatRequest, Options, Tool, ToolChoice, text_job
+from kvist.service.serving import Serving
+from kvist.service.session import Delta, Job
+from kvist.text.response import Content, Reasoning, ToolCallArguments, ToolCallBegin, ToolCallEnd, joined
+from tiny_model import open_serving, write_tiny_model
+
+ASK = ({"role": "user", "content": "What of the tree?"},)
+LOOK = Tool(
+    "look_up", "Finds it.", {"type": "object", "properties": {"what": {"enum": ["a", "b"]}}, "required": ["what"]}
+)
+STOP = Tool("stop", None, {"type": "object", "properties": {}, "additionalProperties": False})
+WARM = Options(max_tokens=60, sampling=Sampling(temperature=1.0, seed=1))
+
+
+class Recorded:
+    """A session that says what it was told to say."""
+
+    def __init__(self, job: Job, texts: list[str]) -> None:
+        self.job = job
+        self.prompt_tokens, self.cached_tokens, self.new_tokens = len(job.request.prompt), 0, 0
+        self.prompt_logprobs: list[Any] = []
+        self._texts = texts
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        for index, text in enumerate(self._texts):
+            last = index == len(self._texts) - 1
+            yield Delta(0, text, (), FinishReason.STOP if last else None)
+
+    def cancel(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Serving:
+    """Not started: jobs are looked at, not run."""
+    return open_serving(write_tiny_model(tmp_path_factory.mktemp("chat") / "tiny"))
+
+
+@pytest.fixture
+def ask(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Job, list[ChatDelta]]]:
+    """Start a chat; the job that it made, and what it makes of the texts that come back."""
+
+    def run(request: ChatRequest, *texts: str) -> tuple[Job, list[ChatDelta]]:
+        monkeypatch.setattr(serving, "submit", lambda job: Recorded(job, list(texts) or [""]))
+        session = Chat(serving).start(request)
+
+        async def read() -> list[ChatDelta]:
+            return [delta async for delta in session]
+
+        deltas = asyncio.run(read())
+        run.called = session.called  # type: ignore[attr-defined]
+        return session.session.job, deltas  # type: ignore[attr-defined]
+
+    return run
+
+
+def test_the_prompt_is_the_rendered_conversation_without_another_beginning(serving: Serving, ask: Any) -> None:
+    job, _ = ask(ChatRequest(ASK, WARM))
+    text = serving.tokenizer.decode(list(job.request.prompt), skip_special=False)
+    assert text == "<|im_start|>user\nWhat of the tree?<|im_end|>\n<|im_start|>assistant\n"
+    assert job.request.stop_ids == serving.tokenizer.eos_ids
+    assert (job.request.max_tokens, job.request.sampling, job.choices) == (60, WARM.sampling, 1)
+    assert Chat(serving).count(ChatRequest(ASK, WARM)) == len(job.request.prompt)
+    job, _ = ask(
+        ChatRequest(ASK, replace(WARM, max_tokens=None, ignore_eos=True, stops=("x",), priority=3, tenant="t"))
+    )
+    assert job.request.max_tokens == serving.context - len(job.request.prompt)
+    assert (job.request.stop_ids, job.stops) == (frozenset(), ("x",))
+    assert (job.request.priority, job.request.tenant) == (3, "t")
+
+
+def test_stop_strings_of_the_checkpoint_stop_every_answer(serving: Serving, ask: Any, tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path / "tiny")
+    (directory / "generation_config.json").write_text(json.dumps({"stop_strings": ["\n\n"]}))
+    assert serving.template is not None
+    assert open_serving(directory).template.stops == ("\n\n",)  # type: ignore[union-attr]
+    serving.template.stops, before = ("\n\n",), serving.template.stops
+    try:
+        job, _ = ask(ChatRequest(ASK, replace(WARM, stops=("x",))))
+    finally:
+        serving.template.stops = before
+    assert job.stops == ("x", "\n\n")
+
+
+def test_calls_and_reasoning_come_back_as_parts(ask: Any) -> None:
+    text = '<think>Hm</think>Yes.<tool_call>\n{"name": "look_up", "arguments": {"what": "a"}}\n</tool_call>'
+    request = ChatRequest(ASK, WARM, tools=(LOOK,))
+    job, deltas = ask(request, *text)
+    assert job.keep_special
+    parts = joined([part for delta in deltas for part in delta.parts])
+    assert parts == [
+        Reasoning("Hm"),
+        Content("Yes."),
+        ToolCallBegin(0, "look_up"),
+        ToolCallArguments(0, '{"what": "a"}'),
+        ToolCallEnd(0),
+    ]
+    assert ask.called == {0}
+    assert deltas[-1].finish is FinishReason.STOP
+
+
+def test_without_tools_what_looks_like_a_call_is_text(ask: Any) -> None:
+    text = '<tool_call>\n{"name": "look_up", "arguments": {}}\n</tool_call>'
+    _, deltas = ask(ChatRequest(ASK, WARM), text)
+    assert joined([part for delta in deltas for part in delta.parts]) == [Content(text)]
+    _, deltas = ask(ChatRequest(ASK, WARM, tools=(LOOK,), tool_choice=ToolChoice.NONE), text)
+    assert joined([part for delta in deltas for part in delta.parts]) == [Content(text)]
+    assert ask.called == set()
+
+
+def follow(serving: Serving, job: Job, text: str) -> bool:
+    """Whether the job's grammar lets the model write `text`, and end there."""
+    import torch
+
+    assert job.request.grammar is not None
+    grammar = job.request.grammar()
+    for token in [*serving.tokenizer.encode(text, add_special=False), next(iter(serving.tokenizer.eos_ids))]:
+        row = torch.zeros(serving.loaded.config.vocab_size)
+        grammar.forbid(row)
+        if row[token] == -torch.inf:
+            return False
+        if token not in serving.tokenizer.eos_ids:
+            grammar.accept(token)
+    return True
+
+
+CALL = '<tool_call>\n{"name": "look_up", "arguments": {"what": "a"}}\n</tool_call>'
+WRONG = '<tool_call>\n{"name": "look_up", "arguments": {"what": "c"}}\n</tool_call>'
+OTHER = '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>'
+NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "allowed", "forbidden"),
+    [
+        ({"schema": NUMBER}, ['{"n": 3}'], ["Hello", '{"n": "x"}', CALL]),
+        ({"schema": {}}, ["{}", '{"any": ["thing"]}'], ["[]", "3", "Hello"]),
+        (
+            {"tools": (LOOK, STOP), "tool_choice": ToolChoice.REQUIRED},
+            [CALL, OTHER, f"{CALL}\n{OTHER}"],
+            ["Hello", WRONG],
+        ),
+        ({"tools": (LOOK, STOP), "tool_choice": ToolChoice.REQUIRED, "tool_name": "stop"}, [OTHER], [CALL, "Hello"]),
+        (
+            {"tools": (LOOK, STOP), "tool_choice": ToolChoice.REQUIRED, "parallel_tool_calls": False},
+            [CALL, OTHER],
+            [f"{CALL}\n{OTHER}"],
+        ),
+        ({"tools": (replace(LOOK, strict=True),)}, ["Hello", CALL, f"So: {CALL}"], [WRONG]),
+        ({"tools": (LOOK,), "schema": NUMBER}, ['{"n": 3}', CALL], ["Hello"]),
+        ({"tools": (LOOK,), "schema": NUMBER, "tool_choice": ToolChoice.NONE}, ['{"n": 3}'], [CALL, "Hello"]),
+    ],
+)
+def test_answers_are_held_to_what_was_asked_for(
+    serving: Serving, ask: Any, change: dict[str, Any], allowed: list[str], forbidden: list[str]
+) -> None:
+    job, _ = ask(replace(ChatRequest(ASK, WARM), **change))
+    assert [text for text in allowed if not follow(serving, job, text)] == []
+    assert [text for text in forbidden if follow(serving, job, text)] == []
+
+
+def test_nothing_is_held_to_a_grammar_that_was_not_asked_for(ask: Any) -> None:
+    for request in (ChatRequest(ASK, WARM), ChatRequest(ASK, WARM, tools=(LOOK,))):
+        assert ask(request)[0].request.grammar is None
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (ChatRequest(ASK, WARM, tools=(LOOK, LOOK)), "two tools have the name 'look_up'"),
+        (ChatRequest(ASK, WARM, tool_choice=ToolChoice.REQUIRED), "no tools are given"),
+        (
+            ChatRequest(ASK, WARM, tools=(LOOK,), tool_choice=ToolChoice.REQUIRED, tool_name="x"),
+            "there is no tool 'x' to call among those given: look_up",
+        ),
+        (ChatRequest((), WARM), "at least one message"),
+        (ChatRequest(ASK, WARM, schema={"type": "nothing"}), "JSON schema cannot be followed"),
+        (ChatRequest(ASK, replace(WARM, stops=("",))), "stop string is empty"),
+        (ChatRequest(ASK, WARM, continue_final=True), "only a last message of the assistant"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_in_words(serving: Serving, ask: Any, request_: ChatRequest, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        ask(request_)
+
+
+def test_a_model_without_a_template_says_so(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "template", None)
+    with pytest.raises(RequestError, match="no chat template"):
+        Chat(serving).count(ChatRequest(ASK, WARM))
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_with_numbers(serving: Serving) -> None:
+    with pytest.raises(ContextError, match=r"has 2,048 tokens and the context holds 2,048"):
+        text_job(serving, [1] * 2048, WARM)
+    job = text_job(serving, [1] * 2040, WARM)
+    assert job.request.max_tokens == 8
+    scored = text_job(serving, [1] * 2048, replace(WARM, max_tokens=0, prompt_logprobs=0))
+    assert scored.request.max_tokens == 0

@@ -1,0 +1,89 @@
+"""Grammars after reasoning, and one of two grammars."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from kvist.runtime.request import Grammar
+from kvist.service.constraints import AfterReasoning, Either
+from kvist.text.grammar import GrammarCompiler
+from kvist.text.tokenizer import Tokenizer
+from kvist.text.training import train_bytes_bpe
+
+END = "<|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    backend = train_bytes_bpe("yes no yes no maybe yes", 270)
+    backend.add_special_tokens([END])
+    backend.add_tokens(["<think>", "</think>"])
+    return Tokenizer(backend, [backend.token_to_id(END)])
+
+
+@pytest.fixture(scope="module")
+def choice(tokenizer: Tokenizer) -> Callable[..., Grammar]:
+    grammars = GrammarCompiler(tokenizer, tokenizer.vocab_size)
+    return lambda *texts: grammars.choice(texts)()
+
+
+def follows(grammar: Grammar, tokenizer: Tokenizer, text: str) -> bool:
+    """Whether a sequence may write `text` and end there."""
+    end = next(iter(tokenizer.eos_ids))
+    for token in [*tokenizer.encode(text), end]:
+        row = torch.zeros(tokenizer.vocab_size)
+        grammar.forbid(row)
+        if row[token] == -math.inf:
+            return False
+        if token != end:
+            grammar.accept(token)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("yes", True),
+        ("<think>anything < at all</think>yes", True),
+        ("<think></think>no", True),
+        ("maybe", False),
+        ("<think>x</think>maybe", False),
+        ("yes<think>", False),
+    ],
+)
+def test_a_model_may_reason_before_it_follows_the_grammar(
+    tokenizer: Tokenizer, choice: Callable[..., Grammar], text: str, allowed: bool
+) -> None:
+    opening = tokenizer.encode("<think>")[0]
+    grammar = AfterReasoning(choice("yes", "no"), tokenizer, "</think>", opening)
+    assert not grammar.ended
+    assert follows(grammar, tokenizer, text) == allowed
+
+
+@pytest.mark.parametrize(("text", "allowed"), [("hm </think>yes", True), ("hm</think>maybe", False)])
+def test_reasoning_that_has_begun_is_free_until_it_is_closed(
+    tokenizer: Tokenizer, choice: Callable[..., Grammar], text: str, allowed: bool
+) -> None:
+    assert follows(AfterReasoning(choice("yes", "no"), tokenizer, "</think>", None), tokenizer, text) == allowed
+
+
+def test_the_end_is_that_of_the_grammar(tokenizer: Tokenizer, choice: Callable[..., Grammar]) -> None:
+    grammar = AfterReasoning(choice("yes", "no"), tokenizer, "</think>", None)
+    for token in tokenizer.encode("so</think>"):
+        grammar.accept(token)
+        assert not grammar.ended
+    for token in tokenizer.encode("yes"):
+        grammar.accept(token)
+    assert grammar.ended
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"), [("yes", True), ("yes no", True), ("no", True), ("no yes", False), ("maybe", False)]
+)
+def test_an_answer_follows_one_of_two_grammars(
+    tokenizer: Tokenizer, choice: Callable[..., Grammar], text: str, allowed: bool
+) -> None:
+    grammar = Either(choice("yes no", "maybe not"), choice("yes", "no"))
+    assert follows(grammar, tokenizer, text) == allowed
