@@ -22,8 +22,8 @@ ROUTES = {
 }
 GET_MODES = [GenerationMode.POSITIVE]
 EXAMPLES = 20
-# A body that the schema allows may still ask for what cannot be: more tokens than the context, a tool that is not given.
-# So its refusal is no failure, as long as it is one that is described.
+# A body that the schema allows may still ask for what cannot be: more tokens than the context, a tool that is not
+# given. So its refusal is no failure, as long as it is one that is described.
 
 
 def test_every_route_answers_as_it_is_described(live_server: Live) -> None:

@@ -156,7 +156,11 @@ def test_an_error_before_the_stream_has_its_status() -> None:
 @pytest.mark.parametrize(
     ("step", "kind", "message"),
     [
-        (said(finish=FinishReason.FAILED, error=NumericsError("the logits are none")), "server_error", "logits are none"),
+        (
+            said(finish=FinishReason.FAILED, error=NumericsError("the logits are none")),
+            "server_error",
+            "logits are none",
+        ),
         (said(finish=FinishReason.CANCELLED), "server_error", "ended before"),
         (RequestError("no"), "invalid_request_error", "no"),
         (ValueError("secret"), "server_error", "its log says why"),
@@ -186,7 +190,9 @@ def test_a_long_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch)
 
 def test_white_space_and_any_character_survive() -> None:
     content = ' \n\n"\\ \u2028 日本🙂\x00'
-    deltas = [chunk.choices[0].delta.content for chunk in chunks_of(ScriptedChat([said(Content(content), finish=STOP)]))]
+    deltas = [
+        chunk.choices[0].delta.content for chunk in chunks_of(ScriptedChat([said(Content(content), finish=STOP)]))
+    ]
     assert "".join(delta or "" for delta in deltas) == content
 
 

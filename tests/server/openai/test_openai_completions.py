@@ -82,7 +82,15 @@ def test_logprobs_are_parallel_lists() -> None:
 def scored(serving: ScriptedServing, tokens: list[int], continuation: int) -> tuple[float, bool]:
     """Sum of the last log-probabilities and whether all are the likeliest, as lm-evaluation-harness reads them from the
     answer to the request that it sends."""
-    body = {"model": MODEL, "prompt": [tokens], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    body = {
+        "model": MODEL,
+        "prompt": [tokens],
+        "temperature": 0,
+        "max_tokens": 1,
+        "logprobs": 1,
+        "seed": 1234,
+        "echo": True,
+    }
     (choice,) = post(application(serving=serving), PATH, body).json()["choices"]
     logprobs = choice["logprobs"]
     assert logprobs["token_logprobs"][0] is None
@@ -97,10 +105,7 @@ def scored(serving: ScriptedServing, tokens: list[int], continuation: int) -> tu
 @pytest.mark.parametrize("last", ["\x01", None])
 def test_texts_can_be_scored(last: str | None) -> None:
     """Whatever the one new token is: also one that ends the text, and has none."""
-    if last is None:
-        steps = [Delta(0, "", end_token(1), STOP)]
-    else:
-        steps = [wrote(last, logprobs=1, finish=LENGTH)]
+    steps = [Delta(0, "", end_token(1), STOP)] if last is None else [wrote(last, logprobs=1, finish=LENGTH)]
     assert scored(ScriptedServing([steps]), [2, 4, 5, 7], 2) == (-0.5, True)
     assert scored(ScriptedServing([steps]), [2, 4, 5, 6], 2) == (-1.75, False)
     serving = ScriptedServing([steps])

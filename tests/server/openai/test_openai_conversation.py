@@ -67,14 +67,18 @@ def test_instructions_at_the_start_are_one_system_message() -> None:
 
 
 def test_a_template_that_knows_developers_is_told_of_them() -> None:
-    given = [{"role": "system", "content": "a"}, {"role": "developer", "content": "b"}, {"role": "user", "content": "c"}]
+    given = [
+        {"role": "system", "content": "a"},
+        {"role": "developer", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     assert messages(*given, template="{% if role == 'developer' %}") == given
 
 
-def test_calls_have_their_arguments_as_objects_where_they_are() -> None:
+def test_calls_are_as_they_were_sent() -> None:
     calls = [
-        {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"place": "Ulm"}'}},
-        {"id": "c2", "type": "function", "function": {"name": "time", "arguments": '{"cut'}},
+        {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"place":  "Ulm"}'}},
+        {"id": "c2", "type": "function", "function": {"name": "time", "arguments": ""}},
     ]
     given = [
         *HELLO,
@@ -88,8 +92,8 @@ def test_calls_have_their_arguments_as_objects_where_they_are() -> None:
         "content": "",
         "reasoning_content": "Hm.",
         "tool_calls": [
-            {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"place": "Ulm"}}},
-            {"id": "c2", "type": "function", "function": {"name": "time", "arguments": '{"cut'}},
+            {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"place":  "Ulm"}'}},
+            {"id": "c2", "type": "function", "function": {"name": "time", "arguments": "{}"}},
         ],
     }
     assert first == {"role": "tool", "tool_call_id": "c1", "content": "Rain.", "name": "weather"}
@@ -200,7 +204,7 @@ def test_values_that_mean_the_same() -> None:
     assert asked(top_k=-1).options.sampling.top_k == 0
     assert 0 < asked(top_p=0).options.sampling.top_p < 1e-3
     assert asked(logprobs=False, top_logprobs=0).options.logprobs is None
-    empty = {name: None for name in ("stop", "seed", "n", "tools", "tool_choice", "response_format", "temperature")}
+    empty = dict.fromkeys(("stop", "seed", "n", "tools", "tool_choice", "response_format", "temperature"))
     assert asked(**empty, max_tokens=None, stream=None, unheard_of={"a": 1}, functions=[]).options.choices == 1
 
 
@@ -217,19 +221,25 @@ def test_values_that_mean_the_same() -> None:
             "messages.0.content.0",
             "text alone, no image_url",
         ),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 422, "messages.0.content.0", "input_audio"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+            422,
+            "messages.0.content.0",
+            "input_audio",
+        ),
         ({"functions": [{"name": "a"}]}, 422, None, "declare tools instead"),
         ({"function_call": "auto"}, 422, None, "use tool_choice"),
         ({"web_search_options": {"a": 1}}, 422, None, "looks nothing up"),
         ({"min_tokens": 3}, 422, None, "min_tokens"),
         ({"modalities": ["audio"]}, 422, "modalities.0", "'text'"),
         ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, 422, "tools.0", "'custom' are not supported"),
-        ({"tools": [WEATHER, WEATHER]}, 400, "tools.1", "another tool of the name 'weather'"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, 422, "tools.0.function.name", "pattern"),
-        ({"tool_choice": "required"}, 400, "tool_choice", "no tools"),
         ({"tool_choice": "any"}, 422, "tool_choice", "'required'"),
         (
-            {"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "weather"}}},
+            {
+                "tools": [TIME],
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [WEATHER]}},
+            },
             400,
             "tool_choice",
             "no tool of the name 'weather'",

@@ -156,7 +156,7 @@ class Answer:
         self._sessions = sessions
         self._per_prompt = options.choices
         self._tokenizer = texts.tokenizer
-        self._choices = []
+        self._choices: list[_Choice] = []
         for prompt, session in zip(prompts, sessions, strict=True):
             for _ in range(options.choices):
                 writer = None if options.logprobs is None else LegacyWriter(texts, options.logprobs)

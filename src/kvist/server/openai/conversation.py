@@ -1,6 +1,5 @@
 """From a body to a conversation as chat templates take it. What the Chat Completions and the Responses API share."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,26 +71,13 @@ def ordered(messages: Iterable[dict[str, Any]], template: ChatTemplate | None) -
 
 
 def called(call_id: str, name: str, arguments: str) -> dict[str, Any]:
-    """A call as templates take it: its arguments are an object where their text is one."""
-    try:
-        decoded = json.loads(arguments)
-    except (ValueError, RecursionError):
-        decoded = None
-    arguments_given = decoded if isinstance(decoded, dict) else arguments
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments_given}}
+    """A call as templates take it. Some clients send no text at all where there are no arguments."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments or "{}"}}
 
 
-def tools_of(functions: Iterable[tuple[str, Any]]) -> tuple[Tool, ...]:
-    """Tools from their names and what has `description`, `parameters`, `strict`. Raises `ApiError` (400) for a name
-    that comes twice."""
-    tools: dict[str, Tool] = {}
-    for index, (name, function) in enumerate(functions):
-        if name in tools:
-            where = f"tools.{index}"
-            raise ApiError(400, f"{where}: there is another tool of the name {name!r}", param=where)
-        parameters = function.parameters or {"type": "object", "properties": {}}
-        tools[name] = Tool(name, function.description, parameters, bool(function.strict))
-    return tuple(tools.values())
+def tool_of(name: str, description: str | None, parameters: Mapping[str, Any] | None, strict: bool | None) -> Tool:
+    """A tool; without `parameters` it takes none."""
+    return Tool(name, description, parameters or {"type": "object", "properties": {}}, bool(strict))
 
 
 @dataclass(frozen=True)
@@ -104,14 +90,12 @@ class Calling:
 
 
 def calling(tools: tuple[Tool, ...], mode: str, *, only: Sequence[str] = (), named: str | None = None) -> Calling:
-    """`only`: names of the tools that may be called, where not all may. Raises `ApiError` (400) for a name that no tool
-    has, and for calls that are required where there are no tools."""
+    """`only`: names of the tools that may be called, where not all may: the model is not told of the others. Raises
+    `ApiError` (400) for one that no tool has."""
     known = {tool.name for tool in tools}
-    for name in (*only, *(() if named is None else (named,))):
+    for name in only:
         if name not in known:
             raise ApiError(400, f"tool_choice: there is no tool of the name {name!r}", param="tool_choice")
-    if mode == "required" and not tools:
-        raise ApiError(400, "tool_choice: a call is required, and there are no tools", param="tool_choice")
     return Calling(tuple(tool for tool in tools if not only or tool.name in only), _MODES[mode], named)
 
 
@@ -126,7 +110,8 @@ def variables_of(effort: str | None, own: Mapping[str, Any] | None) -> dict[str,
 
 
 def _calling(body: ChatBody) -> Calling:
-    tools = tools_of((tool.function.name, tool.function) for tool in body.tools or ())
+    functions = [tool.function for tool in body.tools or ()]
+    tools = tuple(tool_of(of.name, of.description, of.parameters, of.strict) for of in functions)
     choice = body.tool_choice
     if isinstance(choice, NamedChoice):
         return calling(tools, "required", named=choice.function.name)

@@ -11,7 +11,7 @@ from kvist.server.limits import tenant_of
 from kvist.server.openai.completions import read_prompts
 from kvist.server.openai.completions_schema import EmbeddingBody
 from kvist.server.openai.models import check_model
-from kvist.server.openai.replies import Embedding, EmbeddingList, answers
+from kvist.server.openai.replies import Embedding, EmbeddingList, EmbeddingUsage, answers
 from kvist.service.serving import Serving
 
 
@@ -31,7 +31,7 @@ def add_embeddings(routes: APIRouter, serving: Serving) -> None:
             for index, vector in enumerate(vectors)
         ]
         tokens = sum(map(len, prompts))
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        usage: EmbeddingUsage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": data, "model": serving.name, "usage": usage}
 
 

@@ -54,9 +54,10 @@ class Items:
                 return self.end("completed")
 
     def finish(self, status: Status) -> list[Event]:
-        """End what is open. An answer without any item has an empty message."""
-        events = [] if self.done or self._open is not None else self._begin_text("message")
-        return events + self.end(status)
+        """End what is open; a call that is open is not complete. An answer without any item has an empty message."""
+        if self._open is None:
+            return [] if self.done else [*self._begin_text("message"), *self.end(status)]
+        return self.end("incomplete" if self._open["type"] == "function_call" else status)
 
     def end(self, status: Status) -> list[Event]:
         """End the item that is open, if one is."""

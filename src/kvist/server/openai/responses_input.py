@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvist.server.openai.chat_schema import JsonObjectFormat
-from kvist.server.openai.conversation import Calling, called, calling, ordered, tools_of, variables_of
+from kvist.server.openai.conversation import Calling, called, calling, ordered, tool_of, variables_of
 from kvist.server.openai.responses_schema import (
     AllowedChoice,
     CallItem,
@@ -72,7 +72,8 @@ def chat_request(body: ResponsesBody, options: Options, template: ChatTemplate |
 
 
 def _calling(body: ResponsesBody) -> Calling:
-    tools = tools_of((tool.name, tool.function) for tool in offered_tools(body))
+    offered = [(tool.name, tool.function) for tool in offered_tools(body)]
+    tools = tuple(tool_of(name, of.description, of.parameters, of.strict) for name, of in offered)
     choice = body.tool_choice
     if isinstance(choice, NamedChoice):
         return calling(tools, "required", named=choice.name)
