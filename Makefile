@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench clean
+.PHONY: help demo test test-slow test-clients soak check format bench clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /  \1 · /p' $(MAKEFILE_LIST) | awk -F' · ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /  \1 · /p' $(MAKEFILE_LIST) | awk -F' · ' '{printf "  %-12s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.run ## text from the bundled model, with a report of what its cache did, then the proof; and compressed
 	@$(BIN)/kvist run --prompt "ROMEO:" --max-tokens 300 --temperature 0.7 --seed 1
@@ -18,6 +18,13 @@ test: $(VENV)/.dev ## the whole suite, offline
 
 test-slow: $(VENV)/.dev ## the tests that take minutes
 	@$(BIN)/pytest -m slow
+
+test-clients: $(VENV)/.dev ## the evaluation harness against the server (installs it first)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[plots,dev,clients]'
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m slow tests/server/test_lm_eval.py
+
+soak: $(VENV)/.dev ## twenty minutes of clients that behave badly (KVIST_SOAK_SECONDS changes how long)
+	@$(BIN)/pytest -m slow tests/server/test_soak.py
 
 check: $(VENV)/.dev ## lint, format, types, layers
 	@$(BIN)/ruff check .
@@ -33,6 +40,7 @@ bench: $(VENV)/.run ## the figures of the README
 	@$(BIN)/kvist bench attention
 	@$(BIN)/kvist bench decode
 	@$(BIN)/kvist bench cache
+	@$(BIN)/kvist bench serve
 
 clean: ## remove the environment and what tools left behind
 	@rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
