@@ -67,6 +67,9 @@ class Scheduler:
         # Tokens computed for each tenant that has asked for something. A tenant that comes back starts with the others:
         # what it did not use is not saved up (virtual token counter, Sheng et al., OSDI 2024, section 4).
         self._served: dict[str, float] = {}
+        # Who was last found to have no room, and how many blocks could be had then: until there are more, and as long
+        # as nobody comes before it, it is not looked at again, as looking takes a walk through the prefix tree.
+        self._refused: tuple[Sequence, int] | None = None
         self._step = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -232,7 +235,8 @@ class Scheduler:
 
         A block more is asked for each of these, so that they do not preempt it with their next tokens.
         """
-        if len(self.running) >= self.most_running:
+        left = self._manager.available - plan.spent
+        if len(self.running) >= self.most_running or (self.running and self._is_refused(sequence, left)):
             return False
         lease = sequence.lease = self._manager.open(sequence.request.tenant)
         self._adopt(sequence)
@@ -242,7 +246,11 @@ class Scheduler:
             return True
         self._manager.release(lease)
         sequence.lease = None
+        self._refused = sequence, left
         return False
+
+    def _is_refused(self, sequence: Sequence, left: int) -> bool:
+        return self._refused is not None and self._refused[0] is sequence and left <= self._refused[1]
 
     def _unplanned(self, plan: _Plan) -> Iterable[Sequence]:
         return (sequence for sequence in self.running if sequence not in plan.works)

@@ -118,7 +118,9 @@ class Serving:
         self._ending = False  # set by the engine's thread, on command
         self.failure: BaseException | None = None
         self._stopping = False
-        self._queued = 0  # requests submitted and not yet taken over by the engine's thread
+        # Each is written by one thread only; their difference has been submitted and not yet taken over.
+        self._submitted = 0
+        self._taken = 0
         self._step_seconds = 0.05
 
     # ---- the event loop's side
@@ -157,7 +159,7 @@ class Serving:
                 f"between 1 and {self._engine.scheduler.most_running} choices can be had at once, not {job.choices}"
             )
         self._engine.check_request(job.request)
-        waiting = self._queued + len(self._engine.scheduler.waiting)
+        waiting = self._waiting
         if waiting >= self._max_waiting:
             raise Overloaded(
                 f"{plural(waiting, 'request')} wait already, as many as this server allows; try again later",
@@ -166,7 +168,7 @@ class Serving:
         session = _Session(self, job)
         if math.isfinite(self._timeout):
             session.expire_after(self._timeout)
-        self._queued += 1
+        self._submitted += 1
         self._commands.put(lambda: self._begin(session))
         return session
 
@@ -196,8 +198,11 @@ class Serving:
         """What is under way at this moment, as far as it can be seen from another thread."""
         manager, scheduler = self._engine.runner.manager, self._engine.scheduler
         used, idle = manager.pool.used, manager.tree.idle
-        waiting = len(scheduler.waiting) + self._queued
-        return Load(len(scheduler.running), waiting, max(used - idle, 0), idle, manager.pool.capacity)
+        return Load(len(scheduler.running), self._waiting, max(used - idle, 0), idle, manager.pool.capacity)
+
+    @property
+    def _waiting(self) -> int:
+        return self._submitted - self._taken + len(self._engine.scheduler.waiting)
 
     async def _embedding(self, session: _Session) -> list[float]:
         async for delta in session:
@@ -331,7 +336,7 @@ class Serving:
         )
 
     def _begin(self, session: _Session) -> None:
-        self._queued -= 1
+        self._taken += 1
         job = session.job
         try:
             if self._stopping:
