@@ -23,7 +23,7 @@ SMALL = [
 def test_verify_prints_a_table_and_json(kvist: Kvist, model: Path) -> None:
     outcome = kvist("verify", model, "--steps", 2, "--trials", 1)
     assert outcome.code == 0
-    assert outcome.out.count("equal") == 8
+    assert outcome.out.count("equal") == 9
     assert "DIFFERS" not in outcome.out
     answer = json.loads(kvist("verify", model, "--steps", 2, "--trials", 1, "--json").out)
     assert answer["passed"] is True
@@ -36,7 +36,7 @@ def test_verify_exits_with_1_when_the_cache_is_broken(
     monkeypatch.setattr(Store, "copy", lambda self, copies: None)
     outcome = kvist("verify", model, "--steps", 2, "--trials", 3)
     assert outcome.code == 1
-    assert outcome.out.count("DIFFERS") == 1
+    assert outcome.out.count("DIFFERS") == 2
     answer = kvist("verify", model, "--steps", 2, "--trials", 3, "--json")
     assert answer.code == 1
     assert json.loads(answer.out)["passed"] is False

@@ -250,7 +250,6 @@ class Serving:
         ended = time.perf_counter()
         self._step_seconds += 0.05 * (ended - started - self._step_seconds)
         deliveries = [(session, delta) for one in drawn for session, delta in self._deltas_of(one)]
-        self._send(deliveries)
         new = [one.sequence for one in drawn if one.token is not None]
         self.listener(
             StepDone(
@@ -263,6 +262,8 @@ class Serving:
                 gaps=tuple(s.times.last - lasts[s] for s in new if lasts.get(s)),
             )
         )
+        # Told last, so that whoever has an answer finds it counted.
+        self._send(deliveries)
 
     def _deltas_of(self, drawn: Drawn) -> list[tuple[_Session, Delta]]:
         """What a drawn token is to its session. A stop string ends the sequence."""
