@@ -27,7 +27,7 @@ def test_verify_prints_a_table_and_json(kvist: Kvist, model: Path) -> None:
     assert "DIFFERS" not in outcome.out
     answer = json.loads(kvist("verify", model, "--steps", 2, "--trials", 1, "--json").out)
     assert answer["passed"] is True
-    assert [set(check) for check in answer["checks"]] == [{"name", "passed", "compared", "evidence"}] * 8
+    assert [set(check) for check in answer["checks"]] == [{"name", "passed", "compared", "evidence"}] * 9
 
 
 def test_verify_exits_with_1_when_the_cache_is_broken(
