@@ -290,13 +290,11 @@ class Soak:
         if isinstance(value[key], dict | list) and draw.random() < 0.6:
             self._spoil(value[key])
         elif isinstance(value, dict) and draw.random() < 0.2:
-            name = draw.choice(
-                ["stop", "n", "logit_bias", "top_p", "top_k", "min_p", "stream_options", "user", "x" * 500]
-            )
-            value[name] = draw.choice(ABSURD)
+            value[draw.choice(_FIELDS)] = copy.deepcopy(draw.choice(ABSURD))
         else:
             same = [other for other in ABSURD if type(other) is type(value[key])]
-            value[key] = draw.choice(same if same and draw.random() < 0.5 else ABSURD)
+            # A copy, for what is put here may be spoiled in its turn.
+            value[key] = copy.deepcopy(draw.choice(same if same and draw.random() < 0.5 else ABSURD))
 
     async def _takes_the_wrong_way(self) -> int:
         draw, (path, request) = self._random, self._request()

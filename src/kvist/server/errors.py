@@ -13,7 +13,8 @@
 | 503 | the server is shutting down | `Stopping` |
 | 504 | the request took longer than it may | `TimedOut` |
 
-400 and 422 are told apart because clients do so: `openai.BadRequestError` and `openai.UnprocessableEntityError`.
+400 and 422 are told apart because clients do so: `openai.BadRequestError` and `openai.UnprocessableEntityError`. Under
+`/v1/messages` both are 400, as they are at Anthropic.
 """
 
 import http
@@ -127,19 +128,23 @@ _ANTHROPIC_TYPES = {
 def anthropic_error(problem: Problem, request_id: str | None = None) -> dict[str, Any]:
     """The body in Anthropic's shape; in a stream, the data of its `error` event."""
     kind = _ANTHROPIC_TYPES.get(problem.status, "api_error" if problem.status >= 500 else "invalid_request_error")
-    message = _shown(problem) if problem.param is None else f"{problem.param}: {_shown(problem)}"
+    message = _shown(problem)
+    if problem.param is not None and not message.startswith(f"{problem.param}: "):
+        message = f"{problem.param}: {message}"
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
 def error_response(problem: Problem, path: str, request_id: str | None = None) -> Response:
     """The response in the shape that clients of `path` read."""
+    status = problem.status
     if path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"):
         body = anthropic_error(problem, request_id)
+        status = 400 if status == 422 else status  # Anthropic's API makes no difference between the two
     else:
         body = openai_error(problem)
     # ASCII only: a client's own words may hold lone surrogates, which no UTF-8 can carry.
     content = json.dumps(body, ensure_ascii=True).encode()
-    return Response(content, problem.status, dict(problem.headers), "application/json")
+    return Response(content, status, dict(problem.headers), "application/json")
 
 
 _OPENAI_SCHEMA = {

@@ -11,7 +11,7 @@
 | `num_preemptions_total` | sequences that had to make room |
 | `request_success_total{finished_reason}` | choices that ended: `stop`, `length`, `cancelled`, `failed` |
 | `http_requests_total{route,status}` | responses |
-| `time_to_first_token_seconds` | from submission to a request's first token |
+| `time_to_first_token_seconds` | from submission to a choice's first token |
 | `inter_token_latency_seconds` | from a choice's draw to its next |
 | `request_time_per_output_token_seconds` | decode time of a request by its tokens after the first |
 | `request_queue_time_seconds`, `request_prefill_time_seconds`, `request_decode_time_seconds` | where its time went |
@@ -58,7 +58,7 @@ class Metrics:
         self._ended = {reason: ended.labels(reason.value) for reason in FinishReason}
         self._http = _counter(registry, "http_requests", "HTTP responses, by route and status.", "route", "status")
 
-        self._first = _seconds(registry, "time_to_first_token", "From submission to the first token.")
+        self._first = _seconds(registry, "time_to_first_token", "From submission to a choice's first token.")
         self._gaps = _seconds(registry, "inter_token_latency", "From a choice's draw to its next.")
         self._per_token = _seconds(
             registry, "request_time_per_output_token", "Decode time of a request by its tokens after the first."

@@ -32,8 +32,8 @@ class Matched:
 class StepDone:
     """One step ran: `tokens` of `sequences` were computed in `seconds`, and `preempted` sequences had to make room.
 
-    `drawn`: new tokens, of all choices. `first`: for each request whose first token this step drew, seconds since it
-    was submitted. `gaps`: for each other choice that drew, seconds since it last did.
+    `drawn`: new tokens, of all choices. `first`: for each choice whose first token this step drew, seconds since it was
+    submitted. `gaps`: for each other choice that drew, seconds since it last did.
     """
 
     tokens: int

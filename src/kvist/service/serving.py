@@ -238,7 +238,7 @@ class Serving:
     def _step(self) -> None:
         engine, started = self._engine, time.perf_counter()
         computed, preemptions = engine.counters.computed, engine.scheduler.preemptions
-        lasts = {sequence: sequence.times.last for sequence in engine.scheduler.running}
+        lasts = {one: one.times.last for one in (*engine.scheduler.running, *engine.scheduler.waiting)}
         try:
             drawn = engine.step()
         except Exception:
@@ -258,7 +258,7 @@ class Serving:
                 seconds=ended - started,
                 drawn=len(new),
                 preempted=engine.scheduler.preemptions - preemptions,
-                first=tuple(s.times.last - s.times.added for s in new if not lasts.get(s) and s.times.first),
+                first=tuple(s.times.first - s.times.added for s in new if not lasts.get(s)),
                 gaps=tuple(s.times.last - lasts[s] for s in new if lasts.get(s)),
             )
         )
@@ -316,7 +316,8 @@ class Serving:
         """Facts about a choice that has ended, and about the request when it was the last."""
         cached, length = sequence.cached, len(sequence.request.prompt)
         cause = Cause.FORK if cached.fork else Cause.PROMPT
-        self.listener(Matched(cause, length, cached.fork or min(cached.prompt, length)))
+        if sequence.times.admitted:
+            self.listener(Matched(cause, length, cached.fork or min(cached.prompt, length)))
         if sequence.preempted:
             self.listener(Matched(Cause.RESUME, max(len(sequence.tokens), cached.resume), cached.resume))
         if session.unfinished:
