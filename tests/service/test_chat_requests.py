@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import re
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from kvist.base.errors import ContextError, RequestError
+import tiny_model
+from kvist.base.errors import ContextError, RequestError, TimedOut
 from kvist.runtime.request import FinishReason, Sampling
 from kvist.service.chat import Chat, ChatDelta, ChatRequest, Options, Tool, ToolChoice, text_job
 from kvist.service.serving import Serving
-from kvist.service.session import Delta, Job
-from kvist.text.response import Content, Reasoning, ToolCallArguments, ToolCallBegin, ToolCallEnd, joined
+from kvist.service.session import Delta, Job, NewToken
+from kvist.text.chat import ChatTemplate
+from kvist.text.response import FORMATS, Content, Reasoning, ToolCallArguments, ToolCallBegin, ToolCallEnd, joined
 from tiny_model import open_serving, write_tiny_model
 
 ASK = ({"role": "user", "content": "What of the tree?"},)
@@ -30,17 +34,19 @@ class Recorded:
 
     def __init__(self, job: Job, texts: list[str]) -> None:
         self.job = job
+        self.cancelled = 0
         self.prompt_tokens, self.cached_tokens, self.new_tokens = len(job.request.prompt), 0, 0
         self.prompt_logprobs: list[Any] = []
         self._texts = texts
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         for index, text in enumerate(self._texts):
-            last = index == len(self._texts) - 1
-            yield Delta(0, text, (), FinishReason.STOP if last else None)
+            for choice in range(self.job.choices):
+                last = index == len(self._texts) - 1
+                yield Delta(choice, text, (), FinishReason.STOP if last else None)
 
     def cancel(self) -> None:
-        pass
+        self.cancelled += 1
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +55,26 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Serving:
     return open_serving(write_tiny_model(tmp_path_factory.mktemp("chat") / "tiny"))
 
 
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory: pytest.TempPathFactory) -> Serving:
+    """One whose markers are tokens of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_model, "_SPECIAL", ["<|im_start|>", tiny_model.EOS, "<tool_call>", "<think>", "</think>"])
+        return open_serving(write_tiny_model(tmp_path_factory.mktemp("marked") / "tiny"))
+
+
+def patched(patch: pytest.MonkeyPatch, serving: Serving, source: str) -> None:
+    """Give it another chat template."""
+    patch.setattr(serving, "template", ChatTemplate({"default": source}, {}, "here"))
+
+
 @pytest.fixture
 def ask(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Job, list[ChatDelta]]]:
     """Start a chat; the job that it made, and what it makes of the texts that come back."""
 
-    def run(request: ChatRequest, *texts: str) -> tuple[Job, list[ChatDelta]]:
-        monkeypatch.setattr(serving, "submit", lambda job: Recorded(job, list(texts) or [""]))
-        session = Chat(serving).start(request)
+    def run(request: ChatRequest, *texts: str, of: Serving = serving) -> tuple[Job, list[ChatDelta]]:
+        monkeypatch.setattr(of, "submit", lambda job: Recorded(job, list(texts) or [""]))
+        session = Chat(of).start(request)
 
         async def read() -> list[ChatDelta]:
             return [delta async for delta in session]
@@ -110,6 +129,37 @@ def test_calls_and_reasoning_come_back_as_parts(ask: Any) -> None:
     ]
     assert ask.called == {0}
     assert deltas[-1].finish is FinishReason.STOP
+
+
+def test_choices_are_taken_apart_each_by_itself(ask: Any) -> None:
+    request = ChatRequest(ASK, replace(WARM, choices=2), tools=(LOOK,))
+    job, deltas = ask(request, "<think>a", "b</think>c <tool", "_call")
+    assert job.choices == 2
+    for choice in range(2):
+        parts = [part for delta in deltas if delta.choice == choice for part in delta.parts]
+        assert joined(parts) == [Reasoning("ab"), Content("c <tool_call")], "what was held back comes with the end"
+
+
+def test_a_failure_and_what_came_before_it_are_passed_on(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = TimedOut("too long")
+
+    class Failing(Recorded):
+        async def __aiter__(self) -> AsyncIterator[Delta]:
+            yield Delta(0, "a <tool", (NewToken(7, None),))
+            yield Delta(0, "", (), FinishReason.FAILED, None, failure)
+
+    monkeypatch.setattr(serving, "submit", lambda job: Failing(job, []))
+    session = Chat(serving).start(ChatRequest(ASK, WARM, tools=(LOOK,)))
+
+    async def read() -> list[ChatDelta]:
+        return [delta async for delta in session]
+
+    first, last = asyncio.run(read())
+    assert first == ChatDelta(0, (Content("a"),), (NewToken(7, None),), None, None, None)
+    assert last == ChatDelta(0, (Content(" <tool"),), (), FinishReason.FAILED, None, failure)
+    session.cancel()
+    session.cancel()
+    assert session.session.cancelled == 2  # type: ignore[attr-defined]
 
 
 def test_without_tools_what_looks_like_a_call_is_text(ask: Any) -> None:
@@ -172,6 +222,79 @@ def test_answers_are_held_to_what_was_asked_for(
     assert [text for text in forbidden if follow(serving, job, text)] == []
 
 
+REASONING = [
+    # how the prompt ends, what may follow, what may not
+    ("", ["<think>any {</think>{}", "<think></think>{}", "{}"], ["x", "<think>a</think>x"]),
+    ("<think>\n", ["any {</think>{}"], ["a</think>x"]),
+    ("<think>\n\n</think>\n\n", ["{}"], ["<think>a</think>{}", "x"]),
+]
+
+
+@pytest.mark.parametrize(("ending", "allowed", "forbidden"), REASONING)
+def test_reasoning_is_free_and_the_answer_after_it_is_not(
+    marked: Serving, ask: Any, monkeypatch: pytest.MonkeyPatch, ending: str, allowed: list[str], forbidden: list[str]
+) -> None:
+    patched(monkeypatch, marked, "{{ messages[0].content }}" + ending)
+    job, _ = ask(ChatRequest(ASK, WARM, schema={}), of=marked)
+    assert [text for text in allowed if not follow(marked, job, text)] == []
+    assert [text for text in forbidden if follow(marked, job, text)] == []
+
+
+def test_the_token_that_begins_a_call_is_kept_back_where_none_is_wanted(marked: Serving, ask: Any) -> None:
+    biased = replace(WARM, sampling=replace(WARM.sampling, logit_bias=((5, 1.0),)))
+    request = ChatRequest(ASK, biased, tools=(LOOK,), tool_choice=ToolChoice.NONE)
+    [opening] = marked.tokenizer.encode("<tool_call>", add_special=False)
+    assert ask(request, of=marked)[0].request.sampling.logit_bias == ((5, 1.0), (opening, -100.0))
+    for other in (replace(request, tool_choice=ToolChoice.AUTO), replace(request, tools=())):
+        assert ask(other, of=marked)[0].request.sampling.logit_bias == ((5, 1.0),)
+    # The prompt is the same as with calls, so that what is cached of it serves.
+    prompts = [ask(replace(request, tool_choice=choice), of=marked)[0].request.prompt for choice in ("none", "auto")]
+    assert prompts[0] == prompts[1]
+
+
+SHOWN = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.id }} {{ c.function.arguments | tojson }} {% endfor %}"
+SHOWN += "{{ m.tool_call_id }}{% endfor %}"
+IDENTIFIER = "call_0123456789abcdef"
+
+
+def calling(arguments: Any) -> tuple[dict[str, Any], ...]:
+    call = {"id": IDENTIFIER, "type": "function", "function": {"name": "look_up", "arguments": arguments}}
+    return (
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": IDENTIFIER, "content": "yes"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra", "shown"),
+    [
+        ('{"b": 1, "a": 2}', "", '{"b": 1, "a": 2}'),
+        ({"b": 1}, "", '{"b": 1}'),
+        ('{"b": 1', "", '"{\\"b\\": 1"'),  # no JSON: as the model wrote it
+        ('{"b":  1}', "{# arguments is string #}", '"{\\"b\\":  1}"'),
+    ],
+)
+def test_arguments_are_given_as_the_template_takes_them(
+    serving: Serving, ask: Any, monkeypatch: pytest.MonkeyPatch, arguments: Any, extra: str, shown: str
+) -> None:
+    patched(monkeypatch, serving, SHOWN + extra)
+    messages = calling(arguments)
+    job, _ = ask(ChatRequest(messages, WARM))
+    text = serving.tokenizer.decode(list(job.request.prompt))
+    assert text == f"{IDENTIFIER} {shown} {IDENTIFIER}"
+    assert messages == calling(arguments), "what the caller holds is not changed"
+
+
+def test_identifiers_are_short_where_the_template_takes_no_others(
+    serving: Serving, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patched(monkeypatch, serving, SHOWN + "{# id|length != 9 #}")
+    text = serving.tokenizer.decode(list(ask(ChatRequest(calling({}), WARM))[0].request.prompt))
+    first, _, second = text.split(" ")
+    assert first == second, "the answer is still that of the call"
+    assert re.fullmatch("[a-zA-Z0-9]{9}", first)
+
+
 def test_nothing_is_held_to_a_grammar_that_was_not_asked_for(ask: Any) -> None:
     for request in (ChatRequest(ASK, WARM), ChatRequest(ASK, WARM, tools=(LOOK,))):
         assert ask(request)[0].request.grammar is None
@@ -190,11 +313,43 @@ def test_nothing_is_held_to_a_grammar_that_was_not_asked_for(ask: Any) -> None:
         (ChatRequest(ASK, WARM, schema={"type": "nothing"}), "JSON schema cannot be followed"),
         (ChatRequest(ASK, replace(WARM, stops=("",))), "stop string is empty"),
         (ChatRequest(ASK, WARM, continue_final=True), "only a last message of the assistant"),
+        (
+            ChatRequest((*ASK, {"role": "assistant", "content": "So"}), WARM, schema={}, continue_final=True),
+            "cannot be held to a schema",
+        ),
+        (ChatRequest(ASK, WARM, template_variables={"tools": []}), "cannot be called 'tools'"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_words(serving: Serving, ask: Any, request_: ChatRequest, said: str) -> None:
     with pytest.raises(RequestError, match=said):
         ask(request_)
+
+
+def test_many_tools_are_looked_through_in_no_time(serving: Serving) -> None:
+    tools = tuple(Tool(f"tool_{index:06}", None, {}) for index in range(50_000))
+    begun = time.perf_counter()
+    with pytest.raises(RequestError, match="two tools have the name 'tool_049999'"):
+        Chat(serving).count(ChatRequest(ASK, WARM, tools=(*tools, tools[-1])))
+    assert time.perf_counter() - begun < 2  # to compare each with each takes more than a minute
+
+
+def test_a_template_without_a_place_for_tools_takes_none(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    patched(monkeypatch, serving, "{{ messages[0].content }}")
+    with pytest.raises(RequestError, match="no place for tools"):
+        Chat(serving).count(ChatRequest(ASK, WARM, tools=(LOOK,)))
+
+
+def test_calls_that_nothing_announces_can_be_required_and_not_strict(
+    serving: Serving, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "format", FORMATS["llama3-json"])
+    job, _ = ask(ChatRequest(ASK, WARM, tools=(LOOK,), tool_choice=ToolChoice.REQUIRED))
+    assert follow(serving, job, '{"name": "look_up", "parameters": {"what": "a"}}')
+    with pytest.raises(RequestError, match="not announced by a marker"):
+        ask(ChatRequest(ASK, WARM, tools=(replace(LOOK, strict=True),)))
+    monkeypatch.setattr(serving, "format", FORMATS["plain"])
+    with pytest.raises(RequestError, match="no known way to call tools"):
+        ask(ChatRequest(ASK, WARM, tools=(LOOK,), tool_choice=ToolChoice.REQUIRED))
 
 
 def test_a_model_without_a_template_says_so(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:

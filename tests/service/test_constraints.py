@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from kvist.base.errors import RequestError
 from kvist.runtime.request import Grammar
 from kvist.service.constraints import AfterReasoning, Either
 from kvist.text.grammar import GrammarCompiler
@@ -87,3 +88,42 @@ def test_an_answer_follows_one_of_two_grammars(
 ) -> None:
     grammar = Either(choice("yes no", "maybe not"), choice("yes", "no"))
     assert follows(grammar, tokenizer, text) == allowed
+
+
+@pytest.fixture(scope="module")
+def spelled() -> Tokenizer:
+    """A vocabulary in which the end of reasoning is text, and runs on into what follows it."""
+    backend = train_bytes_bpe("x</think>{yes} " * 20, 300)
+    backend.add_special_tokens([END])
+    backend.add_tokens(["</think>\n\n"])
+    return Tokenizer(backend, [backend.token_to_id(END)])
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("x</think>{yes}", True),
+        ("x</think>\n\n{yes}", True),  # whitespace within the token is let pass, and in one of its own is not
+        ("x</think> {yes}", False),
+        ("< </thin </think>{yes}", True),
+        ("x</think>[no]", True),
+        ("x</think>{no}", False),
+        ("x</think>{{yes}", False),
+    ],
+)
+def test_what_the_closing_token_holds_of_the_answer_follows_the_grammar(
+    spelled: Tokenizer, text: str, allowed: bool
+) -> None:
+    grammars = GrammarCompiler(spelled, spelled.vocab_size)
+    assert ">{" in [spelled.decode([token]) for token in spelled.encode("x</think>{yes}")], "the end, and the beginning"
+    either = Either(grammars.choice(["{yes}", "{yet}"])(), grammars.choice(["[no]", "\n"])())
+    assert follows(AfterReasoning(either, spelled, "</think>", None), spelled, text) == allowed
+    with pytest.raises(RequestError, match="grammar of this request failed"):
+        follows(AfterReasoning(grammars.choice(["yes"])(), spelled, "</think>", None), spelled, "x</think>{yes}")
+
+
+def test_a_token_that_neither_grammar_allows_is_an_error(tokenizer: Tokenizer, choice: Callable[..., Grammar]) -> None:
+    grammar = Either(choice("yes"), choice("no"))
+    grammar.forbid(torch.zeros(tokenizer.vocab_size))
+    with pytest.raises(RequestError, match="neither half"):
+        grammar.accept(tokenizer.encode("<think>")[0])

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -126,12 +127,52 @@ def test_tools_calls_and_reasoning_are_rendered_as_transformers_renders_them() -
     assert 'Finds \\"things\\" < others & ünïcödé' in rendered, "nothing is escaped but by JSON"
 
 
-@pytest.mark.parametrize("name", ["chatml", "headers", "turns"])
-def test_a_last_message_is_continued_as_transformers_continues_it(name: str) -> None:
-    messages = [*PLAIN[:1], {"role": "assistant", "content": "Because 1 is"}]
+# What templates may use of Jinja, and what a loop knows of itself: the sandbox's watch over loops must not change it.
+JINJA = """\
+{%- macro said(message, last=false) %}<{{ message.role }}{{ '!' if last }}>{{ caller() if caller }}{% endmacro %}
+{% for message in messages if message.role != 'system' %}
+{{ loop.index }}/{{ loop.length }} {{ loop.first }} {{ loop.last }} {{ loop.revindex0 }}
+{% if not loop.first %}{{ loop.previtem.role }}{% endif %}{% if not loop.last %}{{ loop.nextitem.role }}{% endif %}
+{{ loop.cycle('a', 'b') }} {{ loop.changed(message.role) }} {{ said(message, loop.last) }}
+{% call said(message) %}{{ message.content | upper }}{% endcall %}
+{% else %}
+none
+{% endfor %}
+{% for key, value in messages[0] | dictsort %}{{ key }}={{ value | tojson }};{% endfor %}
+{% for part in [1, [2, [3]]] recursive %}{{ loop(part) if part is iterable else part }}:{{ loop.depth }}{% endfor %}
+{% for x in [] %}x{% else %}empty{% endfor %}
+{% set ns = namespace(found=[]) %}
+{% for message in messages[::-1] %}
+{% if message.role == 'user' and not ns.found %}{% set ns.found = ns.found + [loop.index0] %}{% continue %}{% endif %}
+{% if loop.index > 2 %}{% break %}{% endif %}
+{{ ns.found }}{{ message.content.split(' ')[-1].strip() }}{{ messages | map(attribute='role') | unique | join('|') }}
+{% endfor %}
+{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ '%s-%d' | format('a', 3) }}{{ 'ab' * 2 }}
+{{ dict(a=1, b=[2]) | tojson(separators=(',', ':')) }}{{ {'ü': '<'} | tojson(ensure_ascii=true) }}{{ nothing }}
+{{ 2 ** 9 }}{{ -7 // 2 }}
+"""
+
+
+@pytest.mark.parametrize("messages", [PLAIN, CALLING[:2], CALLING[:1]])
+def test_jinja_is_what_it_is_in_transformers(messages: list[dict[str, Any]]) -> None:
+    assert ours(JINJA).render(messages) == theirs(JINJA, messages, add_generation_prompt=True)
+
+
+def test_what_a_message_lacks_is_rendered_as_transformers_renders_it() -> None:
+    template = "{% for m in messages %}[{{ m.content }}{{ 'calls' if 'tool_calls' in m }}{{ m.thinking }}]{% endfor %}"
+    nothing = {"role": "assistant", "content": None, "tool_calls": None, "reasoning_content": None}
+    messages = [PLAIN[0], nothing, {"role": "assistant"}, {"role": "assistant", "reasoning": "Hm."}]
+    assert ours(template).render(messages) == theirs(template, messages)
+    assert ours(template).render(messages[1:]) == "[][][Hm.]"
+
+
+@pytest.mark.parametrize("content", ["Because 1 is", "Because\n 1 is  \n", " ", "{{ 1 }} <|eot_id|> \\"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_last_message_is_continued_as_transformers_continues_it(name: str, content: str) -> None:
+    messages = [*PLAIN[:1], {"role": "assistant", "content": content}]
     rendered = ours(TEMPLATES[name]).render(messages, continue_final=True)
     assert rendered == theirs(TEMPLATES[name], messages, continue_final_message=True)
-    assert rendered.endswith("Because 1 is")
+    assert rendered.rstrip().endswith(content.strip())
     with pytest.raises(RequestError, match="only a last message of the assistant"):
         ours(TEMPLATES[name]).render(PLAIN, continue_final=True)
 
@@ -153,6 +194,8 @@ def test_what_a_template_refuses_is_said_to_the_client() -> None:
         ours(INST).render([])
     with pytest.raises(RequestError, match="fails on these messages"):
         ours("{{ messages[0].content + 1 }}").render(PLAIN)
+    with pytest.raises(RequestError, match="leaves out part of its content"):
+        ours("{{ messages[-1].content[:3] }}").render(PLAIN[:2], continue_final=True)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +221,11 @@ def test_a_template_reaches_nothing_of_the_program(source: str) -> None:
     assert "module" not in rendered
 
 
+def test_without_the_sandbox_it_would() -> None:
+    source = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    assert "class" in jinja2.Environment().from_string(source).render()
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -188,6 +236,9 @@ def test_a_template_reaches_nothing_of_the_program(source: str) -> None:
         "{{ 9 ** (9 ** 9) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% for i in range(10 ** 8) %}{% endfor %}",
+        "{% for i in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}",
+        "{% set ns = namespace(s='x') %}{% for i in range(99999) %}{% set ns.s = ns.s * 2 %}{% endfor %}",
+        "{% for i in range(9999) %}{{ messages | tojson }}{{ 'x' * 2000 }}{% endfor %}",
     ],
 )
 def test_a_template_that_does_not_end_is_ended(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +266,9 @@ def test_a_checkpoints_template_is_found_where_transformers_looks(tmp_path: Path
     assert (found.render(PLAIN), found.render(PLAIN, [TOOL])) == ("plain", "with tools")
     (tmp_path / "chat_template.jinja").write_text("the file")
     assert ChatTemplate.load(tmp_path).render(PLAIN) == "the file"  # type: ignore[union-attr]
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("the file for tools")
+    assert ChatTemplate.load(tmp_path).render(PLAIN, [TOOL]) == "the file for tools"  # type: ignore[union-attr]
     (tmp_path / "other.jinja").write_text("another")
     assert ChatTemplate.load(tmp_path, tmp_path / "other.jinja").render(PLAIN) == "another"  # type: ignore[union-attr]
 
@@ -226,6 +280,13 @@ def test_a_checkpoints_template_is_found_where_transformers_looks(tmp_path: Path
         ({"chat_template": [{"name": "rag", "template": "x"}]}, "with a 'default'"),
         ({"chat_template": 7}, "should be a text"),
         ({"chat_template": "x" * (1 << 21)}, "at most"),
+        ({"chat_template": "line\n{{ messages | nothing }}"}, "line 2: No filter named 'nothing'"),
+        # What Jinja lets pass and Python, which compiles what Jinja writes, does not.
+        ({"chat_template": "{% break %}"}, "cannot be compiled: 'break' outside loop"),
+        ({"chat_template": "{% for a in a %}" * 30 + "{% endfor %}" * 30}, "too many statically nested blocks"),
+        ({"chat_template": "{% if a %}" * 200 + "{% endif %}" * 200}, "too many levels of indentation"),
+        ({"chat_template": "{{ " + "1" * 5000 + " }}"}, "cannot be compiled: Exceeds the limit"),
+        ({"chat_template": "{{ " + "(" * 5000 + ")" * 5000 + " }}"}, "cannot be compiled: maximum recursion depth"),
     ],
 )
 def test_a_template_that_is_none_names_its_file(tmp_path: Path, config: dict[str, Any], said: str) -> None:
@@ -233,6 +294,14 @@ def test_a_template_that_is_none_names_its_file(tmp_path: Path, config: dict[str
     with pytest.raises(ConfigError, match=r"tokenizer_config\.json") as refusal:
         ChatTemplate.load(tmp_path)
     assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize("stops", [7, [""], ["a", None], {}])
+def test_stop_strings_that_are_none_name_their_file(tmp_path: Path, stops: Any) -> None:
+    (tmp_path / "chat_template.jinja").write_text("x")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"stop_strings": stops}))
+    with pytest.raises(ConfigError, match=r"generation_config\.json: stop_strings should be a text or a list"):
+        ChatTemplate.load(tmp_path)
 
 
 def test_what_a_conversation_holds_is_only_data() -> None:

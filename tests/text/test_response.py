@@ -1,14 +1,14 @@
-"""Answers in every known format are taken apart: text, reasoning, calls; and nothing is lost of what is no call."""
+"""Answers in every known format are taken apart: text, reasoning, calls. (Cuts: test_response_splits.py.)"""
 
 import json
+import time
 from dataclasses import dataclass
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from kvist.text.chat import ChatTemplate
 from kvist.text.response import (
     FORMATS,
     Content,
@@ -148,20 +148,101 @@ def test_arguments_come_as_the_model_wrote_them_while_it_writes() -> None:
     assert rest == []
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "<tool_call>\nnothing\n</tool_call>",
-        '<tool_call>{"name": 7}</tool_call>',
-        '<tool_call>{"arguments": {}}</tool_call>',
-        "<tool_call>",
-        "a < b <tool",
-        "[1, 2",
-    ],
-)
-def test_what_is_no_call_is_text(text: str) -> None:
-    found = read("hermes", text)
-    assert (found.calls, found.content) == ([], text)
+# Calls that are none, by format. Each is content as it stands.
+NO_CALLS = [
+    ("hermes", "<tool_call>\nnothing\n</tool_call>"),
+    ("hermes", '<tool_call>{"name": 7}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "", "arguments": {}}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'),
+    ("hermes", '<tool_call>{"arguments": {}}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "stop", "arguments": [1]}</tool_call> b'),
+    ("hermes", '<tool_call>{"name": "stop", "arguments": "[1]"}</tool_call> b'),
+    ("hermes", "<tool_call>"),
+    ("hermes", "a < b <tool"),
+    ("hermes", "[1, 2"),
+    ("hermes", f'<tool_call>{{"arguments": {{"city": "{"x" * 5000}"}}, "name": "look_up"}}</tool_call>'),
+    ("qwen3-coder", "<tool_call>\n<function=look_up>\n<parameter=city>\na</parameter>"),
+    ("qwen3-coder", "<tool_call>\n<function=look_up>\n<parameter=city>\na\n</function>\n</tool_call> b"),
+    ("qwen3-coder", '<tool_call>\n<function=look_up>\n{"city": "Oslo"}\n</function>\n</tool_call>'),
+    ("deepseek", "<｜tool▁calls▁begin｜>oops"),
+    ("deepseek", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>stop\n```json\nno\n```<｜tool▁call▁end｜>"),
+    ("mistral", "[TOOL_CALLS][] x"),
+    ("mistral", "[TOOL_CALLS]stop{}"),
+    ("mistral-args", "[TOOL_CALLS]stop x"),
+    ("gpt-oss", "<|channel|>commentary to=functions.stop<|message|>no<|call|>"),
+    ("gpt-oss", "<|channel|>unheard<|message|>of"),
+    ("gpt-oss", '{"a": 1}'),
+    ("llama3-json", "<|python_tag|>print(1)"),
+    ("llama3-json", '{"name": "stop", "parameters": "x"}'),
+    ("llama3-json", '{"type": "function", "function": "stop"}'),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), NO_CALLS)
+def test_what_is_no_call_is_text(name: str, text: str) -> None:
+    assert parts_of(FORMATS[name], [text]) == [Content(text)]
+
+
+# Calls that models write otherwise than they were told to, and that are clear all the same.
+LOOSE = [
+    ("hermes", '<tool_call>{"name": "look_up", "parameters": {"city": "Oslo", "days": 3}}</tool_call>', ONE),
+    ("hermes", '<tool_call>{"arguments": {"city": "Oslo", "days": 3}, "name": "look_up"}</tool_call>', ONE),
+    ("hermes", '<tool_call>{"name":"look_up","arguments":"{\\"city\\":\\"Oslo\\",\\"days\\":3}"}</tool_call>', ONE),
+    ("hermes", '<tool_call>{"name": "look_up", "arguments": {"city": "Oslo", "days": 3}}', ONE),
+    ("hermes", '<tool_call>[{"name": "look_up", "arguments": {"city": "Oslo", "days": 3}}]</tool_call>', ONE),
+    ("hermes", '<tool_call>{"id": [{}], "name": "stop", "arguments": null, "x": 1.5 }</tool_call>', TWO),
+    ("hermes", '<tool_call>{"name": "stop", "arguments": ""}</tool_call>', TWO),
+    ("hermes", '<tool_call>{"name": "stop"}  \n </tool_call>', TWO),
+    ("llama3-json", '{"type": "function", "name": "look_up", "arguments": {"city": "Oslo", "days": 3}}', ONE),
+    ("qwen3-coder", "<function=look_up><parameter=city>Oslo</parameter><parameter=days>3</parameter></function>", ONE),
+    ("qwen3-coder", "<function=stop></function>", TWO),
+    ("deepseek", '<｜tool▁call▁begin｜>look_up<｜tool▁sep｜>{"city":"Oslo","days":3}<｜tool▁call▁end｜>', ONE),
+    ("mistral", '[TOOL_CALLS] {"name": "look_up", "arguments": {"city": "Oslo", "days": 3}}', ONE),
+    ("mistral-args", '[TOOL_CALLS]look_up[CALL_ID]a1[ARGS]{"city": "Oslo", "days": 3}', ONE),
+    ("mistral-args", '[TOOL_CALLS]look_up{"city": "Oslo", "days": 3}', ONE),
+    ("gpt-oss", ' to=functions.look_up<|channel|>commentary json<|message|>{"city":"Oslo","days":3}<|call|>', ONE),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "call"), LOOSE)
+def test_a_call_that_is_clear_is_one(name: str, text: str, call: tuple[str, Any]) -> None:
+    assert read(name, f"{text}\n") == Read("", "", [call], 1)
+
+
+def test_arguments_in_a_string_may_be_long() -> None:
+    inner = json.dumps({"city": "x" * 20_000})
+    text = f'<tool_call>{{"name": "look_up", "arguments": {json.dumps(inner)}}}</tool_call>'
+    assert read("hermes", text).calls == [("look_up", {"city": "x" * 20_000})]
+
+
+@pytest.mark.parametrize("name", ["hermes", "mistral"])
+def test_arguments_can_be_sent_whatever_the_model_escaped(name: str) -> None:
+    inner = json.dumps({"city": "\ud800 \U0001f600"})
+    call = f'{{"name": "look_up", "arguments": {json.dumps(inner)}}}'
+    text = {"hermes": f"<tool_call>{call}</tool_call>", "mistral": f"[TOOL_CALLS][{call}]"}[name]
+    for part in parts_of(FORMATS[name], [text]):
+        assert not isinstance(part, ToolCallArguments) or part.text.encode()
+    assert read(name, text).calls == [("look_up", {"city": "\ud800 \U0001f600"})]
+
+
+def test_a_call_that_breaks_off_is_passed_over_by_the_numbers() -> None:
+    broken = '<tool_call>{"name": "look_up", "arguments": {"city": 1,}}</tool_call>'
+    text = f'{broken} so <tool_call>{{"name": "stop"}}</tool_call>'
+    assert parts_of(FORMATS["hermes"], [text]) == [
+        ToolCallBegin(0, "look_up"),
+        ToolCallArguments(0, '{"city": 1,'),
+        Content("}}</tool_call> so"),
+        ToolCallBegin(1, "stop"),
+        ToolCallArguments(1, "{}"),
+        ToolCallEnd(1),
+    ]
+
+
+def test_whitespace_after_a_call_takes_no_time_worth_speaking_of() -> None:
+    text = '<tool_call>{"name": "stop"}' + "\n" * 20_000
+    begun = time.perf_counter()
+    assert read("hermes", text).calls == [TWO]
+    assert time.perf_counter() - begun < 5  # about 0.1 s; a look at all of it for each character takes minutes
 
 
 def test_a_call_that_the_text_ends_within_has_no_end() -> None:
@@ -177,44 +258,6 @@ def test_text_is_held_back_only_while_it_may_be_a_mark() -> None:
     assert joined(parser.push("b>")) == [Content(" <b>")]
     assert parser.push("<tool_cal") == []
     assert parser.push("m") == [Content("<tool_calm")]
-
-
-FRAGMENTS = [
-    "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool", "_call>", "[TOOL_CALLS]", "[ARGS]", "[", "]", "{",
-    "}", '{"name": "look_up", ', '"arguments": ', '"parameters": ', '{"city": "Os\\"lo"}', "{}", '"', "\\", "\n", " ",
-    "x",
-    "<function=look_up>", "<parameter=city>", "</parameter>", "</function>", "<|python_tag|>", "; ", "é日", "\\u00e9",
-    "<|channel|>", "final", "analysis", "<|message|>", "<|end|>", "<|call|>", "commentary to=functions.look_up",
-    "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "function<｜tool▁sep｜>look_up\n```json\n",
-    "```<｜tool▁call▁end｜>",
-]  # fmt: skip
-TEXTS = st.one_of(
-    st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join),
-    st.sampled_from(list(ANSWERS.values())),
-    st.builds(lambda text, at, put: text[:at] + put + text[at:], st.sampled_from(list(ANSWERS.values())),
-              st.integers(0, 120), st.sampled_from(FRAGMENTS)),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", FORMATS)
-@settings(max_examples=60)
-@given(text=TEXTS, cuts=st.lists(st.integers(0, 200), max_size=6))
-def test_however_a_text_is_cut_its_parts_are_the_same(name: str, text: str, cuts: list[int]) -> None:
-    whole = parts_of(FORMATS[name], [text])
-    places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    assert parts_of(FORMATS[name], [text[a:b] for a, b in pairwise(places)]) == whole
-    assert parts_of(FORMATS[name], list(text)) == whole
-    for part in whole:
-        if isinstance(part, ToolCallEnd):
-            arguments = [p.text for p in whole if isinstance(p, ToolCallArguments) and p.index == part.index]
-            assert isinstance(json.loads("".join(arguments)), dict)
-            assert sum(isinstance(p, ToolCallBegin) and p.index == part.index for p in whole) == 1
-
-
-@settings(max_examples=100)
-@given(text=TEXTS)
-def test_what_has_no_markers_of_its_own_loses_nothing(text: str) -> None:
-    assert "".join(part.text for part in parts_of(FORMATS["plain"], [text])) == text  # type: ignore[union-attr]
 
 
 def test_the_parts_are_those_of_transformers() -> None:
@@ -248,3 +291,33 @@ def test_calls_written_by_their_syntax_are_read_back(name: str) -> None:
     ]
     text = syntax.first + syntax.between.join(calls) + syntax.last
     assert read(name, text).calls == [ONE, TWO]
+
+
+TELLS = [
+    ("{{ '<tool_call>' }} <function= <parameter=", "qwen3-coder"),
+    ("{{ '<tool_call>' }} </think>", "hermes"),
+    ("<｜tool▁call▁begin｜> </think>", "deepseek"),
+    ("[TOOL_CALLS] [ARGS]", "mistral-args"),
+    ("[TOOL_CALLS]", "mistral"),
+    ("<|channel|> <|message|>", "gpt-oss"),
+    ("<|python_tag|>", "llama3-json"),
+    ("""<|start_header_id|> '"parameters": '""", "llama3-json"),
+    ("{{ content.split('</think>')[-1] }}", "think"),
+    ("{{ messages }}", "plain"),
+]
+
+
+@pytest.mark.parametrize(("source", "name"), TELLS)
+def test_a_checkpoints_format_is_told_by_its_chat_template(tmp_path: Path, source: str, name: str) -> None:
+    template = ChatTemplate({"default": "{# " + source + " #}"}, {}, "here")
+    assert ResponseFormat.detect(tmp_path, template) is FORMATS[name]
+    assert ResponseFormat.detect(tmp_path, None) is FORMATS["plain"]
+
+
+def test_what_would_be_a_call_is_text_where_none_may_be() -> None:
+    for name, answer in ANSWERS.items():
+        format = FORMATS[name].without_calls()
+        assert format.calls is None
+        parts = parts_of(format, [answer])
+        assert parts[0] == Reasoning("Hm.")
+        assert all(isinstance(part, Content) for part in parts[1:])

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -271,8 +272,8 @@ def text_job(
 
 
 def _check_tools(request: ChatRequest) -> None:
-    names = [tool.name for tool in request.tools]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    names = Counter(tool.name for tool in request.tools)
+    twice = next((name for name, times in names.items() if times > 1), None)
     if twice is not None:
         raise RequestError(f"two tools have the name {twice!r}")
     if request.tool_choice is ToolChoice.REQUIRED and not names:

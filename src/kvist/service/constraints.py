@@ -1,10 +1,11 @@
 """Grammars put together: one after the reasoning, one or the other."""
 
+import torch
 from torch import Tensor
 
+from kvist.base.errors import RequestError
 from kvist.runtime.request import Grammar
 from kvist.text.detokenizer import Detokenizer
-from kvist.text.stops import StopMatcher
 from kvist.text.tokenizer import Tokenizer
 
 
@@ -12,19 +13,24 @@ class AfterReasoning:
     """A grammar for what follows a model's reasoning, which is free. `closing`: the text that ends it.
 
     `opening`: a token by which the model may begin to reason as its first; None: it does so already. An answer that
-    does not begin with it follows the grammar from its first token on.
+    does not begin with it follows the grammar from its first token on. What stands behind `closing` in the token that
+    completes it follows the grammar already, but for whitespace before it.
     """
 
     def __init__(self, grammar: Grammar, tokenizer: Tokenizer, closing: str, opening: int | None) -> None:
         self._grammar = grammar
+        self._tokenizer = tokenizer
+        self._closing = closing
         self._opening = opening
         self._first = opening is not None
         self._reasons = opening is None
         self._text = Detokenizer(tokenizer, skip_special=False)
-        self._closing = StopMatcher((closing,))
+        self._heard = ""  # the end of the reasoning, as far as `closing` may have begun in it
+        self._width = 0  # of the logits
 
     def forbid(self, logits: Tensor) -> None:
         if self._reasons:
+            self._width = len(logits)
             return
         if not self._first or self._opening is None:
             self._grammar.forbid(logits)
@@ -35,8 +41,9 @@ class AfterReasoning:
 
     def accept(self, token: int) -> None:
         if self._reasons:
-            self._closing.push(self._text.push(token))
-            self._reasons = self._closing.matched is None
+            before, closed, after = (self._heard + self._text.push(token)).partition(self._closing)
+            self._heard, self._reasons = before[-len(self._closing) :], not closed
+            self._follow(after.lstrip())
         elif self._first and token == self._opening:
             self._reasons = True
         else:
@@ -46,6 +53,12 @@ class AfterReasoning:
     @property
     def ended(self) -> bool:
         return not self._reasons and not self._first and self._grammar.ended
+
+    def _follow(self, text: str) -> None:
+        """Hold a text to the grammar, token by token. Raises `RequestError` when it does not follow it."""
+        for token in self._tokenizer.encode(text, add_special=False) if text else ():
+            self._grammar.forbid(torch.zeros(self._width))
+            self._grammar.accept(token)
 
 
 class Either:
@@ -69,6 +82,8 @@ class Either:
         if len(self._left) > 1:
             allowing = zip(self._left, self._allowed, strict=True)
             self._left = [grammar for grammar, allowed in allowing if bool(allowed[token])]
+            if not self._left:
+                raise RequestError("the grammar of this request failed: a token came that neither half of it allows")
         for grammar in self._left:
             grammar.accept(token)
 

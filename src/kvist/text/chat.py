@@ -43,7 +43,7 @@ class ChatTemplate:
                 self._templates[name] = made.from_string(source)
             except TemplateSyntaxError as error:
                 raise ConfigError(f"{where}: the chat template, line {error.lineno}: {_one_line(error)}") from None
-            except (TemplateError, RecursionError) as error:
+            except Exception as error:  # Python compiles what Jinja writes, and has errors of its own
                 raise ConfigError(f"{where}: the chat template cannot be compiled: {_one_line(error)}") from None
         self._tokens = dict(tokens)
         self.source = "\n".join(templates.values())

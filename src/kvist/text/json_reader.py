@@ -49,8 +49,8 @@ class JsonReader:
     """Push characters until one is not `TAKEN`. Whitespace before the value is taken too.
 
     `text` is what was read, without whitespace before the value. A control character that stands bare in a string, as
-    models write line breaks, is given its escape there, because JSON has no other way to write it; all else is as it
-    came.
+    models write line breaks, is given its escape there, because JSON has no other way to write it, and so is a lone
+    surrogate, because UTF-8 has none; all else is as it came.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class JsonReader:
     def push(self, character: str) -> Read:
         read, written = self._read(character), character
         if read in (Read.TAKEN, Read.LAST) and (self.first or character not in SPACE):
-            if self._expect is _Expect.STRING and character < " ":
+            if self._expect is _Expect.STRING and (character < " " or "\ud800" <= character <= "\udfff"):
                 written = _ESCAPED.get(character, f"\\u{ord(character):04x}")
             self._pieces.append(written)
             self.first = self.first or character

@@ -1,16 +1,19 @@
 """Calls of tools, read from what stands between their markers, character by character where they are JSON."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 from typing import Any, Protocol
 
 from kvist.text.json_reader import SPACE, JsonReader, Read
 from kvist.text.response_parts import Part, ToolCallArguments, ToolCallBegin, ToolCallEnd
-from kvist.text.response_template import Field
-from kvist.text.response_values import Unreadable, calls_in, cast
+from kvist.text.response_template import PLACEHOLDER, Field
+from kvist.text.response_values import Unreadable, calls_in, cast, is_name
 
 _MOST_UNNAMED = 4096  # characters of JSON without it being known which call they are
+_SAME = {"arguments", "parameters"}  # models take the one key for the other
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tools:
@@ -96,7 +99,7 @@ class JsonCalls:
 
     A call begins once its name and the first bracket of its arguments are there, and from then on they are passed on as
     they come. Arguments that come before the name wait for it. Arguments in a string are taken out of it. A call
-    without arguments has the empty object.
+    without arguments, or with null for them, has the empty object.
     """
 
     delimited = False
@@ -106,7 +109,7 @@ class JsonCalls:
         other names are no calls."""
         self.raw = raw
         self._calls = calls
-        self._keys = keys
+        self._name_key, self._arguments = keys[0], _SAME if keys[1] in _SAME else {keys[1]}
         self._only = only
         self._bare = name is not None  # the JSON is that of the arguments alone
         self._listed = False
@@ -121,7 +124,7 @@ class JsonCalls:
 
     def push(self, character: str) -> Progress:
         self.raw += character
-        if len(self.raw) > _MOST_UNNAMED:  # it is emptied whenever a part has told of it
+        if self._name is None and len(self.raw) > _MOST_UNNAMED:
             return self._fail()
         if self._at in (_At.KEY, _At.VALUE):
             return self._value(character)
@@ -167,7 +170,7 @@ class JsonCalls:
         read = self._reader.push(character)
         if read is Read.BAD:
             return self._fail()
-        if self._at is _At.VALUE and self._key == self._keys[1] and not self._ended:
+        if self._at is _At.VALUE and self._key in self._arguments and not self._ended:
             return self._argument(read)
         if read is Read.TAKEN:
             return Progress.MORE
@@ -175,7 +178,7 @@ class JsonCalls:
             self._key, self._at = json.loads(self._reader.text), _At.COLON
             return Progress.MORE
         self._at = _At.AFTER_VALUE
-        if self._key == self._keys[0] and self._name is None:
+        if self._key == self._name_key and self._name is None:
             return self._named(self._reader.text)
         if read is Read.AFTER and character not in SPACE:
             return self._structure(character)
@@ -184,7 +187,7 @@ class JsonCalls:
     def _named(self, name: str) -> Progress:
         """The value that is the name was read; arguments that waited for it go with it."""
         value = json.loads(name)
-        if not isinstance(value, str) or not value or (self._only is not None and value not in self._only):
+        if not is_name(value) or (self._only is not None and value not in self._only):
             return self._fail()
         self._name = value
         if self._waiting:
@@ -196,9 +199,9 @@ class JsonCalls:
         """A character of the arguments was read."""
         if not self._begun:
             opening = self._reader.first
-            if opening == '"' and read is Read.LAST:
-                return self._complete(_unquoted(self._reader.text))
-            if opening and opening not in '"{':
+            if opening in ('"', "n") and read is Read.LAST:
+                return self._complete("{}" if opening == "n" else _unquoted(self._reader.text))
+            if opening not in ("", '"', "n", "{"):
                 return self._fail()
             if self._name is None and read is Read.LAST:
                 return self._complete(self._reader.text)
@@ -253,8 +256,8 @@ class JsonCalls:
 
 
 def _unquoted(text: str) -> str | None:
-    """The JSON object in a JSON string, or None."""
-    inner = json.loads(text).strip()
+    """The JSON object in a JSON string, which may be blank where it has nothing in it; or None."""
+    inner = json.loads(text).strip() or "{}"
     reader = JsonReader()
     reads = [reader.push(character) for character in inner]
     whole = inner.startswith("{") and Read.LAST not in reads[:-1] and reads[-1] is Read.LAST
@@ -292,7 +295,8 @@ class WholeCalls:
             return Progress.FAILED
         for name, arguments in found:
             self._calls.begin(name)
-            self._calls.arguments(json.dumps(self._tools.cast(name, arguments), ensure_ascii=False))
+            text = json.dumps(self._tools.cast(name, arguments), ensure_ascii=False)
+            self._calls.arguments(_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
             self._calls.end()
         return Progress.DONE
 
@@ -332,4 +336,5 @@ def _json_keys(field: Field) -> tuple[bool, str, str] | None:
 
 
 def _placeholder(value: Any) -> str | None:
-    return value[1:-1] if isinstance(value, str) and value.startswith("{") and value.endswith("}") else None
+    path = PLACEHOLDER.fullmatch(value) if isinstance(value, str) else None
+    return None if path is None else str(path[1])

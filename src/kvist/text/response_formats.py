@@ -47,13 +47,13 @@ _TEXT = {"content": "text"}
 
 # The order is the order in which they are told: a format whose marks contain another's comes first.
 KNOWN: dict[str, KnownFormat] = {
-    # Qwen3-Coder, Qwen3.5: each argument is a tag of its own.
+    # Qwen3-Coder, Qwen3.5: each argument is a tag of its own. They sometimes leave out the outer one.
     "qwen3-coder": KnownFormat(
         {
             "fields": {
                 "reasoning_content": _THINK,
                 "tool_calls": {
-                    "open_pattern": r"<tool_call>\s*<function=(?P<name>[^>\n]+)>",
+                    "open_pattern": r"(?:<tool_call>\s*)?<function=(?P<name>[^>\n]+)>",
                     "close_pattern": r"</function>(?:\s*</tool_call>)?",
                     "repeats": True,
                     "content": "xml-inline",
@@ -173,9 +173,15 @@ KNOWN: dict[str, KnownFormat] = {
         {
             "fields": {
                 "reasoning_content": {"open": "<|channel|>analysis<|message|>", "close": "<|end|>"},
+                # Whatever else it writes; what only says where a message begins and ends is left out.
                 "content": {
-                    "open": ["<|channel|>final<|message|>", "<|channel|>commentary<|message|>"],
-                    "close": ["<|end|>", "<|return|>"],
+                    "close": [
+                        "<|start|>assistant",
+                        "<|channel|>final<|message|>",
+                        "<|channel|>commentary<|message|>",
+                        "<|end|>",
+                        "<|return|>",
+                    ],
                 },
                 "tool_calls": {
                     "open_pattern": r"(?:<\|channel\|>commentary to=functions\.(?P<name>[\w.-]+)"

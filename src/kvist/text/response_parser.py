@@ -86,7 +86,7 @@ class ResponseParser:
         """Take the marker that the held text begins with, or a character. False: it cannot be told yet."""
         best: tuple[Found, Field | None] | None = None
         for marker, field in self._watched():
-            found = self._at(marker, 0, final)
+            found = self._at(marker, final)
             if found is None:
                 return False
             if found.status is Status.FULL and (best is None or found.length > best[0].length):
@@ -115,9 +115,9 @@ class ResponseParser:
             watched.append((region.close, None))
         return watched
 
-    def _at(self, marker: Marker, start: int, final: bool) -> Found | None:
-        """Whether the held text has the marker at `start`; None: it cannot be told yet."""
-        found = marker.at(self._before + self._held, len(self._before) + start, final)
+    def _at(self, marker: Marker, final: bool) -> Found | None:
+        """Whether the held text begins with the marker; None: it cannot be told yet."""
+        found = marker.at(self._before + self._held, len(self._before), final)
         if final or len(self._held) > _LONGEST_MARKER:
             return found
         return None if found.status is Status.PARTIAL or found.may_grow else found
@@ -221,13 +221,12 @@ class ResponseParser:
         """Whitespace and the closing marker after calls that are complete. Without it the region ends all the same."""
         close = self._inside.close if self._inside is not None else None
         assert close is not None
-        blank = len(self._held) - len(self._held.lstrip())
-        for start in range(blank + 1):
-            found = self._at(close, start, final) if start < len(self._held) else None
-            if found is None and not final and len(self._held) <= _LONGEST_MARKER:
-                return False
-            if found is not None and found.status is Status.FULL:
-                self._consume(start + found.length)
-                break
+        found = self._at(close, final)
+        if found is None:
+            return False
+        if found.status is not Status.FULL and self._held[0].isspace():
+            self._consume(1)
+            return True
+        self._consume(found.length)
         self._leave()
         return True

@@ -21,6 +21,7 @@ _FIELD_KEYS = (
     {"open", "open_pattern", "close", "close_pattern", "content", "content_args"}
     | {"repeats", "join", "optional", "transform", "transform_each"}
 )  # fmt: skip
+PLACEHOLDER = regex.compile(r"\{(\w+(?:\.\w+)*)\}")  # in a transform: what of a call stands in its place
 _PARSERS = ("text", "int", "float", "bool", "json", "xml-inline", "kv-lines")
 
 
@@ -63,12 +64,14 @@ class Marker:
         return _PARTIAL if longer else _NONE
 
     def last_end(self, text: str) -> int | None:
-        """Where its last occurrence in `text` ends."""
-        if self.pattern is not None:
-            ends = [match.end() for match in self.pattern.finditer(text, timeout=_SECONDS)]
-        else:
+        """Where its last occurrence in `text` ends. Raises `TextError` as `at` does."""
+        if self.pattern is None:
             ends = [at + len(literal) for literal in self.literals if (at := text.rfind(literal)) >= 0]
-        return max(ends, default=None)
+            return max(ends, default=None)
+        try:
+            return max((match.end() for match in self.pattern.finditer(text, timeout=_SECONDS)), default=None)
+        except TimeoutError:
+            raise self._too_slow() from None
 
     def _matched(self, text: str, start: int, final: bool) -> Found:
         try:
@@ -76,11 +79,14 @@ class Marker:
             # Some match may take all of the text there is and more: only then does what comes next matter.
             open_ended = not final and self.pattern.fullmatch(text, start, partial=True, timeout=_SECONDS) is not None
         except TimeoutError:
-            raise TextError(f"the pattern {self.pattern.pattern!r} of a response template takes too long") from None
+            raise self._too_slow() from None
         if match is None:
             return _PARTIAL if open_ended else _NONE
         captures = tuple((name, value) for name, value in match.groupdict().items() if value is not None)
         return Found(Status.FULL, match.end() - start, open_ended, captures)
+
+    def _too_slow(self) -> TextError:
+        return TextError(f"the pattern {self.pattern.pattern!r} of a response template takes too long")
 
 
 class Kind(Enum):
@@ -136,10 +142,10 @@ class ResponseTemplate:
 def _field(name: str, spec: Any, where: str) -> Field:
     _check_keys(spec, _FIELD_KEYS, where)
     content, arguments, join = spec.get("content", "text"), spec.get("content_args", {}), spec.get("join", "")
-    if content not in _PARSERS:
-        raise ConfigError(f"{where}: there is no content {content!r}; there is {', '.join(_PARSERS)}")
-    if not isinstance(arguments, Mapping) or not isinstance(join, str):
-        raise ConfigError(f"{where}: content_args should be an object and join a string")
+    _check_content(content, arguments, where)
+    _check_transform(spec.get("transform"), where)
+    if not isinstance(join, str):
+        raise ConfigError(f"{where}: join should be a string")
     kind = Kind.CALLS if name == _CALLS else Kind.REASONING if name in _REASONING else Kind.CONTENT
     opening = _marker(spec, "open", "open_pattern", where)
     if kind is Kind.CALLS and opening is None:
@@ -156,6 +162,40 @@ def _field(name: str, spec: Any, where: str) -> Field:
         transform=spec.get("transform"),
         transform_each=spec.get("transform_each", False) is True,
     )
+
+
+def _check_content(parser: Any, arguments: Any, where: str) -> None:
+    """Raises `ConfigError` for a parser that there is not, and for arguments that it could not be run with."""
+    if parser not in _PARSERS:
+        raise ConfigError(f"{where}: there is no content {parser!r}; there is {', '.join(_PARSERS)}")
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(f"{where}: content_args should be an object")
+    delimiters = arguments.get("string_delims", [])
+    if not isinstance(delimiters, list) or not all(isinstance(pair, list) and _texts(pair, 2) for pair in delimiters):
+        raise ConfigError(f"{where}: string_delims should be a list of pairs of texts, got {delimiters!r}")
+    if not _texts([arguments.get("kv_sep", ":"), arguments.get("line_sep", "\n")], 2):
+        raise ConfigError(f"{where}: kv_sep and line_sep should be texts")
+    if parser == "xml-inline":
+        pattern = compiled(arguments.get("tag_pattern"), f"{where}: tag_pattern")
+        if "key" not in pattern.groupindex:
+            raise ConfigError(f"{where}: tag_pattern has no group called key")
+    inner = arguments.get("value_parser")
+    if inner is not None:
+        _check_keys(inner, {"name", "args"}, f"{where}: value_parser")
+        _check_content(inner.get("name", "text"), inner.get("args", {}), f"{where}: value_parser")
+
+
+def _texts(values: list[Any], count: int) -> bool:
+    return len(values) == count and all(isinstance(value, str) and value for value in values)
+
+
+def _check_transform(transform: Any, where: str) -> None:
+    """Raises `ConfigError` for a text that only in part is a placeholder."""
+    if isinstance(transform, Mapping | list):
+        for value in transform.values() if isinstance(transform, Mapping) else transform:
+            _check_transform(value, where)
+    elif isinstance(transform, str) and PLACEHOLDER.search(transform) and not PLACEHOLDER.fullmatch(transform):
+        raise ConfigError(f"{where}: a placeholder is all of a text in transform, or none of it: {transform!r}")
 
 
 def _marker(spec: Mapping[str, Any], literal_key: str, pattern_key: str, where: str) -> Marker | None:

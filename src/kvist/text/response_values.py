@@ -3,13 +3,14 @@
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import regex  # type: ignore[import-untyped]
 
-from kvist.text.response_template import Field
+from kvist.text.response_template import PLACEHOLDER, Field
 
 _SECONDS = 1.0  # that a pattern may take on one region
+_STRING_OR_KEY = r'"(?:[^"\\]|\\.)*+"|(?<=[{,]\s*)(?P<key>[\w.-]+)(?=\s*:)'
 
 
 class Unreadable(Exception):
@@ -24,6 +25,11 @@ def calls_in(body: str, field: Field, captures: Mapping[str, str]) -> list[tuple
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         raise Unreadable
     return [_call(field.transform, {**captures, **item}) for item in value]
+
+
+def is_name(value: Any) -> TypeGuard[str]:
+    """Whether a value can be the name of a tool: a text, not empty, of characters."""
+    return isinstance(value, str) and value != "" and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def cast(value: Any, schema: Any) -> Any:
@@ -82,7 +88,7 @@ def _call(transform: Any, scope: Mapping[str, Any]) -> tuple[str, dict[str, Any]
     name, arguments = function.get("name"), function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = _json(arguments, {})
-    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
+    if not is_name(name) or not isinstance(arguments, dict):
         raise Unreadable
     return name, arguments
 
@@ -93,7 +99,7 @@ def _filled(transform: Any, scope: Mapping[str, Any]) -> Any:
         return {key: _filled(value, scope) for key, value in transform.items()}
     if isinstance(transform, list):
         return [_filled(value, scope) for value in transform]
-    if not isinstance(transform, str) or not (path := regex.fullmatch(r"\{(\w+(?:\.\w+)*)\}", transform)):
+    if not isinstance(transform, str) or not (path := PLACEHOLDER.fullmatch(transform)):
         return transform
     value: Any = scope
     for key in path[1].split("."):
@@ -110,8 +116,10 @@ def _content(text: str, parser: str, arguments: Mapping[str, Any]) -> Any:
         match parser:
             case "int":
                 return int(stripped)
+            case "float" if math.isfinite(number := float(stripped)):
+                return number
             case "float":
-                return float(stripped)
+                raise Unreadable
             case "bool":
                 return stripped.lower() in ("true", "1")
             case "json":
@@ -123,6 +131,10 @@ def _content(text: str, parser: str, arguments: Mapping[str, Any]) -> Any:
     except ValueError:
         raise Unreadable from None
     return stripped
+
+
+def _quoted(match: Any) -> str:
+    return match[0] if match["key"] is None else f'"{match["key"]}"'
 
 
 def _json(text: str, arguments: Mapping[str, Any]) -> Any:
@@ -137,35 +149,37 @@ def _json(text: str, arguments: Mapping[str, Any]) -> Any:
     delimiters = arguments.get("string_delims", [])
     if delimiters and ("\x01" in text or "\x02" in text):
         raise Unreadable
-    for opening, closing in delimiters:
-        plain = regex.sub(f"{regex.escape(opening)}(.*?){regex.escape(closing)}", kept, plain, flags=regex.DOTALL)
-    if arguments.get("unquoted_keys"):
-        plain = regex.sub(r"(?<=[{,]\s*)([\w.-]+)(?=\s*:)", r'"\1"', plain)
-    plain = regex.sub("\x01(\\d+)\x02", lambda match: strings[int(match[1])], plain)
     try:
+        for opening, closing in delimiters:
+            pattern = f"{regex.escape(opening)}(.*?){regex.escape(closing)}"
+            plain = regex.sub(pattern, kept, plain, flags=regex.DOTALL, timeout=_SECONDS)
+        if arguments.get("unquoted_keys"):
+            plain = regex.sub(_STRING_OR_KEY, _quoted, plain, flags=regex.DOTALL, timeout=_SECONDS)
+        plain = regex.sub("\x01(\\d+)\x02", lambda match: strings[int(match[1])], plain)
         return json.loads(plain, strict=False, parse_constant=_no_number)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, TimeoutError, IndexError):
         if arguments.get("allow_non_json"):
             return text.strip()
         raise Unreadable from None
 
 
 def _tags(text: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Tags that have a key and a value. Text between them is passed over, but for a tag that is not complete."""
-    pattern = arguments.get("tag_pattern")
-    if not isinstance(pattern, str):
-        raise Unreadable
+    """Tags that have a key and a value. Text between them is passed over, but for a tag that is not complete; text
+    without any tag is something else."""
+    pattern = arguments["tag_pattern"]
     values: dict[str, list[Any]] = {}
     end = 0
     try:
         for match in regex.finditer(pattern, text, regex.DOTALL, timeout=_SECONDS):
             groups = match.groupdict()
+            if groups["key"] is None:
+                raise Unreadable
             values.setdefault(groups["key"], []).append(_inner(groups.get("value") or "", arguments))
             end = match.end()
         rest = regex.search(pattern, text, regex.DOTALL, pos=end, partial=True, timeout=_SECONDS)
-    except (regex.error, KeyError, TimeoutError):
+    except TimeoutError:
         raise Unreadable from None
-    if rest is not None and rest.start() < len(text):
+    if (rest is not None and rest.start() < len(text)) or (not values and text.strip()):
         raise Unreadable
     merged = arguments.get("merge_duplicates", False)
     return {key: found if merged and len(found) > 1 else found[-1] for key, found in values.items()}

@@ -10,6 +10,7 @@ from scripted_openai import HELLO, MODEL, ScriptedChat, ScriptedServing, applica
 
 from kvist.base.errors import ContextError, KvistError, NumericsError, Overloaded, RequestError, Stopping, TimedOut
 from kvist.runtime.request import FinishReason
+from kvist.server.openai.chat import message_of
 from kvist.server.settings import ServerSettings
 from kvist.service.chat import ChatDelta
 from kvist.text.response import Content, Reasoning, ToolCallArguments, ToolCallBegin, ToolCallEnd
@@ -202,3 +203,14 @@ def test_another_model_is_not_found(path: str, body: dict[str, Any]) -> None:
 def test_the_model_needs_not_be_named() -> None:
     chat = ScriptedChat([said(Content("a"), finish=STOP)])
     assert post(application(chat), "/v1/chat/completions", {"messages": HELLO}).status_code == 200
+
+
+def test_a_call_that_broke_off_is_left_out_beside_one_that_can_be_made() -> None:
+    def call(index: int, arguments: str) -> Any:
+        function = {"name": "look", "arguments": arguments}
+        return {"tool_calls": [{"index": index, "id": f"call_{index}", "type": "function", "function": function}]}
+
+    both = message_of([call(0, '{"a": 1'), call(1, '{"a": 2}')])
+    assert [found["id"] for found in both["tool_calls"]] == ["call_1"]
+    alone = message_of([call(0, '{"a": 1')])
+    assert [found["function"]["arguments"] for found in alone["tool_calls"]] == ['{"a": 1']

@@ -1,5 +1,6 @@
 """`POST /v1/chat/completions`: from a conversation to answers, whole or as a stream of chunks."""
 
+import json
 import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
@@ -123,6 +124,8 @@ def message_of(added: Iterable[Fields]) -> ChatMessage:
             arguments[call["index"]].append(call["function"]["arguments"])
     for whole, pieces in zip(calls, arguments, strict=True):
         whole["function"] = {"name": whole["function"]["name"], "arguments": "".join(pieces)}
+    # A call that broke off is shown where it is all there is; beside one that can be made it is left out.
+    calls = [call for call in calls if _is_complete(call)] or calls
     text = "".join(content)
     message: ChatMessage = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
     if any(reasoning):
@@ -130,6 +133,13 @@ def message_of(added: Iterable[Fields]) -> ChatMessage:
     if calls:
         message["tool_calls"] = calls
     return message
+
+
+def _is_complete(call: ToolCall) -> bool:
+    try:
+        return isinstance(json.loads(call["function"]["arguments"]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 class Answer:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from kvist.base.errors import KvistError, Stopping, TimedOut
 from kvist.runtime.request import FinishReason
@@ -50,17 +50,42 @@ class EventStream(StreamingResponse):
         noted: Note,
     ) -> None:
         super().__init__(
-            _spoken(_guarded(events, failed, noted)),
+            _guarded(events, failed, noted),
             media_type="text/event-stream",
             headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
         )
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        voice = _Voice(send)
+        speaking = asyncio.create_task(voice.speak())
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, voice.send)
         finally:
+            speaking.cancel()
             self._close()
+
+
+class _Voice:
+    """Sends on what is sent; `speak` fills the silences between the first message and the last."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._quiet_since: float | None = None  # None: something is being sent, or may not be
+
+    async def send(self, message: Message) -> None:
+        self._quiet_since = None
+        await self._send(message)
+        if message["type"] == "http.response.start" or message["more_body"]:
+            self._quiet_since = asyncio.get_running_loop().time()
+
+    async def speak(self) -> None:
+        """Send a comment for each silence, until cancelled."""
+        while True:
+            since, now = self._quiet_since, asyncio.get_running_loop().time()
+            await asyncio.sleep(SILENCE if since is None else since + SILENCE - now)
+            if since is not None and since == self._quiet_since:
+                await self.send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
 
 
 async def _guarded(
@@ -75,24 +100,3 @@ async def _guarded(
             log.error("request failed", exc_info=error, extra={"facts": {"request_id": noted.request_id}})
         noted.finish = "error"
         yield failed(problem)
-
-
-async def _spoken(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The events, and a comment for each silence."""
-    pending: asyncio.Future[bytes] | None = None
-    try:
-        while True:
-            pending = pending or asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait({pending}, timeout=SILENCE)
-            if not done:
-                yield _COMMENT
-                continue
-            try:
-                data = pending.result()
-            except StopAsyncIteration:
-                return
-            pending = None
-            yield data
-    finally:
-        if pending is not None:
-            pending.cancel()
