@@ -2,7 +2,8 @@
 
 Each written position stores a digest of the digest before it, as it is *read back from the blocks*, and of its token;
 the logits are made of that digest. So a block that was adopted wrongly, copied short, evicted under a reader or written
-by two changes what is drawn. Sealing is imitated as in `tests/cache/test_open_leases.py`."""
+by two changes what is drawn. Sealing is imitated as in `tests/cache/test_open_leases.py`. Behind the memory stands a
+kept cache that writes and reads when it is told to, loses blocks, and fails in the middle of a load."""
 
 from collections import Counter
 from collections.abc import Sequence as Tokens
@@ -17,10 +18,14 @@ from torch import Tensor
 
 from kvist.base.errors import NumericsError
 from kvist.base.events import CacheEvent, Evicted, Reserved
+from kvist.cache.kept import Fetch, Fetched, KeptCounters, Losses
 from kvist.cache.manager import CacheManager, Lease
 from kvist.cache.pool import BlockPool
+from kvist.cache.record import BlockId
+from kvist.cache.tree import Node
 from kvist.runtime.batch import Work
 from kvist.runtime.engine import Engine
+from kvist.runtime.keeper import Keeper
 from kvist.runtime.request import FinishReason, Request, Sampling
 from kvist.runtime.sampler import sample
 from kvist.runtime.scheduler import Scheduler
@@ -66,6 +71,15 @@ class FakeRunner:
         self.blocks: list[list[int | None]] = [[None] * SIZE for _ in range(BLOCKS)]
         self.open: list[list[int | None]] = [[None] * SIZE for _ in range(open_pool.capacity if open_pool else 0)]
         self.widest = 0
+        self.store = self
+        self.layout = SimpleNamespace(block_bytes=SIZE)
+
+    def read_block(self, block: int) -> list[int | None]:
+        return self.blocks[block].copy()
+
+    def write_block(self, block: int, data: list[int | None]) -> None:
+        assert None not in data
+        self.blocks[block] = list(data)
 
     def run(self, works: Tokens[Work]) -> list[Tensor]:
         self.widest = max(self.widest, sum(len(work.tokens) for work in works))
@@ -117,6 +131,66 @@ class FakeRunner:
         return passing[index][offset] if index in passing else self.blocks[lease.table[index]][offset]
 
 
+class FakeKept:
+    """What the keeper knows of a kept cache. Nothing is written or read but by `write` and `read`."""
+
+    def __init__(self) -> None:
+        self.tiers = ("fake",)
+        self.losses = Losses(KeptCounters())
+        self.records: dict[str, list[int | None]] = {}
+        self.queue: dict[str, list[int | None]] = {}
+        self.fetches: list[Fetch] = []
+        self.room = 3
+        self.hits = 0
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.queue) < self.room
+
+    def has(self, block: BlockId) -> bool:
+        return block.name in self.records
+
+    def is_kept(self, block: BlockId) -> bool:
+        return block.name in self.records or block.name in self.queue
+
+    def save(self, block: BlockId, payload: list[int | None], until: float) -> None:
+        self.queue[block.name] = payload
+
+    def pin(self, blocks: Tokens[str], until: float) -> None:
+        pass
+
+    def fetch(self, blocks: Tokens[BlockId], start: int) -> Fetch:
+        self.fetches.append(Fetch(blocks, start))
+        return self.fetches[-1]
+
+    def take(self, fetch: Fetch) -> Fetched:
+        fetch.taken += 1
+        return fetch.ready.popleft()
+
+    def cancel(self, fetch: Fetch) -> None:
+        fetch.cancelled = True
+        fetch.ready.clear()
+
+    def wait(self, fetches: Tokens[Fetch], seconds: float) -> None:
+        self.read(1)
+
+    def write(self, count: int) -> None:
+        for name in list(self.queue)[:count]:
+            self.records[name] = self.queue.pop(name)
+
+    def read(self, count: int) -> None:
+        self.fetches = [fetch for fetch in self.fetches if not fetch.done and not fetch.cancelled]
+        for fetch in self.fetches:
+            for block in fetch.blocks[fetch.read : fetch.read + count]:
+                fetch.read += 1
+                fetch.done = fetch.read == len(fetch.blocks)
+                if block.name not in self.records:
+                    fetch.done = True
+                    break
+                self.hits += 1
+                fetch.ready.append(Fetched(block, self.records[block.name].copy(), "fake"))  # type: ignore[arg-type]
+
+
 def alone(request: Request) -> list[int]:
     """What a request draws, from nothing."""
     tokens, value = list(request.prompt), 0
@@ -133,12 +207,19 @@ def alone(request: Request) -> list[int]:
 
 class EngineMachine(RuleBasedStateMachine):
     def __init__(
-        self, manager: type[CacheManager], scheduler: type[Scheduler], lossy: bool, seen: Counter[str]
+        self,
+        manager: type[CacheManager],
+        scheduler: type[Scheduler],
+        keeper: type[Keeper],
+        lossy: bool,
+        seen: Counter[str],
     ) -> None:
         super().__init__()
         self.runner = FakeRunner(manager, lossy)
-        self.engine = Engine(self.runner, STEP)  # type: ignore[arg-type]
+        self.kept = FakeKept()
+        self.engine = Engine(self.runner, STEP, self.kept)  # type: ignore[arg-type]
         self.engine.scheduler.__class__ = scheduler
+        self.engine.keeper.__class__ = keeper
         self.sequences: list[Sequence] = []
         self.told: dict[Sequence, list[int]] = {}
         self.seen = seen
@@ -181,6 +262,27 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(count):
             self._step()
 
+    @rule(count=st.integers(1, 9))
+    def write(self, count: int) -> None:
+        self.kept.write(count)
+
+    @rule(count=st.integers(1, 3))
+    def read(self, count: int) -> None:
+        self.kept.read(count)
+
+    @rule(room=st.integers(0, 3))
+    def writers_keep_up_or_do_not(self, room: int) -> None:
+        self.kept.room = room
+
+    @precondition(lambda self: self.kept.records)
+    @rule(one=ONE)
+    def lose(self, one: int) -> None:
+        del self.kept.records[list(self.kept.records)[one % len(self.kept.records)]]
+
+    @rule()
+    def forget_what_nobody_reads(self) -> None:
+        self.runner.manager.tree.clear()
+
     @precondition(lambda self: any(sequence.finish_reason is None for sequence in self.sequences))
     @rule(one=ONE)
     def cancel(self, one: int) -> None:
@@ -208,6 +310,7 @@ class EngineMachine(RuleBasedStateMachine):
         manager.tree.clear()
         manager.check()
         assert manager.pool.free == BLOCKS
+        self.seen["read"] += self.kept.hits
         events = self.runner.events
         self.seen["preempted"] += self.engine.scheduler.preemptions
         self.seen["evicted"] += sum(isinstance(event, Evicted) for event in events)
@@ -220,6 +323,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _compare(self, sequence: Sequence) -> None:
         expected = alone(sequence.request)
+        self.seen["restored"] += sequence.cached.tiers["fake"] > 0
+        self.seen["lost"] += sequence.loss is not None
         self.seen["shared"] += sequence.cached.prompt > 0
         self.seen["resumed"] += sequence.cached.resume > 0
         self.seen["forked"] += sequence.cached.fork > 0
@@ -238,16 +343,20 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 def drive(
-    manager: type[CacheManager], scheduler: type[Scheduler], lossy: bool, chosen: settings = SETTINGS
+    manager: type[CacheManager],
+    scheduler: type[Scheduler],
+    keeper: type[Keeper],
+    lossy: bool,
+    chosen: settings = SETTINGS,
 ) -> Counter[str]:
     seen: Counter[str] = Counter()
-    run_state_machine_as_test(lambda: EngineMachine(manager, scheduler, lossy, seen), settings=chosen)
+    run_state_machine_as_test(lambda: EngineMachine(manager, scheduler, keeper, lossy, seen), settings=chosen)
     return seen
 
 
 @pytest.mark.parametrize("lossy", [False, True])
 def test_whatever_comes_each_draws_what_it_draws_alone(lossy: bool) -> None:
-    seen = drive(CacheManager, Scheduler, lossy)
+    seen = drive(CacheManager, Scheduler, Keeper, lossy)
     wanted = (
         "choices",
         "cancelled",
@@ -259,6 +368,8 @@ def test_whatever_comes_each_draws_what_it_draws_alone(lossy: bool) -> None:
         "forked",
         "failed",
         "scored",
+        "restored",
+        "lost",
     )
     assert min(seen[what] for what in wanted) > 10, seen
 
@@ -269,8 +380,8 @@ class CopiesNothing(CacheManager):
 
 
 class AdoptsOneTokenTooMany(CacheManager):
-    def adopt(self, lease: Lease, tokens: Tokens[int]) -> int:
-        found = super().adopt(lease, tokens)
+    def adopt(self, lease: Lease, tokens: Tokens[int], partly: bool = True) -> int:
+        found = super().adopt(lease, tokens, partly)
         if found and lease.length % self.block_size and lease.length < len(tokens):
             lease.length += 1
             return found + 1
@@ -291,16 +402,25 @@ class ForgetsWhoWasPreempted(Scheduler):
         self.waiting.remove(victim)
 
 
+class CopiesAnotherBlock(Keeper):
+    def _hand_over(self, node: Node) -> None:
+        todo = self._unwritten.pop(node)
+        self.kept.save(todo.block, self._store.read_block(node.block ^ 1), todo.until)
+
+
 @pytest.mark.parametrize(
-    ("manager", "scheduler"),
+    ("manager", "scheduler", "keeper"),
     [
-        (CopiesNothing, Scheduler),
-        (AdoptsOneTokenTooMany, Scheduler),
-        (CacheManager, PromisesTooMuch),
-        (CacheManager, ForgetsWhoWasPreempted),
+        (CopiesNothing, Scheduler, Keeper),
+        (AdoptsOneTokenTooMany, Scheduler, Keeper),
+        (CacheManager, PromisesTooMuch, Keeper),
+        (CacheManager, ForgetsWhoWasPreempted, Keeper),
+        (CacheManager, Scheduler, CopiesAnotherBlock),
     ],
 )
-def test_the_machine_notices_what_is_broken(manager: type[CacheManager], scheduler: type[Scheduler]) -> None:
+def test_the_machine_notices_what_is_broken(
+    manager: type[CacheManager], scheduler: type[Scheduler], keeper: type[Keeper]
+) -> None:
     unshrunk = settings(SETTINGS, phases=[Phase.generate], print_blob=False)
     with pytest.raises((Exception, ExceptionGroup)):
-        drive(manager, scheduler, False, unshrunk)
+        drive(manager, scheduler, keeper, False, unshrunk)

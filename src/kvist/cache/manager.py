@@ -55,7 +55,9 @@ class Copy:
 
 class CacheManager:
     """Leases over one pool of blocks of `block_size` tokens, and one of open blocks where codecs are lossy; the prefix
-    tree over both. `open_tails`: whether the prefix tree keeps open blocks, for which that pool then needs room."""
+    tree over both. `open_tails`: whether the prefix tree keeps open blocks, for which that pool then needs room.
+    `identity`: what made the KV, as bytes; see `keys`. `evicted` is told of each node that the tree has just forgotten,
+    whose bytes are still there."""
 
     def __init__(
         self,
@@ -64,12 +66,14 @@ class CacheManager:
         listener: Listener | None = None,
         open_pool: BlockPool | None = None,
         open_tails: bool = True,
+        identity: bytes = b"",
     ) -> None:
         self.pool = pool
         self.open_pool = open_pool
         self.block_size = block_size
         self._open_tails = open_tails
-        self.tree = PrefixTree(pool, block_size, open_pool)
+        self.tree = PrefixTree(pool, block_size, open_pool, identity)
+        self.evicted: Callable[[Node], None] = lambda node: None
         self._listener = listener
         self._leases: dict[int, Lease] = {}
         self._next_id = 0
@@ -130,12 +134,12 @@ class CacheManager:
         self._emit(lambda: Reserved(lease.id, tokens, missing + len(shared), len(copies)))
         return copies
 
-    def adopt(self, lease: Lease, tokens: Sequence[int]) -> int:
+    def adopt(self, lease: Lease, tokens: Sequence[int], partly: bool = True) -> int:
         """Lengthen the lease by what the prefix tree holds of `tokens`, the first tokens of its sequence; returns by
         how many. Does nothing where the lease ends within a block.
 
-        Full blocks are shared for good. One that agrees only in part is shared up to there, and copied by the
-        reservation that writes behind it.
+        Full blocks are shared for good. One that agrees only in part is shared up to there, unless `partly` is False,
+        and copied by the reservation that writes behind it.
         """
         self._require_live(lease)
         size, before = self.block_size, lease.length
@@ -149,7 +153,8 @@ class CacheManager:
             lease.path.append(node)
             lease.table.append(node.block)
             lease.length += size
-        node, shared = self.tree.partial(lease.path[-1], tuple(tokens[lease.length : lease.length + size]))
+        rest = tuple(tokens[lease.length : lease.length + size])
+        node, shared = self.tree.partial(lease.path[-1], rest) if partly else (None, 0)
         if node is not None:
             self.tree.hold(node)
             if node.open is not None:
@@ -160,24 +165,27 @@ class CacheManager:
             self._emit(lambda: Adopted(lease.id, lease.length - before, lease.length))
         return lease.length - before
 
-    def publish(self, lease: Lease, tokens: Sequence[int]) -> None:
-        """Put the lease's committed full blocks into the prefix tree. `tokens`: its sequence, at least as long.
+    def publish(self, lease: Lease, tokens: Sequence[int]) -> list[Node]:
+        """Put the lease's committed full blocks into the prefix tree; returns those that it did not have. `tokens`: the
+        lease's sequence, at least as long.
 
         Where the tree already holds such a block, computed by another, the lease takes that one and gives back its own:
         the two have the same bits.
         """
         self._require_live(lease)
-        size = self.block_size
+        size, fresh = self.block_size, []
         for index in range(len(lease.path) - 1, lease.length // size):
             window, own = tuple(tokens[index * size : (index + 1) * size]), lease.table[index]
             node = self.tree.child(lease.path[-1], window)
             if node is None:
                 node = self.tree.insert(lease.path[-1], window, own)
+                fresh.append(node)
             elif node.block != own:
                 self.tree.hold(node)
                 lease.table[index] = node.block
                 self._give_back(own)
             lease.path.append(node)
+        return fresh
 
     def commit(self, lease: Lease, tokens: int) -> None:
         """The first `tokens` reserved positions are written and become readable; the rest is given back.
@@ -371,8 +379,9 @@ class CacheManager:
         if self._leases.get(lease.id) is not lease:
             raise InvariantError(f"lease {lease.id} is not a live lease of this manager")
 
-    def _tell_evicted(self, block: int) -> None:
-        self._emit(lambda: Evicted(block))
+    def _tell_evicted(self, node: Node) -> None:
+        self.evicted(node)
+        self._emit(lambda: Evicted(node.block))
 
     def _emit(self, event: Callable[[], CacheEvent]) -> None:
         if self._listener is not None:

@@ -60,6 +60,8 @@ class Store:
                 f"the KV of {blocks * layout.block_size:,} tokens takes {format_bytes(blocks * layout.block_bytes)}, "
                 "more than this machine can give; ask for fewer tokens or a smaller codec"
             ) from None
+        # The same memory as bytes [blocks, bytes of one block], plane by plane.
+        self._bytes = [plane.view(blocks, -1).view(torch.uint8).numpy() for own in self._layers for plane in own]
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +77,24 @@ class Store:
         """The layer whose planes `layer` reads: itself, or its source."""
         source = self.layout.layers[layer].spec.source
         return layer if source is None else source
+
+    def read_block(self, block: int) -> bytearray:
+        """A copy of the bytes of a block: its planes of every layer, in the layout's order."""
+        data = bytearray(self.layout.block_bytes)
+        target, place = np.frombuffer(data, np.uint8), 0
+        for plane in self._bytes:
+            target[place : place + plane.shape[1]] = plane[block]
+            place += plane.shape[1]
+        return data
+
+    def write_block(self, block: int, data: bytes | bytearray | memoryview) -> None:
+        """Make the bytes of a block those that `read_block` gave."""
+        source, place = np.frombuffer(data, np.uint8), 0
+        if len(source) != self.layout.block_bytes:
+            raise ValueError(f"a block has {self.layout.block_bytes} bytes, not {len(source)}")
+        for plane in self._bytes:
+            plane[block] = source[place : place + plane.shape[1]]
+            place += plane.shape[1]
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Carry out what a reservation asked for: whole blocks, every plane that is written before it is full."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from kvist.base.errors import InvariantError
+from kvist.cache.keys import block_key, root_key
 from kvist.cache.pool import BlockPool
 
 Tokens = tuple[int, ...]
@@ -22,9 +23,10 @@ Tokens = tuple[int, ...]
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """One block of the tree. `block`, `open`: its ids in the two pools; a root has neither. `children` are full blocks,
-    `tails` partly filled ones, both in the order of their tokens."""
+    """One block of the tree. `key`: see `keys`. `block`, `open`: its ids in the two pools; a root has neither.
+    `children` are full blocks, `tails` partly filled ones, both in the order of their tokens."""
 
+    key: bytes
     tokens: Tokens = ()
     parent: "Node | None" = None
     block: int = -1
@@ -39,10 +41,13 @@ class PrefixTree:
     With an `open_pool` codecs are lossy: a full block is sealed, so it can only be read whole, and a tail is readable,
     up to any of its tokens, because the tree also holds its open block."""
 
-    def __init__(self, pool: BlockPool, block_size: int, open_pool: BlockPool | None = None) -> None:
+    def __init__(
+        self, pool: BlockPool, block_size: int, open_pool: BlockPool | None = None, identity: bytes = b""
+    ) -> None:
         self._pool = pool
         self._open_pool = open_pool
         self._size = block_size
+        self._identity = identity
         self._roots: dict[str, Node] = {}
         self._nodes: dict[int, Node] = {}  # by block
         # Least recently used first. The idle tails that hold an open block stand in both.
@@ -65,7 +70,10 @@ class PrefixTree:
 
     def root(self, namespace: str) -> Node:
         """Where all token sequences of `namespace` begin."""
-        return self._roots.setdefault(namespace, Node())
+        root = self._roots.get(namespace)
+        if root is None:
+            root = self._roots[namespace] = Node(root_key(self._identity, namespace))
+        return root
 
     def child(self, node: Node, tokens: Tokens) -> Node | None:
         """The full block behind `node` that holds exactly `tokens`."""
@@ -93,7 +101,7 @@ class PrefixTree:
         one that nobody reads."""
         if block in self._nodes:
             self._remove(self._nodes[block])
-        node = Node(tokens, parent, block, open_block)
+        node = Node(block_key(parent.key, tokens), tokens, parent, block, open_block)
         tail = len(tokens) < self._size
         if tail != (open_block is not None) and self._open_pool is not None:
             raise InvariantError(f"a block of {len(tokens)} tokens, open: {open_block is not None}, joins the tree")
@@ -125,11 +133,11 @@ class PrefixTree:
             if node.open is not None:
                 self._idle_open[node] = None
 
-    def evict(self) -> int:
-        """Forget the idle block that was not used for longest. Returns its id, which is free now."""
+    def evict(self) -> Node:
+        """Forget the idle block that was not used for longest. Its block is free from now on, and not yet changed."""
         return self._remove(next(iter(self._idle)))
 
-    def evict_open(self) -> int:
+    def evict_open(self) -> Node:
         """Forget, of the idle tails that hold an open block, the one not used for longest."""
         return self._remove(next(iter(self._idle_open)))
 
@@ -172,7 +180,11 @@ class PrefixTree:
             if (node in self._idle and node.open is not None) != (node in self._idle_open):
                 raise InvariantError(f"the open block of block {node.block} is idle when it is not, or the reverse")
 
-    def _remove(self, node: Node) -> int:
+    def holds(self, node: Node) -> bool:
+        """Whether a node is still in the tree."""
+        return self._nodes.get(node.block) is node
+
+    def _remove(self, node: Node) -> Node:
         if node.children or node.tails or node.parent is None:
             raise InvariantError(f"block {node.block} is evicted before what stands behind it")
         siblings = node.parent.children if len(node.tokens) == self._size else node.parent.tails
@@ -183,7 +195,7 @@ class PrefixTree:
         self._pool.give_back(node.block)
         if node.open is not None and self._open_pool is not None:
             self._open_pool.give_back(node.open)
-        return node.block
+        return node
 
 
 def _tokens(node: Node) -> Tokens:

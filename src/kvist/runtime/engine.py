@@ -9,12 +9,17 @@ from torch import Tensor
 
 from kvist.base.errors import ContextError, KvistError, NumericsError, RequestError
 from kvist.base.units import plural
+from kvist.cache.kept import KeptCache
 from kvist.runtime.batch import Work
+from kvist.runtime.keeper import Keeper
 from kvist.runtime.request import FinishReason, Request, TokenLogprobs
 from kvist.runtime.runner import Runner
 from kvist.runtime.sampler import Sampler, check_bias, token_logprobs
 from kvist.runtime.scheduler import Scheduler
 from kvist.runtime.sequence import Sequence
+
+# Seconds that a step waits for blocks that are read, when there is nothing to compute.
+_PATIENCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,15 @@ class Counters:
 class Engine:
     """Many sequences over one runner. The scheduler decides what a step computes; the engine runs it, publishes the
     blocks that are now full, and draws the tokens. `step_tokens`: the most tokens of one step, by default as wide as
-    exact."""
+    exact. `kept`: the tiers behind the memory; without them what does not fit there is computed again."""
 
-    def __init__(self, runner: Runner, step_tokens: int | None = None) -> None:
+    def __init__(self, runner: Runner, step_tokens: int | None = None, kept: KeptCache | None = None) -> None:
         if step_tokens is not None and step_tokens < 1:
             raise ValueError(f"a step computes at least one token, got {step_tokens}")
         self.runner = runner
-        self.scheduler = Scheduler(
-            runner.manager, min(step_tokens or runner.widths.most, runner.widths.most), runner.sequences
-        )
+        self.keeper = Keeper(runner.manager, runner.store, kept or KeptCache((), runner.layout.block_bytes), time.time)
+        most = min(step_tokens or runner.widths.most, runner.widths.most)
+        self.scheduler = Scheduler(runner.manager, most, runner.sequences, self.keeper)
         self.counters = Counters()
         self._added = 0
 
@@ -114,6 +119,7 @@ class Engine:
             sequence.leader = None
             return
         self.scheduler.remove(sequence)
+        self.keeper.drop(sequence)
         if sequence.lease is not None:
             sequence.kv_blocks = len(sequence.lease.table)
             self.runner.manager.release(sequence.lease, sequence.tokens)
@@ -129,8 +135,10 @@ class Engine:
         A sequence whose numbers are not finite (`NumericsError`) or whose grammar fails is ended, with its `error`; the
         others go on.
         """
+        self.keeper.advance(self.scheduler.running)
         works = self.scheduler.plan()
         if not works:
+            self.keeper.wait(self.scheduler.running, _PATIENCE)
             return []
         self.counters.steps += 1
         self.counters.sequences = len(works)
@@ -176,7 +184,7 @@ class Engine:
         """What follows from a step of one sequence."""
         lease, request = sequence.lease, sequence.request
         assert lease is not None
-        self.runner.manager.publish(lease, sequence.tokens)
+        self.keeper.keep(sequence, self.runner.manager.publish(lease, sequence.tokens))
         self._note_prompt(sequence, logits)
         if lease.length < len(sequence.tokens):
             return

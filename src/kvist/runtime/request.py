@@ -96,7 +96,8 @@ class Request:
     token's, and beside each token's of the prompt; None: none at all. `max_tokens` 0: only the prompt is computed.
     `grammar` makes a sequence's own grammar. `priority`: lower comes first. `tenant`: whose it is; room is shared
     fairly between tenants, and cached tokens only within one. `pooled`: the sum of the prompt's last hidden states is
-    wanted.
+    wanted. `kept`: what is computed for it may be written to the tiers behind the memory; there others go first for
+    `ttl` seconds since it was last used.
     """
 
     prompt: tuple[int, ...]
@@ -109,6 +110,8 @@ class Request:
     priority: int = 0
     tenant: str = ""
     pooled: bool = False
+    kept: bool = True
+    ttl: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.prompt:

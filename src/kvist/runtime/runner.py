@@ -25,7 +25,8 @@ class Runner:
     """A model and its cache of `blocks` blocks, for at most `sequences` sequences at once.
 
     Where codecs are lossy each of these keeps a block or two in full precision, and the prefix tree `tails` more: the
-    last blocks of sequences that ended, so that whoever goes on from there computes nothing again."""
+    last blocks of sequences that ended, so that whoever goes on from there computes nothing again. `identity`: what of
+    this model's KV has to be equal for it to be the same, where it is kept outside of memory."""
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class Runner:
         listener: Listener | None = None,
         sequences: int = SEQUENCES,
         tails: int = 0,
+        identity: bytes = b"",
     ) -> None:
         if any(layer.spec.retention != Full() or layer.spec.source is not None for layer in layout.layers):
             raise ConfigError("every layer must keep all its tokens itself: windows and sources are not supported")
@@ -47,7 +49,7 @@ class Runner:
         self.sequences = sequences
         open_pool = BlockPool(OPEN_BLOCKS * sequences + tails) if layout.open_bytes else None
         pool = BlockPool(blocks)
-        self.manager = CacheManager(pool, layout.block_size, listener, open_pool, open_tails=tails > 0)
+        self.manager = CacheManager(pool, layout.block_size, listener, open_pool, tails > 0, identity)
         # A step fills no more blocks whole than this; other blocks that it writes are open ones of a lease.
         self.passing = self.widths.most // layout.block_size if open_pool else None
         self.store = Store(layout, blocks, open_pool.capacity if open_pool else 0, self.passing or 0)

@@ -15,12 +15,13 @@ was evicted is computed again. The first in line is never preempted, so somethin
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from kvist.base.errors import InvariantError, OutOfBlocks
 from kvist.cache.manager import CacheManager
 from kvist.cache.tree import Node
 from kvist.runtime.batch import Work
-from kvist.runtime.sequence import Sequence
+from kvist.runtime.sequence import MEMORY, Sequence
 
 # The widest step, in tokens, while somebody waits for the next token of an answer: prompts must not make answers
 # stutter.
@@ -52,10 +53,25 @@ class _Plan:
             self.room += len(work.tokens)
 
 
-class Scheduler:
-    """`step_tokens`: the most tokens of one step. `most_running`: how many sequences may hold leases at once."""
+class Loader(Protocol):
+    """Brings back what is kept of a sequence outside of memory. While its `fetch` is set nothing of it is computed."""
 
-    def __init__(self, manager: CacheManager, step_tokens: int, most_running: int) -> None:
+    def begin(self, sequence: Sequence) -> None:
+        """It has just got its lease."""
+        ...
+
+    def drop(self, sequence: Sequence) -> None:
+        """It is about to lose it."""
+        ...
+
+
+class Scheduler:
+    """`step_tokens`: the most tokens of one step. `most_running`: how many sequences may hold leases at once. `loader`:
+    where something is kept outside of memory."""
+
+    def __init__(
+        self, manager: CacheManager, step_tokens: int, most_running: int, loader: Loader | None = None
+    ) -> None:
         if min(step_tokens, most_running) < 1:
             raise ValueError(f"a step computes at least one token, got {min(step_tokens, most_running)}")
         self.step_tokens = step_tokens
@@ -64,6 +80,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._manager = manager
+        self._loader = loader
         # Tokens computed for each tenant that has asked for something. A tenant that comes back starts with the others:
         # what it did not use is not saved up (virtual token counter, Sheng et al., OSDI 2024, section 4).
         self._served: dict[str, float] = {}
@@ -140,7 +157,8 @@ class Scheduler:
                 self._plan_work(plan, sequence, 1)
 
     def _plan_prompts(self, plan: _Plan) -> None:
-        prompts = sorted((s for s in self.running if s not in plan.works and s.pending > 1), key=self._line)
+        ready = (s for s in self.running if s not in plan.works and s.pending > 1 and s.fetch is None)
+        prompts = sorted(ready, key=self._line)
         prompts = self._without_twins(prompts)
         if not prompts or plan.room < 1:
             return
@@ -206,6 +224,8 @@ class Scheduler:
     def _give_up(self, victim: Sequence) -> None:
         """A running sequence goes back to the queue."""
         assert victim.lease is not None
+        if self._loader is not None:
+            self._loader.drop(victim)
         self._manager.release(victim.lease, victim.tokens)
         victim.lease = None
         victim.preempted += 1
@@ -227,6 +247,8 @@ class Scheduler:
                 continue
             self.waiting.remove(sequence)
             self.running.append(sequence)
+            if self._loader is not None:
+                self._loader.begin(sequence)
             sequence.times.admitted = sequence.times.admitted or time.perf_counter()
 
     def _has_room(self, plan: _Plan, sequence: Sequence) -> bool:
@@ -258,10 +280,7 @@ class Scheduler:
     def _adopt(self, sequence: Sequence) -> None:
         """Lengthen a lease by what the prefix tree holds of its sequence."""
         assert sequence.lease is not None
-        if sequence.pending == 1 or sequence.lease.length % self._manager.block_size:
+        if sequence.fetch or sequence.pending == 1 or sequence.lease.length % self._manager.block_size:
             return
         found = self._manager.adopt(sequence.lease, sequence.tokens[: sequence.reusable])
-        if sequence.preempted:
-            sequence.cached.resume += found
-        else:
-            sequence.cached.prompt += found
+        sequence.count_cached(found, MEMORY)

@@ -1,11 +1,14 @@
 """The state of one request on its way through the engine."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from kvist.base.errors import KvistError
+from kvist.cache.kept import Fetch
 from kvist.cache.manager import Lease
+from kvist.cache.record import Loss
 from kvist.runtime.request import FinishReason, Request, TokenLogprobs
 from kvist.runtime.sampler import Sampler
 
@@ -20,13 +23,17 @@ class Times:
     last: float = 0.0  # token drawn
 
 
+MEMORY = "memory"  # the nearest tier: the store itself
+
+
 @dataclass
 class Cached:
-    """How many tokens a sequence did not compute, by where they came from."""
+    """How many tokens a sequence did not compute, by why they were looked for; `tiers`: by where they were."""
 
     prompt: int = 0  # when it was first admitted, or while its prompt was computed: shared with another request
     fork: int = 0  # its prompt was computed for another choice of the same request
     resume: int = 0  # when it came back after a preemption
+    tiers: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(eq=False)
@@ -54,6 +61,8 @@ class Sequence:
     cached: Cached = field(default_factory=Cached)
     times: Times = field(default_factory=Times)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens from the second on
+    fetch: Fetch | None = None  # while blocks of it are read from the kept cache
+    loss: Loss | None = None  # why its first block that was not found is gone, where it was there once
     pooled: Tensor | None = None  # [hidden_size] float64: the sum of the hidden states, where they were asked for
 
     def __post_init__(self) -> None:
@@ -63,6 +72,14 @@ class Sequence:
     def new_tokens(self) -> list[int]:
         """What was drawn so far."""
         return self.tokens[len(self.request.prompt) :]
+
+    def count_cached(self, tokens: int, tier: str) -> None:
+        """`tokens` of it were found in `tier`."""
+        self.cached.tiers[tier] += tokens
+        if self.preempted:
+            self.cached.resume += tokens
+        else:
+            self.cached.prompt += tokens
 
     @property
     def most_tokens(self) -> int:

@@ -1,0 +1,312 @@
+"""Blocks as files in a folder, within a budget of bytes. docs/format.md says how it is laid out.
+
+The folder itself is the index: a block's name says which it is, its length what it takes, and its time of modification
+until when others go first. So nothing can disagree with the files, and two servers may share a folder: each finds what
+the other has written when it looks for it, and neither reads half a file, as files are renamed into place once they are
+synced. What is read is checked by whoever reads it.
+
+Nothing here follows a symbolic link, and no part of a path comes from outside: names are digests in hexadecimal."""
+
+import contextlib
+import errno
+import math
+import os
+import re
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvist.base.errors import ConfigError
+from kvist.cache.tier import Buffer, TierError
+
+_NAME = re.compile(r"[0-9a-f]{32}/[0-9a-f]{64}")
+_FOLDER = re.compile(r"[0-9a-f]{32}")
+_FILE = re.compile(r"[0-9a-f]{64}\.kv")
+_TEMPORARY = ".tmp-"
+_STALE = 3600.0  # seconds after which a temporary file belongs to a process that has died
+_RESCAN = 60.0  # seconds after which what other processes did is looked at again, before anything is given up
+_PINNED = 365 * 86_400.0  # seconds from now: the time of a file that is pinned, as other processes see it
+_SLACK = 50  # one part in so many of the budget is given up at once, so that not every block has to look for room
+_NO_FOLLOW = os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass
+class _Entry:
+    size: int
+    until: float  # when it was last used, or later: others go first until then
+
+
+class DiskTier:
+    """The folder `folder`, of which blocks may take `budget` bytes. Blocks that were not used for `max_age` seconds are
+    deleted. `lost(name, expired)` is told of every block that had to go.
+
+    Raises `ConfigError` when the folder is none and cannot be made.
+    """
+
+    name = "disk"
+
+    def __init__(
+        self,
+        folder: Path,
+        budget: int,
+        max_age: float = math.inf,
+        lost: Callable[[str, bool], None] = lambda name, expired: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.folder = folder
+        self.budget = budget
+        self.evicted = self.expired = 0
+        self._max_age = max_age
+        self.lost = lost
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._entries: dict[str, _Entry] = {}
+        self._used = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ConfigError(f"the cache folder {folder} cannot be used: {error.strerror or error}") from None
+        self._scanned = -math.inf
+        self._scan()
+
+    def close(self) -> None:
+        """Give up the folder. Nothing may be asked any more."""
+        os.close(self._root)
+
+    @property
+    def used(self) -> int:
+        """Bytes that blocks take, as far as this process knows."""
+        return self._used
+
+    def __len__(self) -> int:
+        """How many blocks there are, as far as this process knows."""
+        return len(self._entries)
+
+    def contains(self, block: str) -> bool:
+        """Also finds what another process has written meanwhile."""
+        with self._lock:
+            entry = self._entries.get(block) or self._notice(block)
+            if entry is None:
+                return False
+            if self._is_expired(entry):
+                self._drop(block, expired=True)
+                return False
+            return True
+
+    def get(self, block: str, size: int) -> Buffer | None:
+        """See `Tier.get`."""
+        if not self.contains(block):
+            return None
+        try:
+            with self._open_folder(block) as folder:
+                descriptor = os.open(_file(block), os.O_RDONLY | os.O_NONBLOCK | _NO_FOLLOW, dir_fd=folder)
+                with open(descriptor, "rb", buffering=0) as file:
+                    return _read(file.fileno(), size)
+        except FileNotFoundError:  # another process has deleted it
+            with self._lock:
+                self._forget(block)
+            return None
+        except OSError as error:
+            self.remove(block)
+            raise TierError(f"cannot read {block}: {error.strerror or error}") from None
+
+    def put(self, block: str, record: Sequence[Buffer], until: float) -> bool:
+        """See `Tier.put`. The file is synced, renamed into place, and its folder synced, before it is found here."""
+        size = sum(memoryview(part).nbytes for part in record)
+        until = max(until, self._clock())
+        if not self._make_room(size, until):
+            return False
+        try:
+            self._write(block, record, until)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self._make_room(size, until, full=True):
+                raise TierError(f"cannot write to {self.folder}: {error.strerror or error}") from None
+            try:
+                self._write(block, record, until)
+            except OSError as again:
+                raise TierError(f"cannot write to {self.folder}: {again.strerror or again}") from None
+        with self._lock:
+            self._forget(block)
+            self._entries[block] = _Entry(size, until)
+            self._used += size
+        return True
+
+    def pin(self, blocks: Sequence[str], until: float) -> None:
+        """See `Tier.pin`. A block is never given up before those that stand behind it."""
+        for place, block in enumerate(blocks):
+            # Whoever stands nearer to the beginning stays longer.
+            time = max(until, self._clock()) + (len(blocks) - place) * 1e-6
+            with self._lock:
+                entry = self._entries.get(block)
+                if entry is None or entry.until >= time:
+                    continue
+                entry.until = time
+            shown = min(time, self._clock() + _PINNED)
+            with contextlib.suppress(OSError), self._open_folder(block) as folder:
+                os.utime(_file(block), (shown, shown), dir_fd=folder, follow_symlinks=False)
+
+    def unpin(self, blocks: Sequence[str]) -> None:
+        """These may go again when others need their room, as if they had been used just now."""
+        for block in blocks:
+            with self._lock:
+                if (entry := self._entries.get(block)) is not None:
+                    entry.until = 0.0
+        self.pin(blocks, self._clock())
+
+    def remove(self, block: str) -> None:
+        """See `Tier.remove`."""
+        with self._lock:
+            self._forget(block)
+        with contextlib.suppress(OSError), self._open_folder(block) as folder:
+            os.unlink(_file(block), dir_fd=folder)
+
+    def check(self) -> None:
+        """Raises `AssertionError` unless what is known of the files is what they are."""
+        known = {block: entry.size for block, entry in self._entries.items()}
+        assert sum(known.values()) == self._used, "the bytes in use are not those of the blocks"
+        found = {block: entry.size for block, entry in self._files()}
+        assert known == found, f"{len(known)} blocks are known and {len(found)} are there"
+
+    # ---- room
+
+    def _make_room(self, size: int, until: float, full: bool = False) -> bool:
+        """Whether `size` more bytes fit the budget, others that are older than `until` being given up for them. `full`:
+        the disk is, so as much has to go, whatever the budget."""
+        with self._lock:
+            if self._used + size > self.budget or full:
+                if self._clock() - self._scanned > _RESCAN or self._clock() < self._scanned:
+                    self._scan()
+                excess = size if full else max(self._used + size - self.budget, self.budget // _SLACK)
+                freed = 0
+                for block, entry in sorted(self._entries.items(), key=lambda item: item[1].until):
+                    if freed >= excess or entry.until > until or math.isinf(entry.until):
+                        break
+                    freed += entry.size
+                    self._drop(block, expired=self._is_expired(entry))
+                return freed >= size if full else self._used + size <= self.budget
+            return True
+
+    def _is_expired(self, entry: _Entry) -> bool:
+        return self._clock() - entry.until > self._max_age
+
+    def _drop(self, block: str, expired: bool) -> None:
+        self.expired += expired
+        self.evicted += not expired
+        self.remove(block)
+        self.lost(block, expired)
+
+    def _forget(self, block: str) -> None:
+        if (entry := self._entries.pop(block, None)) is not None:
+            self._used -= entry.size
+
+    # ---- files
+
+    def _notice(self, block: str) -> _Entry | None:
+        """A block that another process has written."""
+        try:
+            with self._open_folder(block) as folder:
+                found = os.stat(_file(block), dir_fd=folder, follow_symlinks=False)
+        except OSError:
+            return None
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        entry = self._entries[block] = _Entry(found.st_size, found.st_mtime)
+        self._used += entry.size
+        return entry
+
+    def _scan(self) -> None:
+        """Learn from the files what is there, and delete what crashes left behind."""
+        with self._lock:
+            self._scanned = self._clock()
+            self._entries = dict(self._files(sweep=True))
+            self._used = sum(entry.size for entry in self._entries.values())
+            for block, entry in list(self._entries.items()):
+                if self._is_expired(entry):
+                    self._drop(block, expired=True)
+
+    def _files(self, sweep: bool = False) -> Iterator[tuple[str, _Entry]]:
+        for folder in _listed(self.folder):
+            if not _FOLDER.fullmatch(folder.name) or not folder.is_dir(follow_symlinks=False):
+                continue
+            for file in _listed(folder.path):
+                try:
+                    found = file.stat(follow_symlinks=False)
+                except OSError:
+                    continue
+                if not stat.S_ISREG(found.st_mode):
+                    continue
+                if _FILE.fullmatch(file.name):
+                    yield f"{folder.name}/{file.name[:64]}", _Entry(found.st_size, found.st_mtime)
+                elif sweep and file.name.startswith(_TEMPORARY) and self._clock() - found.st_mtime > _STALE:
+                    with contextlib.suppress(OSError):
+                        os.unlink(file.path)
+
+    def _write(self, block: str, record: Sequence[Buffer], until: float) -> None:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(block[:32], 0o700, dir_fd=self._root)
+        with self._open_folder(block) as folder:
+            temporary = f"{_TEMPORARY}{os.getpid()}-{threading.get_ident()}"
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_FOLLOW, 0o600, dir_fd=folder)
+            try:
+                with open(descriptor, "wb", buffering=0) as file:
+                    _write_all(file.fileno(), record)
+                    os.utime(file.fileno(), (until, until))
+                    os.fsync(file.fileno())
+                os.rename(temporary, _file(block), src_dir_fd=folder, dst_dir_fd=folder)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=folder)
+                raise
+            os.fsync(folder)
+
+    @contextlib.contextmanager
+    def _open_folder(self, block: str) -> Iterator[int]:
+        """A descriptor of the folder of a block. Raises `OSError`."""
+        if not _NAME.fullmatch(block):
+            raise ValueError(f"{block!r} is no name of a block")
+        descriptor = os.open(block[:32], os.O_RDONLY | os.O_DIRECTORY | _NO_FOLLOW, dir_fd=self._root)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+def _file(block: str) -> str:
+    return f"{block[33:]}.kv"
+
+
+def _listed(path: "str | Path") -> "list[os.DirEntry[str]]":
+    """The entries of a folder; none when it cannot be read."""
+    try:
+        with os.scandir(path) as found:
+            return list(found)
+    except OSError:
+        return []
+
+
+def _read(descriptor: int, size: int) -> bytearray:
+    """The whole file, or its first `size` + 1 bytes. Raises `OSError` for what is no file."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a file")
+    data = bytearray(min(found.st_size, size + 1))
+    view, place = memoryview(data), 0
+    while place < len(data):
+        count = os.readv(descriptor, [view[place:]])
+        if count == 0:
+            break
+        place += count
+    view.release()
+    del data[place:]
+    return data
+
+
+def _write_all(descriptor: int, record: Sequence[Buffer]) -> None:
+    for part in record:
+        view = memoryview(part).cast("B")
+        while view.nbytes:
+            view = view[os.write(descriptor, view) :]

@@ -1,0 +1,189 @@
+"""Between the engine and the kept cache: what sequences bring back from the tiers, and what is handed over to them.
+
+A block that was kept joins a lease as a computed one does: reserved, its bytes put in place, committed, published. All
+of this is on the engine's thread; the tiers are only waited for when there is nothing else to do."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvist.base.errors import OutOfBlocks
+from kvist.cache.kept import KeptCache
+from kvist.cache.manager import CacheManager
+from kvist.cache.record import BlockId, Loss, block_name
+from kvist.cache.tier import Buffer
+from kvist.cache.tree import Node
+from kvist.runtime.sequence import MEMORY, Sequence
+
+_BESIDE_ANSWERS = 8  # blocks that are put in place in one step while somebody waits for the next token of an answer
+_ALONE = 64
+
+
+class BlockStore(Protocol):
+    """The bytes of blocks."""
+
+    def read_block(self, block: int) -> bytearray: ...
+
+    def write_block(self, block: int, data: Buffer) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Unwritten:
+    block: BlockId
+    until: float
+
+
+class Keeper:
+    """`now` gives seconds of the epoch, by which tiers say until when others go first."""
+
+    def __init__(self, manager: CacheManager, store: BlockStore, kept: KeptCache, now: Callable[[], float]) -> None:
+        self.kept = kept
+        self._manager = manager
+        self._store = store
+        self._now = now
+        # What the writers had no room for yet, while it is in the tree.
+        self._unwritten: OrderedDict[Node, _Unwritten] = OrderedDict()
+        manager.evicted = self._evicted
+
+    def begin(self, sequence: Sequence) -> None:
+        """A sequence has its lease: begin to fetch what is kept of it behind what the lease already holds."""
+        lease, size = sequence.lease, self._manager.block_size
+        assert lease is not None
+        blocks = self._blocks_of(sequence)
+        if self.kept.tiers:
+            used = [block_name(lease.path[0].key, node.key) for node in lease.path[1:]] + [b.name for b in blocks]
+            self.kept.pin(used, self._now() + sequence.request.ttl)
+        if not blocks:
+            return
+        sequence.loss = self.kept.losses.of(blocks[0].name)
+        if not self.kept.has(blocks[0]):
+            return
+        start = len(lease.path) - 1
+        if lease.length > start * size:
+            # Part of that block was found in memory; the whole of it, and what follows, is better.
+            shared = lease.length - start * size
+            self._manager.rollback(lease, start * size)
+            sequence.count_cached(-shared, MEMORY)
+        sequence.fetch = self.kept.fetch(blocks, start)
+
+    def advance(self, running: List[Sequence]) -> None:
+        """Put in place what has been read for these sequences. Those that have all of it are computed from then on."""
+        loading = [sequence for sequence in running if sequence.fetch is not None]
+        most = _ALONE if len(loading) == len(running) else _BESIDE_ANSWERS
+        for sequence in loading:
+            fetch = sequence.fetch
+            assert fetch is not None
+            for _ in range(most):
+                if not fetch.ready:
+                    break
+                if not self._put_in_place(sequence):
+                    self.drop(sequence)
+                    break
+            if sequence.fetch is not None and fetch.ended:
+                sequence.loss = fetch.loss
+                sequence.fetch = None
+        self._write_behind()
+
+    def drop(self, sequence: Sequence) -> None:
+        """A sequence gives up what is being read for it."""
+        if sequence.fetch is not None:
+            self.kept.cancel(sequence.fetch)
+            sequence.fetch = None
+
+    def wait(self, running: Iterable[Sequence], seconds: float) -> None:
+        """Until something has been read for one of these sequences."""
+        fetches = [sequence.fetch for sequence in running if sequence.fetch is not None]
+        if fetches:
+            self.kept.wait(fetches, seconds)
+
+    def keep(self, sequence: Sequence, nodes: List[Node]) -> None:
+        """These blocks of a sequence are new in the prefix tree: have them written."""
+        if not self.kept.tiers or not nodes:
+            return
+        if not sequence.request.kept:
+            for node in nodes:
+                self.kept.losses.add(self._id(node).name, Loss.UNKEPT)
+            return
+        until = self._now() + sequence.request.ttl
+        for node in nodes:
+            self._unwritten[node] = _Unwritten(self._id(node), until)
+        self._write_behind()
+
+    def flush(self, seconds: float) -> bool:
+        """Write what is not written yet, for at most `seconds`; whether all of it is."""
+        for node in list(self._unwritten):
+            self._hand_over(node)
+        return self.kept.flush(seconds)
+
+    def _put_in_place(self, sequence: Sequence) -> bool:
+        """The next block that was read joins the lease. False when the lease cannot take it."""
+        lease, fetch, manager = sequence.lease, sequence.fetch, self._manager
+        assert lease is not None
+        assert fetch is not None
+        # Another sequence may have computed, or loaded, the same meanwhile.
+        found = manager.adopt(lease, sequence.tokens[: sequence.reusable], partly=False)
+        sequence.count_cached(found, MEMORY)
+        position, size = (fetch.start + fetch.taken) * manager.block_size, manager.block_size
+        fetched = self.kept.take(fetch)
+        if position < lease.length:
+            return True
+        if position > lease.length or lease.path[-1].key != fetched.block.parent:
+            return False
+        try:
+            manager.reserve(lease, size)
+        except OutOfBlocks:
+            return False
+        try:
+            self._store.write_block(lease.table[position // size], fetched.payload)
+        except BaseException:
+            manager.rollback(lease, position)
+            raise
+        manager.commit(lease, size)
+        manager.publish(lease, sequence.tokens)
+        sequence.count_cached(size, fetched.tier)
+        return True
+
+    def _blocks_of(self, sequence: Sequence) -> list[BlockId]:
+        """The blocks of a sequence behind those of its lease, as far as they may be read from the cache."""
+        lease, size = sequence.lease, self._manager.block_size
+        assert lease is not None
+        namespace, parent, blocks = lease.path[0].key, lease.path[-1].key, list[BlockId]()
+        for start in range((len(lease.path) - 1) * size, sequence.reusable - size + 1, size):
+            blocks.append(BlockId.after(namespace, parent, tuple(sequence.tokens[start : start + size])))
+            parent = blocks[-1].key
+        return blocks
+
+    def _write_behind(self) -> None:
+        while self._unwritten and self.kept.has_room:
+            self._hand_over(next(iter(self._unwritten)))
+
+    def _hand_over(self, node: Node) -> None:
+        """Copy a block for the writers, unless it is kept already or has left the tree."""
+        todo = self._unwritten.pop(node)
+        if not self._manager.tree.holds(node):
+            return
+        if self.kept.is_kept(todo.block):
+            self.kept.pin([todo.block.name], todo.until)
+        else:
+            self.kept.save(todo.block, self._store.read_block(node.block), todo.until)
+
+    def _evicted(self, node: Node) -> None:
+        """The tree has just forgotten a node. What was not written by now is, if the writers have room."""
+        if len(node.tokens) < self._manager.block_size:
+            return
+        todo = self._unwritten.pop(node, None)
+        block = todo.block if todo is not None else self._id(node)
+        if todo is not None and self.kept.has_room:
+            self.kept.save(block, self._store.read_block(node.block), todo.until)
+        elif not self.kept.is_kept(block):
+            self.kept.losses.add(block.name, Loss.EVICTED if todo is None else Loss.UNWRITTEN)
+
+    @staticmethod
+    def _id(node: Node) -> BlockId:
+        assert node.parent is not None
+        root = node.parent
+        while root.parent is not None:
+            root = root.parent
+        return BlockId(root.key, node.parent.key, node.tokens, node.key)
