@@ -17,7 +17,8 @@ import pytest
 from command import Kvist, Outcome
 
 from kvist.base.errors import KvistError
-from kvist.cli.serve import api_keys, size
+from kvist.cli.options import size
+from kvist.cli.serve import api_keys
 from tiny_model import write_tiny_model
 
 

@@ -97,6 +97,8 @@ class KeptCache:
 
     def __init__(self, tiers: Sequence[Tier], payload: int, staging: int = STAGING) -> None:
         self.tiers = tuple(tiers)
+        # Other identities that something may be kept under which would be found here, were they not other ones.
+        self.rivals: Sequence[bytes] = ()
         self.counters = KeptCounters()
         self.losses = Losses(self.counters)
         self._payload = payload

@@ -28,6 +28,7 @@ class Loss(StrEnum):
     FOREIGN = "foreign"  # a record of something else than its name says
     UNREADABLE = "unreadable"  # the tier failed, or took too long
     UNWRITTEN = "unwritten"  # it had to go before it could be written, or writing failed
+    NAMESPACE = "namespace"  # made by other weights, codecs, operators or the like: of no use here
     UNKEPT = "unkept"  # it was asked for that it is not written
 
 

@@ -164,6 +164,32 @@ def serve(
 
 
 @app.command()
+def restart(
+    shape: Annotated[str, typer.Option(metavar="NAME", help="A standard shape.")] = SERVE_SHAPE,
+    kv: Kv = None,
+    part: Annotated[str, typer.Option(metavar="NAME,...", help="Of restart, writing.")] = "restart,writing",
+    prefix: Annotated[int, typer.Option(min=128, help="Tokens of the prompt; 27000 for a coding agent's.")] = 3000,
+    tokens: Annotated[int, typer.Option(min=64, help="New tokens of each stream that is written behind.")] = 192,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved measurements of writing behind.")] = 7,
+    as_json: Json = False,
+) -> None:
+    """A prompt computed, then found on disk by a new process: the time to its first token, and the same logits."""
+    from rich.console import Console
+
+    from kvist.bench import restart as bench
+
+    parts = part.split(",")
+    if unknown := next((name for name in parts if name not in bench.PARTS), None):
+        raise KvistError(f"there is no part {unknown!r}; choose among {', '.join(bench.PARTS)}")
+    with Console(stderr=True).status("measuring", spinner="line") as status:
+        report = bench.run(shape, kv, parts, prefix, tokens, rounds, lambda what: status.update(f"measuring · {what}"))
+    if as_json:
+        print_json(report.to_json())
+    else:
+        report.print(Console(width=None if sys.stdout.isatty() else 160))
+
+
+@app.command()
 def vectors(
     data: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Sets of vectors; by default all that there are.")

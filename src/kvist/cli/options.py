@@ -1,11 +1,13 @@
 """Options that several verbs share, and the ways they print."""
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +27,20 @@ Kv = Annotated[
     typer.Option("--kv", metavar="CODEC", help="Codec of the cache; by default the model's own type."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
+
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Keep the cache in this folder, too; by default one for all models."),
+]
+CacheDisk = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Keep the cache on disk, too, in at most so many bytes, as in 20GB."),
+]
+_UNITS = {
+    prefix + suffix: base**power
+    for power, prefix in enumerate(("", "k", "m", "g", "t"))
+    for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
+}
 
 
 def print_json(value: Any) -> None:
@@ -46,6 +62,14 @@ def numbers(text: str, option: str, example: str) -> list[int]:
     if not found or min(found) < 1:
         raise KvistError(f"{option} takes numbers of tokens, as in {example}; got {text!r}")
     return found
+
+
+def size(text: str, option: str) -> int:
+    """Bytes: `2GiB` and `2G` are 2^31, `2GB` is 2 * 10^9. Raises `KvistError` that names the option."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in _UNITS or (number := int(float(found[1]) * _UNITS[found[2]])) < 1:
+        raise KvistError(f"{option} takes a size, as in 512MiB or 2GiB; got {text!r}")
+    return number
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """`kvist serve`: a model behind the APIs of OpenAI and Anthropic."""
 
+import contextlib
+import math
 import os
 import re
 import signal
@@ -11,19 +13,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvist.base.errors import KvistError
-from kvist.cli.options import Dtype, Kv, Model, note
+from kvist.cli.options import CacheDir, CacheDisk, Dtype, Kv, Model, note, size
 from kvist.cli.run import INTERRUPTED
 
 if TYPE_CHECKING:
     from kvist.server.settings import ServerSettings
+    from kvist.service.budget import KvBudget
+    from kvist.service.keeping import KeepSettings, Kept
+    from kvist.service.loaded import Loaded
     from kvist.service.serving import Serving
 
 KEY_VARIABLE = "KVIST_API_KEY"
-_UNITS = {
-    prefix + suffix: base**power
-    for power, prefix in enumerate(("", "k", "m", "g", "t"))
-    for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
-}
 
 
 def serve(
@@ -33,6 +33,15 @@ def serve(
     kv: Kv = None,
     kv_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory for the cache, as in 2GiB; by default half of the free.")
+    ] = None,
+    cache_dir: CacheDir = None,
+    cache_disk: CacheDisk = None,
+    cache_max_age: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Delete from the disk what was not used for so long, as in 12h or 30d."),
+    ] = None,
+    cache_remote: Annotated[
+        str | None, typer.Option(metavar="URL", help="Share the cache through a Redis or Valkey, as in redis://host.")
     ] = None,
     dtype: Dtype = None,
     name: Annotated[str | None, typer.Option(help="The model's name for clients; by default as it was given.")] = None,
@@ -71,10 +80,13 @@ def serve(
         raise KvistError(f"--timeout and --grace take a number of seconds, got {timeout:g} and {grace:g}")
     given = None if kv_memory is None else size(kv_memory, "--kv-memory")
     body, keys = size(max_body, "--max-body"), api_keys(api_key or [], api_key_file)
+    keep = keep_settings(cache_dir, cache_disk, cache_max_age, cache_remote)
 
     from kvist.server.logs import shown
     from kvist.server.run import is_loopback, listen
     from kvist.server.settings import ServerSettings
+    from kvist.service.keeping import open_kept
+    from kvist.service.loaded import open_model
 
     settings = ServerSettings(
         host=host,
@@ -94,21 +106,38 @@ def serve(
                 f"on {host} everybody on the network could ask; protect the server with --api-key, or give --insecure "
                 "where something else does"
             )
-        with shown(as_json=log_json or not sys.stderr.isatty()):
+        with shown(as_json=log_json or not sys.stderr.isatty()), contextlib.ExitStack() as stack:
             try:
-                serving = _serving(model, dtype, kv, given, max_running, name, chat_template, settings)
+                loaded = open_model(model, dtype=dtype, kv=kv)
+                budget = loaded.budget(given, max_running)
+                kept = None if keep is None else stack.enter_context(open_kept(loaded, keep))
+                serving = _serving(loaded, budget, kept, name, chat_template, settings)
             except KeyboardInterrupt:
                 note("stopped")
                 raise typer.Exit(INTERRUPTED) from None
             _run(serving, settings, listening)
 
 
-def size(text: str, option: str) -> int:
-    """Bytes: `2GiB` and `2G` are 2^31, `2GB` is 2 * 10^9. Raises `KvistError` that names the option."""
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([a-z]*)", text.strip().lower())
-    if found is None or found[2] not in _UNITS or (number := int(float(found[1]) * _UNITS[found[2]])) < 1:
-        raise KvistError(f"{option} takes a size, as in 512MiB or 2GiB; got {text!r}")
-    return number
+def keep_settings(
+    folder: Path | None, disk: str | None, max_age: str | None, remote: str | None
+) -> "KeepSettings | None":
+    """Where the cache is kept beyond memory; None where nothing says that it is. Raises `KvistError`."""
+    from kvist.service.keeping import DISK, KeepSettings
+
+    if folder is None and disk is None and remote is None:
+        if max_age is not None:
+            raise KvistError("--cache-max-age is for a cache on disk: give --cache-disk, as in 20GB")
+        return None
+    age = math.inf if max_age is None else duration(max_age, "--cache-max-age")
+    return KeepSettings(folder, DISK if disk is None else size(disk, "--cache-disk"), age, remote)
+
+
+def duration(text: str, option: str) -> float:
+    """Seconds: `90s`, `15m`, `12h`, `30d`. Raises `KvistError` that names the option."""
+    found = re.fullmatch(r"(\d{1,9}) ?([smhd])", text.strip().lower())
+    if found is None or int(found[1]) < 1:
+        raise KvistError(f"{option} takes a time, as in 90s, 15m, 12h or 30d; got {text!r}")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]]
 
 
 def api_keys(given: list[str], file: Path | None) -> tuple[str, ...]:
@@ -131,25 +160,21 @@ def api_keys(given: list[str], file: Path | None) -> tuple[str, ...]:
 
 
 def _serving(
-    model: str | None,
-    dtype: str | None,
-    kv: str | None,
-    kv_memory: int | None,
-    running: int | None,
+    loaded: "Loaded",
+    budget: "KvBudget",
+    kept: "Kept | None",
     name: str | None,
     template: Path | None,
     settings: "ServerSettings",
 ) -> "Serving":
-    """The model in memory and its engine; tells what the cache holds."""
+    """The model and its engine; tells what the cache holds."""
     from kvist.server.run import log
-    from kvist.service.loaded import open_model
     from kvist.service.serving import Serving
 
-    loaded = open_model(model, dtype=dtype, kv=kv)
-    budget = loaded.budget(kv_memory, running)
+    tiers, identity = (None, b"") if kept is None else (kept.cache, kept.identity.digest)
     serving = Serving(
         loaded,
-        loaded.serving_engine(budget),
+        loaded.serving_engine(budget, kept=tiers, identity=identity),
         name=name,
         template=template,
         max_waiting=settings.max_waiting,
@@ -157,6 +182,8 @@ def _serving(
     )
     log.info("%s · context of %s tokens", serving.name, f"{serving.context:,}")
     log.info("%s", budget.describe(serving.context))
+    if kept is not None:
+        log.info("%s", kept.describe())
     if serving.template is None:
         log.info("the model has no chat template: only completions are served; --chat-template gives it one")
     return serving

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from kvist.base.errors import OutOfBlocks
 from kvist.cache.kept import KeptCache
+from kvist.cache.keys import block_key, root_key
 from kvist.cache.manager import CacheManager
 from kvist.cache.record import BlockId, Loss, block_name
 from kvist.cache.tier import Buffer
@@ -59,6 +60,9 @@ class Keeper:
             return
         sequence.loss = self.kept.losses.of(blocks[0].name)
         if not self.kept.has(blocks[0]):
+            if not lease.length and sequence.loss is None and self._is_rivals(sequence, blocks[0]):
+                sequence.loss = Loss.NAMESPACE
+                self.kept.losses.add(blocks[0].name, Loss.NAMESPACE)
             return
         start = len(lease.path) - 1
         if lease.length > start * size:
@@ -154,6 +158,15 @@ class Keeper:
             blocks.append(BlockId.after(namespace, parent, tuple(sequence.tokens[start : start + size])))
             parent = blocks[-1].key
         return blocks
+
+    def _is_rivals(self, sequence: Sequence, block: BlockId) -> bool:
+        """Whether the first block of a sequence is kept, but was made by something else."""
+        for identity in self.kept.rivals:
+            root = root_key(identity, sequence.request.tenant)
+            name = block_name(root, block_key(root, block.tokens))
+            if any(tier.contains(name) for tier in self.kept.tiers):
+                return True
+        return False
 
     def _write_behind(self) -> None:
         while self._unwritten and self.kept.has_room:

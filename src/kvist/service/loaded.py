@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from kvist.base.errors import ConfigError
+from kvist.base.errors import ConfigError, WeightsError
 from kvist.base.events import Listener
 from kvist.cache.choice import parse_choice
 from kvist.cache.codecs import BF16, FP16, FP32
+from kvist.cache.kept import KeptCache
 from kvist.cache.layout import BLOCK_SIZE, Layout, plan_layout
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Decoder
@@ -21,7 +22,7 @@ from kvist.runtime.widths import probe
 from kvist.service.budget import KvBudget, plan_budget
 from kvist.service.calibration import AUTO, planned
 from kvist.text.tokenizer import Tokenizer
-from kvist.weights.checkpoint import Checkpoint
+from kvist.weights.checkpoint import Checkpoint, Stamp, stamp_of
 from kvist.weights.hub import resolve
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
@@ -32,7 +33,8 @@ _KV_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Loaded:
-    """A decoder, its cache's layout and the operators that it runs on; any number of engines may share it."""
+    """A decoder, its cache's layout and the operators that it runs on; any number of engines may share it. `stamp`: of
+    the weight files, as they were when they were read; empty where the weights are of none."""
 
     name: str
     config: ModelConfig
@@ -40,6 +42,7 @@ class Loaded:
     layout: Layout
     backend: Backend
     directory: Path
+    stamp: Stamp = ()
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer beside the weights, read afresh. Raises `TextError` when there is none."""
@@ -60,10 +63,18 @@ class Loaded:
         passing = probe(self.model.linears()).most // self.layout.block_size if self.layout.open_bytes else 0
         return plan_budget(self.layout, nbytes, running, passing, self.config.max_positions)
 
-    def serving_engine(self, budget: KvBudget, listener: Listener | None = None) -> Engine:
-        """An engine whose cache is that of the budget."""
-        runner = Runner(self.model, self.layout, budget.blocks, self.backend, listener, budget.running, budget.tails)
-        return Engine(runner)
+    def serving_engine(
+        self,
+        budget: KvBudget,
+        listener: Listener | None = None,
+        kept: KeptCache | None = None,
+        identity: bytes = b"",
+    ) -> Engine:
+        """An engine whose cache is that of the budget. `kept`: the tiers behind it, under `identity`."""
+        runner = Runner(
+            self.model, self.layout, budget.blocks, self.backend, listener, budget.running, budget.tails, identity
+        )
+        return Engine(runner, kept=kept)
 
 
 def open_model(name: str | None, *, dtype: str | None = None, kv: str | None = None) -> Loaded:
@@ -83,9 +94,12 @@ def open_model(name: str | None, *, dtype: str | None = None, kv: str | None = N
     if kv != AUTO:  # before anything large is read, so that a choice that cannot be is refused at once
         plan_layout(config.layer_specs(), parse_choice(kv), full=_FULL[compute])
     backend = select_backend(config, compute)
+    stamp = stamp_of(directory)
     model = load(directory, config, backend, compute)
+    if stamp_of(directory) != stamp:
+        raise WeightsError(f"the weight files in {directory} were changed while they were read; try again")
     layout = planned(model, directory, kv, _FULL[compute])
-    return Loaded(name or "kvist-shakespeare", config, model, layout, backend, directory)
+    return Loaded(name or "kvist-shakespeare", config, model, layout, backend, directory, stamp)
 
 
 def select_backend(config: ModelConfig, compute: torch.dtype) -> Backend:

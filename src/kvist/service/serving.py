@@ -30,6 +30,8 @@ from kvist.text.response import ResponseFormat
 
 _log = logging.getLogger("kvist.serving")
 
+_FLUSH = 30.0  # seconds in which a shut-down writes what is not yet written of the cache
+
 
 class _Session:
     """See `session.Session`. What begins with `_` belongs to the event loop's thread, `choices` to the engine's."""
@@ -143,6 +145,9 @@ class Serving:
             await asyncio.sleep(0.02)
         self._commands.put(self._end_all)
         await asyncio.to_thread(self._thread.join)
+        # The engine's thread has ended, so what was computed and is not yet written may be handed over from here.
+        if self.failure is None and not await asyncio.to_thread(self._engine.keeper.flush, _FLUSH):
+            _log.warning("part of the cache was not written within %g s; it will be computed again", _FLUSH)
 
     @property
     def alive(self) -> bool:

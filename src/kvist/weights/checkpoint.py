@@ -27,6 +27,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+Stamp = tuple[tuple[str, int, int, int, int], ...]
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")  # no separator: a shard lies beside its index
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -137,6 +138,12 @@ class Checkpoint:
                     piece = file.get_tensor(name) if whole else file.get_slice(name)[first : first + step]
                 touched += piece.nbytes
                 yield name, first, piece
+
+
+def stamp_of(directory: Path) -> Stamp:
+    """Name, size, times and inode of each weight file: as long as they are the same, so are the weights."""
+    stats = [(path.name, path.stat()) for path in sorted(directory.glob("*.safetensors"))]
+    return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats)
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -1,0 +1,117 @@
+"""The kept cache of a model that is served: its tiers, and what else lies in their folder."""
+
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvist.base.errors import ConfigError, KvistError
+from kvist.base.files import atomic_file, cache_folder, read_json
+from kvist.base.units import format_bytes
+from kvist.cache.disk import DiskTier
+from kvist.cache.kept import KeptCache
+from kvist.cache.record import Loss, record_bytes
+from kvist.cache.tier import Tier
+from kvist.service.identity import Identity, identify
+from kvist.service.loaded import Loaded
+
+log = logging.getLogger("kvist.cache")
+
+DISK = 20 * 10**9  # bytes, where a folder is given and no budget
+_IDENTITIES = "identities"
+_MOST_IDENTITIES = 256
+
+
+@dataclass(frozen=True)
+class KeepSettings:
+    """`folder`: by default one for all models, beside the compiled kernels. `disk`: bytes that blocks may take there.
+    `max_age`: seconds after which what was not used is deleted. `remote`: URL of a store that machines share."""
+
+    folder: Path | None = None
+    disk: int = DISK
+    max_age: float = math.inf
+    remote: str | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.folder or cache_folder() / "kv"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What `open_kept` opened. `identity` is that of the model."""
+
+    cache: KeptCache
+    disk: DiskTier
+    identity: Identity
+
+    def describe(self) -> str:
+        """One line."""
+        block = self.cache.payload
+        return (
+            f"kept in {self.disk.folder}: {len(self.disk):,} blocks, {format_bytes(self.disk.used)} of "
+            f"{format_bytes(self.disk.budget)}, {format_bytes(block)} each; identity {self.identity.digest.hex()[:12]}"
+        )
+
+
+@contextlib.contextmanager
+def open_kept(loaded: Loaded, settings: KeepSettings) -> Iterator[Kept]:
+    """The tiers for this model, until the end of the block. Raises `ConfigError` for a folder, a budget or a remote
+    that cannot be."""
+    identity = identify(loaded)
+    payload = loaded.layout.block_bytes
+    size = record_bytes(loaded.layout.block_size, payload)
+    if settings.disk < size:
+        raise ConfigError(
+            f"a budget of {format_bytes(settings.disk)} on disk is too small: one block of this model takes "
+            f"{format_bytes(size)}"
+        )
+    disk = DiskTier(settings.path, settings.disk, settings.max_age)
+    tiers: list[Tier] = [disk]
+    if settings.remote is not None:
+        from kvist.cache.remote import RemoteTier
+
+        tiers.append(RemoteTier(settings.remote))
+    cache = KeptCache(tiers, payload)
+    disk.lost = lambda block, expired: cache.losses.add(block, Loss.EXPIRED if expired else Loss.EVICTED)
+    cache.rivals = _rivals(settings.path, identity)
+    _note(settings.path, identity)
+    try:
+        yield Kept(cache, disk, identity)
+    finally:
+        cache.close()
+        disk.close()
+
+
+def _rivals(folder: Path, identity: Identity) -> tuple[bytes, ...]:
+    """Under which other identities something of a model of the same name may lie there; told in the log."""
+    found = []
+    for path in sorted((folder / _IDENTITIES).glob("*.json"))[:_MOST_IDENTITIES]:
+        try:
+            other = Identity.of_json(read_json(path, 1 << 16))
+        except KvistError:
+            continue
+        if other.model == identity.model and other.digest != identity.digest:
+            found.append(other)
+    for other in found:
+        log.info(
+            "what %s left under identity %s is not used: its %s differ",
+            identity.model,
+            other.digest.hex()[:12],
+            ", ".join(identity.differences(other)),
+        )
+    return tuple(other.digest for other in found)
+
+
+def _note(folder: Path, identity: Identity) -> None:
+    """Leave a description of the identity beside the blocks, so that others can say what differs."""
+    path = folder / _IDENTITIES / f"{identity.digest.hex()[:32]}.json"
+    try:
+        if not path.exists():
+            with atomic_file(path) as target:
+                target.write_text(json.dumps(identity.to_json(), indent=1))
+    except KvistError as error:
+        log.warning("%s", error)
