@@ -17,8 +17,9 @@ import pytest
 from command import Kvist, Outcome
 
 from kvist.base.errors import KvistError
+from kvist.cli.keys import api_keys
 from kvist.cli.options import size
-from kvist.cli.serve import api_keys
+from kvist.service.tenants import Tenant
 from tiny_model import write_tiny_model
 
 
@@ -42,11 +43,11 @@ def test_sizes() -> None:
 
 def test_keys_come_from_three_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KVIST_API_KEY", raising=False)
-    assert api_keys([], None) == ()
+    assert api_keys([], None) == {}
     file = tmp_path / "keys"
     file.write_text("# of the team\nfrom-file  # ours\n\ngiven\n")
     monkeypatch.setenv("KVIST_API_KEY", "from-environment")
-    assert api_keys(["given", "other"], file) == ("given", "other", "from-environment", "from-file")
+    assert list(api_keys(["given", "other"], file)) == ["given", "other", "from-environment", "from-file"]
     for bad in ("a b", "é", "a\nb"):
         with pytest.raises(KvistError, match="ASCII"):
             api_keys([bad], None)
@@ -55,6 +56,28 @@ def test_keys_come_from_three_places(tmp_path: Path, monkeypatch: pytest.MonkeyP
         api_keys([], file)
     with pytest.raises(KvistError, match="--api-key is empty"):
         api_keys([""], None)
+
+
+def test_a_file_of_keys_says_whom_they_stand_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVIST_API_KEY", raising=False)
+    file = tmp_path / "keys"
+    file.write_text("k1 name=alice requests=4 disk=5GB\nk2 requests=4 disk=5GB name=alice # her other\nk3\nk4 name=bob operator\n")
+    alice = Tenant("alice", 4, 5 * 10**9)
+    assert api_keys([], file) == {"k1": alice, "k2": alice, "k3": None, "k4": Tenant("bob", operator=True)}
+    for line, said in {
+        "k name=alice name=bob": "behind a key stand",
+        "k owner=alice": "name=, requests=, disk= and operator",
+        "k name=alice operator=1": "got 'operator=1'",
+        "k requests=4": "a name of letters",
+        "k name=../x": "a name of letters",
+        "k name=a requests=0": "requests= takes a number",
+        "k name=a disk=much": "takes a size",
+        "k name=a\nk name=b": "line 2: the same key stands for somebody else",
+        "k name=a\nl name=a disk=1GB": "keys of a have different limits",
+    }.items():
+        file.write_text(line + "\n")
+        with pytest.raises(KvistError, match=said):
+            api_keys([], file)
 
 
 def test_mistakes_are_refused_before_the_model_is_read(kvist: Kvist, tmp_path: Path) -> None:

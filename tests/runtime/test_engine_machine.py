@@ -21,7 +21,7 @@ from kvist.base.events import CacheEvent, Evicted, Reserved
 from kvist.cache.kept import Fetch, Fetched, KeptCounters, Losses
 from kvist.cache.manager import CacheManager, Lease
 from kvist.cache.pool import BlockPool
-from kvist.cache.record import BlockId
+from kvist.cache.record import BlockId, Loss
 from kvist.cache.tree import Node
 from kvist.runtime.batch import Work
 from kvist.runtime.engine import Engine
@@ -136,6 +136,7 @@ class FakeKept:
 
     def __init__(self) -> None:
         self.tiers = ("fake",)
+        self.rivals = ()
         self.losses = Losses(KeptCounters())
         self.records: dict[str, list[int | None]] = {}
         self.queue: dict[str, list[int | None]] = {}
@@ -274,13 +275,27 @@ class EngineMachine(RuleBasedStateMachine):
     def writers_keep_up_or_do_not(self, room: int) -> None:
         self.kept.room = room
 
+    @precondition(lambda self: self.sequences)
+    @rule(one=ONE)
+    def go_on_later(self, one: int) -> None:
+        """What somebody has come to is asked for again, when only the kept cache may know it."""
+        before = self.sequences[one % len(self.sequences)]
+        self.forget_what_nobody_reads(True)
+        prompt = tuple(token for token in before.tokens if token != BAD)[: BLOCKS * SIZE - 2]
+        self.add(prompt, 3, 0.0, 1, before.request.tenant, 1, 1, 1)
+
     @precondition(lambda self: self.kept.records)
     @rule(one=ONE)
     def lose(self, one: int) -> None:
-        del self.kept.records[list(self.kept.records)[one % len(self.kept.records)]]
+        name = list(self.kept.records)[one % len(self.kept.records)]
+        del self.kept.records[name]
+        self.kept.losses.add(name, Loss.EVICTED)
 
-    @rule()
-    def forget_what_nobody_reads(self) -> None:
+    @rule(written=st.booleans())
+    def forget_what_nobody_reads(self, written: bool) -> None:
+        if written:
+            self.engine.keeper._write_behind()
+            self.kept.write(BLOCKS)
         self.runner.manager.tree.clear()
 
     @precondition(lambda self: any(sequence.finish_reason is None for sequence in self.sequences))

@@ -22,6 +22,7 @@ from kvist.server.errors import RESPONSES, install
 from kvist.server.limits import guard, tenant_of
 from kvist.server.logs import JsonFormatter, LineFormatter, RequestLog, note
 from kvist.server.settings import ServerSettings
+from kvist.service.tenants import Tenant
 from live import Live, answer_of, exchange, live
 
 MOST = 10_000
@@ -106,7 +107,7 @@ class Routes:
             return StreamingResponse(pieces())
 
         @app.get("/health")
-        @app.get("/metrics")
+        @app.get("/facts")
         async def open_or_not() -> str:
             return "ok"
 
@@ -264,7 +265,7 @@ def test_keys_let_in_and_name_the_tenant(server: Live, locked: Live) -> None:
 
 def test_only_health_is_open_to_all(locked: Live) -> None:
     assert httpx.get(f"{locked.url}/health", headers={"host": "elsewhere.test"}).status_code == 200
-    for path in ("/metrics", "/openapi.json", "/nothing"):
+    for path in ("/facts", "/openapi.json", "/nothing"):
         refused = httpx.get(f"{locked.url}{path}")
         assert refused.status_code == 401
         assert refused.headers["www-authenticate"] == "Bearer"
@@ -291,8 +292,8 @@ def test_only_health_is_open_to_all(locked: Live) -> None:
 )
 def test_without_keys_only_known_names_are_answered(server: Live, locked: Live, host: str, status: int) -> None:
     """A name that a page's owner controls may be made to lead here; an address may not."""
-    assert httpx.get(f"{server.url}/metrics", headers={"host": host}).status_code == status
-    keyed = httpx.get(f"{locked.url}/metrics", headers={"host": host, "x-api-key": "first-key"})
+    assert httpx.get(f"{server.url}/facts", headers={"host": host}).status_code == status
+    keyed = httpx.get(f"{locked.url}/facts", headers={"host": host, "x-api-key": "first-key"})
     assert keyed.status_code == 200
 
 
@@ -445,5 +446,20 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
     with live(Routes().app(settings), Standing(), settings) as running:
         for key in ("first-key", "third-key", "x"):
             compared.clear()
-            httpx.get(f"{running.url}/metrics", headers={"x-api-key": key})
+            httpx.get(f"{running.url}/facts", headers={"x-api-key": key})
             assert compared == [(32, 32)] * 3
+
+
+def test_what_tenants_do_together_is_shown_to_operators_alone() -> None:
+    app = Routes().app
+
+    def ask(settings: ServerSettings, key: str) -> int:
+        with live(app(settings), Standing(), settings) as running:
+            return httpx.get(f"{running.url}/metrics", headers={"x-api-key": key}).status_code
+
+    several = ServerSettings(
+        api_keys=("one", "two", "three"), tenants={"one": Tenant("a"), "two": Tenant("b", operator=True)}
+    )
+    assert [ask(several, key) for key in ("one", "two", "three")] == [403, 404, 403]
+    alone = ServerSettings(api_keys=("one", "two"), tenants={"one": Tenant("a"), "two": Tenant("a")})
+    assert ask(alone, "one") == 404

@@ -1,7 +1,7 @@
 """What a restart costs: the time to the first token of a prompt that was computed before, in a process of its own.
 
-Each life is a new process over one folder: `cold` computes the prompt, `restart` finds it on disk, `no page cache` after
-the operating system was made to forget the files, `import` in a fresh folder into which a context was imported. All of
+Each life is a new process over one folder: `cold` computes the prompt, `restart` finds it on disk, `no page cache` does
+after the system was made to forget the files, `import` in a fresh folder into which a context was imported. All of
 them must come to the same logits, bit for bit. `writing` measures what writing behind takes from decoding."""
 
 import dataclasses
@@ -28,7 +28,7 @@ from kvist.bench.models import random_model
 from kvist.bench.report import Ratio, Report, Row
 from kvist.runtime.engine import Engine
 from kvist.runtime.request import Request, Sampling
-from kvist.service.keeping import Kept, KeepSettings, open_kept
+from kvist.service.keeping import KeepSettings, Kept, open_kept
 from kvist.service.loaded import Loaded
 
 PARTS = ("restart", "writing")

@@ -15,6 +15,7 @@ import re
 import stat
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,9 @@ class _Entry:
 
 
 class DiskTier:
-    """The folder `folder`, of which blocks may take `budget` bytes. Blocks that were not used for `max_age` seconds are
-    deleted. `lost(name, expired)` is told of every block that had to go.
+    """The folder `folder`, of which blocks may take `budget` bytes, and those of some namespaces (by the first half of
+    their names) no more than `limits` says. Blocks that were not used for `max_age` seconds are deleted. `lost(name,
+    expired)` is told of every block that had to go.
 
     Raises `ConfigError` when the folder is none and cannot be made.
     """
@@ -58,6 +60,7 @@ class DiskTier:
     ) -> None:
         self.folder = folder
         self.budget = budget
+        self.limits: dict[str, int] = {}
         self.evicted = self.expired = 0
         self._max_age = max_age
         self.lost = lost
@@ -65,6 +68,7 @@ class DiskTier:
         self._lock = threading.RLock()
         self._entries: dict[str, _Entry] = {}
         self._used = 0
+        self._used_of: Counter[str] = Counter()  # by namespace
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -117,13 +121,12 @@ class DiskTier:
     def put(self, block: str, record: Sequence[Buffer], until: float) -> bool:
         """See `Tier.put`. The file is synced, renamed into place, and its folder synced, before it is found here."""
         size = sum(memoryview(part).nbytes for part in record)
-        until = max(until, self._clock())
-        if not self._make_room(size, until):
+        if not self._make_room(block, size, until):
             return False
         try:
             self._write(block, record, until)
         except OSError as error:
-            if error.errno != errno.ENOSPC or not self._make_room(size, until, full=True):
+            if error.errno != errno.ENOSPC or not self._make_room(block, size, until, full=True):
                 raise TierError(f"cannot write to {self.folder}: {error.strerror or error}") from None
             try:
                 self._write(block, record, until)
@@ -131,8 +134,7 @@ class DiskTier:
                 raise TierError(f"cannot write to {self.folder}: {again.strerror or again}") from None
         with self._lock:
             self._forget(block)
-            self._entries[block] = _Entry(size, until)
-            self._used += size
+            self._add(block, _Entry(size, until))
         return True
 
     def pin(self, blocks: Sequence[str], until: float) -> None:
@@ -173,22 +175,37 @@ class DiskTier:
 
     # ---- room
 
-    def _make_room(self, size: int, until: float, full: bool = False) -> bool:
-        """Whether `size` more bytes fit the budget, others that are older than `until` being given up for them. `full`:
-        the disk is, so as much has to go, whatever the budget."""
+    def _make_room(self, block: str, size: int, until: float, full: bool = False) -> bool:
+        """Whether `size` more bytes fit the budgets, others that are older than `until` being given up for them.
+        `full`: the disk is, so as much has to go, whatever the budgets."""
+        namespace = block[:32]
+        limit = self.limits.get(namespace, self.budget)
         with self._lock:
-            if self._used + size > self.budget or full:
-                if self._clock() - self._scanned > _RESCAN or self._clock() < self._scanned:
-                    self._scan()
+            over, over_limit = self._used + size > self.budget, self._used_of[namespace] + size > limit
+            if (over or full) and not 0 <= self._clock() - self._scanned <= _RESCAN:
+                self._scan()
+            if over_limit:
+                own = [name for name in self._entries if name[:32] == namespace]
+                self._give_up(own, max(self._used_of[namespace] + size - limit, limit // _SLACK), until)
+            freed = 0
+            if over or full:
                 excess = size if full else max(self._used + size - self.budget, self.budget // _SLACK)
-                freed = 0
-                for block, entry in sorted(self._entries.items(), key=lambda item: item[1].until):
-                    if freed >= excess or entry.until > until or math.isinf(entry.until):
-                        break
-                    freed += entry.size
-                    self._drop(block, expired=self._is_expired(entry))
-                return freed >= size if full else self._used + size <= self.budget
-            return True
+                freed = self._give_up(list(self._entries), excess, until)
+            if full:
+                return freed >= size
+            return self._used + size <= self.budget and self._used_of[namespace] + size <= limit
+
+    def _give_up(self, blocks: list[str], excess: int, until: float) -> int:
+        """Delete of these blocks the oldest, none that is younger than `until`, until `excess` bytes are free; returns
+        how many are."""
+        freed = 0
+        for block in sorted(blocks, key=lambda name: self._entries[name].until):
+            entry = self._entries[block]
+            if freed >= excess or entry.until > until or math.isinf(entry.until):
+                break
+            freed += entry.size
+            self._drop(block, expired=self._is_expired(entry))
+        return freed
 
     def _is_expired(self, entry: _Entry) -> bool:
         return self._clock() - entry.until > self._max_age
@@ -202,6 +219,13 @@ class DiskTier:
     def _forget(self, block: str) -> None:
         if (entry := self._entries.pop(block, None)) is not None:
             self._used -= entry.size
+            self._used_of[block[:32]] -= entry.size
+
+    def _add(self, block: str, entry: _Entry) -> _Entry:
+        self._entries[block] = entry
+        self._used += entry.size
+        self._used_of[block[:32]] += entry.size
+        return entry
 
     # ---- files
 
@@ -214,16 +238,17 @@ class DiskTier:
             return None
         if not stat.S_ISREG(found.st_mode):
             return None
-        entry = self._entries[block] = _Entry(found.st_size, found.st_mtime)
-        self._used += entry.size
-        return entry
+        return self._add(block, _Entry(found.st_size, found.st_mtime))
 
     def _scan(self) -> None:
         """Learn from the files what is there, and delete what crashes left behind."""
         with self._lock:
             self._scanned = self._clock()
-            self._entries = dict(self._files(sweep=True))
-            self._used = sum(entry.size for entry in self._entries.values())
+            pinned = {block for block, entry in self._entries.items() if math.isinf(entry.until)}
+            self._entries, self._used = {}, 0
+            self._used_of.clear()
+            for block, entry in self._files(sweep=True):
+                self._add(block, _Entry(entry.size, math.inf if block in pinned else entry.until))
             for block, entry in list(self._entries.items()):
                 if self._is_expired(entry):
                     self._drop(block, expired=True)

@@ -17,6 +17,7 @@ from kvist.cache.tier import Buffer, Tier, TierError
 _log = logging.getLogger("kvist.cache")
 
 STAGING = 128 << 20  # bytes that wait to be written to one tier, at most
+READ, WRITE = ACTS = ("read", "write")  # what a tier may fail at
 _AHEAD = 32 << 20  # bytes that are read ahead for one sequence
 _REMEMBERED = 1 << 16  # losses
 _PAUSE = 10.0  # seconds in which a tier that failed is left alone
@@ -103,7 +104,7 @@ class KeptCache:
         self.losses = Losses(self.counters)
         self._payload = payload
         self._ahead = max(2, _AHEAD // payload)
-        self._health = {tier.name: _Health(tier.name, "read", self.counters) for tier in tiers}
+        self._health = {tier.name: _Health(tier.name, READ, self.counters) for tier in tiers}
         self._fetches: deque[Fetch] = deque()
         self._wake = threading.Condition()
         self._closed = False
@@ -292,7 +293,7 @@ class _Writer:
         self._busy = False
         self._closed = False
         self._wake = threading.Condition()
-        self._write_health = _Health(tier.name, "write", kept.counters)
+        self._write_health = _Health(tier.name, WRITE, kept.counters)
         self._thread = threading.Thread(target=self._run, name=f"kvist-write-{tier.name}", daemon=True)
         self._thread.start()
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvist.base.errors import KvistError
+from kvist.cli.keys import KEY_VARIABLE
 from kvist.cli.options import Dtype, Json, Kv, Model, note, print_json
 from kvist.cli.run import INTERRUPTED
-from kvist.cli.serve import KEY_VARIABLE
 
 if TYPE_CHECKING:
     from kvist.cli.chat_sources import Answer, Message, Source, Wish

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import re
 import signal
 import socket
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvist.base.errors import KvistError
+from kvist.cli.keys import KEY_VARIABLE, api_keys
 from kvist.cli.options import CacheDir, CacheDisk, Dtype, Kv, Model, note, size
 from kvist.cli.run import INTERRUPTED
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from kvist.service.loaded import Loaded
     from kvist.service.serving import Serving
 
-KEY_VARIABLE = "KVIST_API_KEY"
 
 
 def serve(
@@ -55,7 +54,7 @@ def serve(
         ),
     ] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Keys, one a line; '#' begins a comment.")
+        Path | None, typer.Option(metavar="FILE", help="Keys, one a line, with names and limits.")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Let the network ask without an API key.")] = False,
     allow_origin: Annotated[
@@ -91,7 +90,8 @@ def serve(
     settings = ServerSettings(
         host=host,
         port=port,
-        api_keys=keys,
+        api_keys=tuple(keys),
+        tenants={key: tenant for key, tenant in keys.items() if tenant is not None},
         origins=tuple(allow_origin or ()),
         hosts=tuple(allow_host or ()),
         max_body_bytes=body,
@@ -111,6 +111,8 @@ def serve(
                 loaded = open_model(model, dtype=dtype, kv=kv)
                 budget = loaded.budget(given, max_running)
                 kept = None if keep is None else stack.enter_context(open_kept(loaded, keep))
+                if kept is not None:
+                    kept.limit(settings.tenants.values())
                 serving = _serving(loaded, budget, kept, name, chat_template, settings)
             except KeyboardInterrupt:
                 note("stopped")
@@ -140,25 +142,6 @@ def duration(text: str, option: str) -> float:
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]]
 
 
-def api_keys(given: list[str], file: Path | None) -> tuple[str, ...]:
-    """All keys there are, each once: as options, in the environment, in a file. Raises `KvistError` for one that no
-    header can carry, and for a file that has none."""
-    from kvist.text.reading import read_text
-
-    keys = [*given, os.environ.get(KEY_VARIABLE, "")]
-    if file is not None:
-        lines = [line.partition("#")[0].strip() for line in read_text(file).splitlines()]
-        if not any(lines):
-            raise KvistError(f"{file} holds no key; it takes one a line")
-        keys += lines
-    for key in keys:
-        if not (key.isascii() and key.isprintable()) or " " in key:
-            raise KvistError("an API key is made of letters, digits and signs of ASCII, without blanks")
-    if "" in given:
-        raise KvistError("--api-key is empty; leave it out to serve without one")
-    return tuple(dict.fromkeys(key for key in keys if key))
-
-
 def _serving(
     loaded: "Loaded",
     budget: "KvBudget",
@@ -179,6 +162,7 @@ def _serving(
         template=template,
         max_waiting=settings.max_waiting,
         timeout=settings.timeout,
+        tenants=tuple(settings.tenants.values()),
     )
     log.info("%s · context of %s tokens", serving.name, f"{serving.context:,}")
     log.info("%s", budget.describe(serving.context))

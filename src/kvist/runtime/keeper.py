@@ -53,9 +53,10 @@ class Keeper:
         lease, size = sequence.lease, self._manager.block_size
         assert lease is not None
         blocks = self._blocks_of(sequence)
+        sequence.begun = self._now()
         if self.kept.tiers:
             used = [block_name(lease.path[0].key, node.key) for node in lease.path[1:]] + [b.name for b in blocks]
-            self.kept.pin(used, self._now() + sequence.request.ttl)
+            self.kept.pin(used, sequence.begun + sequence.request.ttl)
         if not blocks:
             return
         sequence.loss = self.kept.losses.of(blocks[0].name)
@@ -106,13 +107,15 @@ class Keeper:
         """These blocks of a sequence are new in the prefix tree: have them written."""
         if not self.kept.tiers or not nodes:
             return
+        assert sequence.lease is not None
         if not sequence.request.kept:
             for node in nodes:
                 self.kept.losses.add(self._id(node).name, Loss.UNKEPT)
             return
-        until = self._now() + sequence.request.ttl
-        for node in nodes:
-            self._unwritten[node] = _Unwritten(self._id(node), until)
+        # All blocks of a sequence are as old as its beginning, the later ones older: they are given up first.
+        until, end = sequence.begun + sequence.request.ttl, len(sequence.lease.path) - 1
+        for place, node in enumerate(nodes, end - len(nodes)):
+            self._unwritten[node] = _Unwritten(self._id(node), until - place * 1e-6)
         self._write_behind()
 
     def flush(self, seconds: float) -> bool:

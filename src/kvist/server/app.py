@@ -40,7 +40,7 @@ def create_app(serving: Serving, settings: ServerSettings) -> FastAPI:
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    metrics = Metrics(serving.load)
+    metrics = Metrics(serving.load, serving.kept)
     serving.listener = metrics.observe
     install(app)
     app.include_router(openai.router(serving, settings))
@@ -53,7 +53,8 @@ def create_app(serving: Serving, settings: ServerSettings) -> FastAPI:
 
 
 def _add_own(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
-    """What is asked about the server itself. `/health` needs no API key; `/metrics` does, where there are keys."""
+    """What is asked about the server itself. `/health` needs no API key; `/metrics` does, where there are keys, and an
+    operator's where these are several tenants'."""
 
     @app.get("/health", tags=["Kvist"], responses={503: {"description": "The engine does not run."}})
     async def health() -> dict[str, str]:

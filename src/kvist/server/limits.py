@@ -25,6 +25,7 @@ from kvist.server.logs import note_of
 from kvist.server.settings import ServerSettings
 
 OPEN = frozenset({"/health"})  # for load balancers: they have no key, and ask by any name
+OPERATORS = frozenset({"/metrics"})  # where there are several tenants
 _LINGER = 1.0  # seconds in which a client that is still sending gets to read why it was refused
 _MOST_DIGITS = 18  # of a length
 _LATE = 1.1  # by how much a request may pass its time: whoever works on it ends it in time, and better
@@ -32,7 +33,7 @@ _TENANT = b"kvist tenant"
 
 
 def tenant_of(request: Request) -> str:
-    """Whose request it is: a short digest of its API key; empty where the server has no keys."""
+    """Whose request it is: what its API key stands for, or a short digest of that; empty where there are no keys."""
     return note_of(request).tenant
 
 
@@ -61,7 +62,9 @@ class Gate:
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
-        self._keys = [(_digest(key.encode()), _tenant(key.encode())) for key in settings.api_keys]
+        self._keys = [(_digest(key.encode()), _tenant(key, settings)) for key in settings.api_keys]
+        self._are_several = len({tenant for _, tenant in self._keys}) > 1
+        self._operators = {tenant.id for tenant in settings.tenants.values() if tenant.operator}
         self._origins = frozenset(_origins(settings))
         self._names = frozenset(name.lower() for name in (settings.host, *settings.hosts))
 
@@ -73,7 +76,11 @@ class Gate:
         try:
             self._check_host(headers)
             self._check_origin(headers)
-            note_of(Request(scope)).tenant = self._check_key(headers)
+            note_of(Request(scope)).tenant = tenant = self._check_key(headers)
+            if scope["path"] in OPERATORS and self._are_several and tenant not in self._operators:
+                raise ApiError(
+                    403, "what all tenants do together is shown to operators; mark a key so", code="not_an_operator"
+                )
         except ApiError as error:
             await _refuse(error, scope, receive, send)
             return
@@ -234,8 +241,9 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _tenant(key: bytes) -> str:
-    return hashlib.blake2b(key, digest_size=8, person=_TENANT).hexdigest()
+def _tenant(key: str, settings: ServerSettings) -> str:
+    named = settings.tenants.get(key)
+    return hashlib.blake2b(key.encode(), digest_size=8, person=_TENANT).hexdigest() if named is None else named.id
 
 
 def _host_name(host: str) -> str:

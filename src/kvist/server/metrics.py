@@ -7,6 +7,11 @@
 | `kv_blocks{state}` | blocks: `used` by live sequences, `cached` (kept, given up when needed), `free` |
 | `prefix_cache_queries_total{cause}` | tokens that were looked for in the cache |
 | `prefix_cache_hits_total{cause}` | tokens of these that were not computed because the cache had them |
+| `prefix_cache_tokens_total{tier}` | tokens of a prompt that were not computed, by where they were |
+| `kept_blocks_read_total{tier}`, `kept_blocks_written_total{tier}`, `kept_bytes_written_total{tier}` | of the tiers behind the memory |
+| `kept_losses_total{reason}` | blocks that were there once and could not be had: `evicted`, `corrupt`, ... |
+| `kept_failures_total{tier,act}` | reads and writes that a tier refused, or took too long for |
+| `kept_bytes`, `kept_blocks` | what lies on disk now |
 | `prompt_tokens_total`, `generation_tokens_total` | tokens of prompts, found in the cache or not; tokens drawn |
 | `num_preemptions_total` | sequences that had to make room |
 | `request_success_total{finished_reason}` | choices that ended: `stop`, `length`, `cancelled`, `failed` |
@@ -24,13 +29,16 @@
 is counted when it ends.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
+from kvist.cache.disk import DiskTier
+from kvist.cache.kept import ACTS, KeptCache
+from kvist.cache.record import Loss
 from kvist.runtime.request import FinishReason
 from kvist.service.facts import Cause, Fact, Load, Matched, RequestDone, StepDone
 
@@ -40,17 +48,21 @@ _TOKENS = tuple(float(f"{digit}e{power}") for power in range(7) for digit in (1,
 
 
 class Metrics:
-    """Counts facts as they come and reads `load` when it is asked. Every method may be called from any thread."""
+    """Counts facts as they come, and reads `load` and the counters of `kept` when it is asked. Every method may be
+    called from any thread."""
 
-    def __init__(self, load: Callable[[], Load]) -> None:
+    def __init__(self, load: Callable[[], Load], kept: KeptCache | None = None) -> None:
         registry = CollectorRegistry()
         registry.register(_LoadGauges(load))
+        if kept is not None and kept.tiers:
+            registry.register(_KeptCounters(kept))
         self._registry = registry
 
         queries = _counter(registry, "prefix_cache_queries", "Tokens looked for in the prefix cache.", "cause")
         hits = _counter(registry, "prefix_cache_hits", "Tokens found in the prefix cache.", "cause")
         self._queries = {cause: queries.labels(cause.value) for cause in Cause}
         self._hits = {cause: hits.labels(cause.value) for cause in Cause}
+        self._tiers = _counter(registry, "prefix_cache_tokens", "Tokens found in the prefix cache, by tier.", "tier")
         self._prompt_tokens = _counter(registry, "prompt_tokens", "Tokens of prompts, found in the cache or not.")
         self._generation_tokens = _counter(registry, "generation_tokens", "Tokens drawn.")
         self._preemptions = _counter(registry, "num_preemptions", "Sequences that had to make room.")
@@ -81,6 +93,8 @@ class Metrics:
             case Matched():
                 self._queries[fact.cause].inc(fact.tokens)
                 self._hits[fact.cause].inc(fact.cached)
+                for tier, tokens in fact.tiers.items():
+                    self._tiers.labels(tier).inc(max(tokens, 0))
             case RequestDone():
                 self._request(fact)
 
@@ -156,6 +170,41 @@ class _LoadGauges(Collector):
         blocks.add_metric(["cached"], load.kv_blocks_cached)
         blocks.add_metric(["free"], load.kv_blocks - load.kv_blocks_used - load.kv_blocks_cached)
         yield blocks
+
+
+class _KeptCounters(Collector):
+    """The counters of the kept cache, as they are."""
+
+    def __init__(self, kept: KeptCache) -> None:
+        self._kept = kept
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing, as above."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        found = self._kept.counters
+        for name, what, counts in (
+            ("kept_blocks_read", "Blocks read from a tier.", found.hits),
+            ("kept_blocks_written", "Blocks written to a tier.", found.written),
+            ("kept_bytes_written", "Bytes written to a tier.", found.written_bytes),
+        ):
+            yield _counted(name, what, ["tier"], {(tier.name,): counts[tier.name] for tier in self._kept.tiers})
+        losses = {(reason.value,): found.losses[reason.value] for reason in Loss}
+        yield _counted("kept_losses", "Blocks that were there once and could not be had.", ["reason"], losses)
+        acts = {(tier.name, act): found.failures[tier.name, act] for tier in self._kept.tiers for act in ACTS}
+        yield _counted("kept_failures", "Reads and writes that a tier refused.", ["tier", "act"], acts)
+        for tier in self._kept.tiers:
+            if isinstance(tier, DiskTier):
+                yield _gauge("kept_bytes", "Bytes of blocks on disk.", tier.used)
+                yield _gauge("kept_blocks", "Blocks on disk.", len(tier))
+
+
+def _counted(name: str, what: str, labels: list[str], counts: Mapping[tuple[str, ...], int]) -> Metric:
+    metric = CounterMetricFamily(f"{_PREFIX}{name}", what, labels=labels)
+    for values, count in counts.items():
+        metric.add_metric(list(values), count)
+    return metric
 
 
 def _gauge(name: str, what: str, value: float) -> Metric:

@@ -1,12 +1,16 @@
 """What a server is told once, at its start."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kvist.service.tenants import Tenant
 
 
 @dataclass(frozen=True)
 class ServerSettings:
     """`api_keys`: none means that everybody may ask who reaches the server from a program; pages in a browser may only
     from `origins` ("*": any), and `hosts` are names that the server may be asked under, beside addresses and localhost.
+    `tenants`: whom a key stands for, where that is said; any other key is a tenant of its own.
 
     `max_body_bytes`: of a request; `body_timeout`: seconds in which it must have arrived. `max_waiting`: requests in
     the queue before others are refused. `timeout`: seconds that a request may take; `grace`: seconds that a shut-down
@@ -16,6 +20,7 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
+    tenants: Mapping[str, Tenant] = field(default_factory=dict)
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     max_body_bytes: int = 8 << 20

@@ -4,8 +4,8 @@ A fact is emitted after what it names has happened, on the engine's thread. A li
 and changes nothing of what it watches. Times are of one monotonic clock, in seconds.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from kvist.runtime.request import FinishReason
@@ -26,6 +26,7 @@ class Matched:
     cause: Cause
     tokens: int
     cached: int
+    tiers: Mapping[str, int] = field(default_factory=dict)  # of those cached, by where they were
 
 
 @dataclass(frozen=True, slots=True)

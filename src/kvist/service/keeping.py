@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +13,12 @@ from kvist.base.files import atomic_file, cache_folder, read_json
 from kvist.base.units import format_bytes
 from kvist.cache.disk import DiskTier
 from kvist.cache.kept import KeptCache
+from kvist.cache.keys import root_key
 from kvist.cache.record import Loss, record_bytes
 from kvist.cache.tier import Tier
 from kvist.service.identity import Identity, identify
 from kvist.service.loaded import Loaded
+from kvist.service.tenants import Tenant
 
 log = logging.getLogger("kvist.cache")
 
@@ -47,6 +49,12 @@ class Kept:
     cache: KeptCache
     disk: DiskTier
     identity: Identity
+
+    def limit(self, tenants: Iterable[Tenant]) -> None:
+        """Hold tenants to their own shares of the disk."""
+        for tenant in tenants:
+            if tenant.disk is not None:
+                self.disk.limits[root_key(self.identity.digest, tenant.id).hex()[:32]] = tenant.disk
 
     def describe(self) -> str:
         """One line."""

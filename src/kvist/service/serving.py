@@ -11,18 +11,20 @@ import math
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from kvist.base.errors import KvistError, Overloaded, RequestError, Stopping, TimedOut
 from kvist.base.units import plural
+from kvist.cache.kept import KeptCache
 from kvist.runtime.engine import Drawn, Engine
 from kvist.runtime.request import FinishReason, Request, TokenLogprobs
 from kvist.runtime.sequence import Sequence as Running
 from kvist.service.facts import Cause, ChoiceDone, FactListener, Load, Matched, RequestDone, StepDone
 from kvist.service.loaded import Loaded
 from kvist.service.session import Delta, Job, NewToken
+from kvist.service.tenants import Tenant
 from kvist.service.text_stream import TextStream
 from kvist.text.chat import ChatTemplate
 from kvist.text.grammar import GrammarCompiler
@@ -48,7 +50,7 @@ class _Session:
         self._serving = serving
         self._deltas: deque[Delta] = deque()
         self._arrived = asyncio.Event()
-        self._left = job.choices
+        self._left = self._unended = job.choices
         self._timer: asyncio.TimerHandle | None = None
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
@@ -72,6 +74,9 @@ class _Session:
 
     def arrive(self, delta: Delta) -> None:
         """On the event loop's thread: one more delta for the reader."""
+        self._unended -= delta.finish_reason is not None
+        if not self._unended and delta.finish_reason is not None:
+            self._serving.note_ended(self)
         self._deltas.append(delta)
         self._arrived.set()
 
@@ -84,8 +89,8 @@ class _Session:
 class Serving:
     """A model, its text side and its engine, which runs on a thread from `start` to `stop`.
 
-    `max_waiting`: requests that may wait before others are refused; `timeout`: seconds that one may take; `listener`
-    hears facts on the engine's thread.
+    `max_waiting`: requests that may wait before others are refused; `timeout`: seconds that one may take; `tenants`:
+    those who have limits; `listener` hears facts on the engine's thread.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class Serving:
         template: Path | None = None,
         max_waiting: int = 256,
         timeout: float = math.inf,
+        tenants: Sequence[Tenant] = (),
         listener: FactListener = lambda fact: None,
     ) -> None:
         self.name = name or loaded.name
@@ -113,6 +119,8 @@ class Serving:
         self._engine = engine
         self._max_waiting = max_waiting
         self._timeout = timeout
+        self._limits = {tenant.id: tenant.requests for tenant in tenants if tenant.requests is not None}
+        self._under_way: Counter[str] = Counter()  # requests, by tenant
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sessions: dict[Running, tuple[_Session, int]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -164,6 +172,13 @@ class Serving:
                 f"between 1 and {self._engine.scheduler.most_running} choices can be had at once, not {job.choices}"
             )
         self._engine.check_request(job.request)
+        tenant = job.request.tenant
+        if self._under_way[tenant] >= self._limits.get(tenant, math.inf):
+            raise Overloaded(
+                f"{plural(self._under_way[tenant], 'request')} of yours are under way already, as many as may be; try "
+                "again when one has ended",
+                retry_after=1,
+            )
         waiting = self._waiting
         if waiting >= self._max_waiting:
             raise Overloaded(
@@ -174,6 +189,7 @@ class Serving:
         if math.isfinite(self._timeout):
             session.expire_after(self._timeout)
         self._submitted += 1
+        self._under_way[tenant] += 1
         self._commands.put(lambda: self._begin(session))
         return session
 
@@ -181,6 +197,13 @@ class Serving:
         """End what has not ended of a session, because nobody wants it any more or because of `error`. From any
         thread."""
         self._commands.put(lambda: self._end(session, error))
+
+    def note_ended(self, session: _Session) -> None:
+        """On the event loop's thread: nothing more of a session will come."""
+        tenant = session.job.request.tenant
+        self._under_way[tenant] -= 1
+        if not self._under_way[tenant]:
+            del self._under_way[tenant]
 
     async def embed(self, prompts: Sequence[Sequence[int]], tenant: str = "") -> list[list[float]]:
         """The mean of each prompt's last hidden states, scaled to unit length."""
@@ -204,6 +227,11 @@ class Serving:
         manager, scheduler = self._engine.runner.manager, self._engine.scheduler
         used, idle = manager.pool.used, manager.tree.idle
         return Load(len(scheduler.running), self._waiting, max(used - idle, 0), idle, manager.pool.capacity)
+
+    @property
+    def kept(self) -> KeptCache:
+        """The tiers behind the memory, of which there may be none."""
+        return self._engine.keeper.kept
 
     @property
     def _waiting(self) -> int:
@@ -322,7 +350,7 @@ class Serving:
         cached, length = sequence.cached, len(sequence.request.prompt)
         cause = Cause.FORK if cached.fork else Cause.PROMPT
         if sequence.times.admitted:
-            self.listener(Matched(cause, length, cached.fork or min(cached.prompt, length)))
+            self.listener(Matched(cause, length, cached.fork or min(cached.prompt, length), dict(cached.tiers)))
         if sequence.preempted:
             self.listener(Matched(Cause.RESUME, max(len(sequence.tokens), cached.resume), cached.resume))
         if session.unfinished:

@@ -1,0 +1,22 @@
+"""Who asks: tenants, which share a server and see nothing of each other, and what each may take."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """Whom an API key stands for, as the operator names it; several keys may stand for one. `id` is what requests carry.
+
+    `requests`: how many of its requests may be under way at once; `disk`: bytes that its blocks may take on disk. None:
+    no limit of its own. An `operator` may see what all tenants do together: the metrics.
+    """
+
+    name: str
+    requests: int | None = None
+    disk: int | None = None
+    operator: bool = False
+
+    @property
+    def id(self) -> str:
+        """Never the same as that of a key without a name, which is hexadecimal."""
+        return f"@{self.name}"
