@@ -61,7 +61,13 @@ def test_keys_come_from_three_places(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_file_of_keys_says_whom_they_stand_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KVIST_API_KEY", raising=False)
     file = tmp_path / "keys"
-    file.write_text("k1 name=alice requests=4 disk=5GB\nk2 requests=4 disk=5GB name=alice # her other\nk3\nk4 name=bob operator\n")
+    lines = (
+        "k1 name=alice requests=4 disk=5GB",
+        "k2 requests=4 disk=5GB name=alice # also",
+        "k3",
+        "k4 name=bob operator",
+    )
+    file.write_text("\n".join(lines))
     alice = Tenant("alice", 4, 5 * 10**9)
     assert api_keys([], file) == {"k1": alice, "k2": alice, "k3": None, "k4": Tenant("bob", operator=True)}
     for line, said in {

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from kvist.service.serving import Serving
 
 
-
 def serve(
     model: Model = None,
     host: Annotated[str, typer.Option(help="Listen on this address.")] = "127.0.0.1",

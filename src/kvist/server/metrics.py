@@ -8,7 +8,8 @@
 | `prefix_cache_queries_total{cause}` | tokens that were looked for in the cache |
 | `prefix_cache_hits_total{cause}` | tokens of these that were not computed because the cache had them |
 | `prefix_cache_tokens_total{tier}` | tokens of a prompt that were not computed, by where they were |
-| `kept_blocks_read_total{tier}`, `kept_blocks_written_total{tier}`, `kept_bytes_written_total{tier}` | of the tiers behind the memory |
+| `kept_blocks_read_total{tier}` | blocks read from the tiers behind the memory |
+| `kept_blocks_written_total{tier}`, `kept_bytes_written_total{tier}` | written to them |
 | `kept_losses_total{reason}` | blocks that were there once and could not be had: `evicted`, `corrupt`, ... |
 | `kept_failures_total{tier,act}` | reads and writes that a tier refused, or took too long for |
 | `kept_bytes`, `kept_blocks` | what lies on disk now |

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tenant:
-    """Whom an API key stands for, as the operator names it; several keys may stand for one. `id` is what requests carry.
+    """Whom an API key stands for, by a name that the operator gives; several keys may stand for one.
 
     `requests`: how many of its requests may be under way at once; `disk`: bytes that its blocks may take on disk. None:
     no limit of its own. An `operator` may see what all tenants do together: the metrics.
@@ -18,5 +18,5 @@ class Tenant:
 
     @property
     def id(self) -> str:
-        """Never the same as that of a key without a name, which is hexadecimal."""
+        """What requests carry. Never the same as that of a key without a name, which is hexadecimal."""
         return f"@{self.name}"
