@@ -1,0 +1,248 @@
+"""Why a prompt was computed again: what of it came from where, what differs from the nearest earlier request, and what
+that cost."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from kvist.cache.record import Loss
+from kvist.runtime.request import Request
+from kvist.runtime.sequence import Sequence as Running
+from kvist.service.history import Asked, Grams, History, common
+from kvist.service.places import Place, spot
+
+_EXCERPT = 60  # characters on each side of a difference
+_KEPT = 1024  # explanations
+_ALIKE = 0.25  # of a prompt that an earlier one must have for the two to be versions of one
+NEW, CONTINUED, CHANGED, UNKNOWN, NOT_LOOKED_UP = "new", "continued", "changed", "unknown", "not looked up"
+
+WHY = {
+    NEW: "no earlier request of yours that is remembered begins alike",
+    CONTINUED: "it goes on where an earlier request ended; only what is new was computed",
+    CHANGED: "the text is another from here on",
+    UNKNOWN: "blocks that an earlier request computed were not found, and it is not known why",
+    NOT_LOOKED_UP: "nothing is read from the cache where log-probabilities of the prompt, or embeddings, are asked for",
+    Loss.EVICTED: "the room was needed for others",
+    Loss.EXPIRED: "it was not used for longer than the server keeps it",
+    Loss.TRUNCATED: "its file was cut short",
+    Loss.CORRUPT: "its file was damaged",
+    Loss.VERSION: "it was written by another version of Kvist",
+    Loss.FOREIGN: "its file held something else",
+    Loss.UNREADABLE: "the disk, or the remote store, failed or took too long",
+    Loss.UNWRITTEN: "it was given up before it could be written",
+    Loss.NAMESPACE: "it was made by other weights, codecs or operators",
+    Loss.UNKEPT: "its request asked that it is not kept beyond memory",
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of where a prompt's tokens came from. `session`: the client's name for what belongs together."""
+
+    text: str | None = None
+    parts: Callable[[], tuple[Place, ...]] = tuple
+    session: str | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two texts at the difference: `before`, `after` are short excerpts; `token`: what the first token that
+    differs spells, None at the end."""
+
+    where: str
+    line: int | None
+    column: int | None
+    before: str
+    after: str
+    token: str | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first one. `token`: index of the first token that is not the same; `character`: of the first character."""
+
+    token: int
+    character: int
+    now: Side
+    earlier: Side
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """See `to_json`, which docs/json.md documents. `nearest`: id of the earlier request that it is compared with, which
+    has the first `common` tokens, too; `again`: computed tokens that it also had; `again_seconds`: what these took."""
+
+    id: str
+    session: str | None
+    prompt_tokens: int
+    cached: dict[str, int]
+    computed: int
+    reason: str
+    why: str
+    nearest: str | None
+    common: int | None
+    again: int | None
+    again_seconds: float | None
+    difference: Difference | None
+    note: str | None = None
+
+    @property
+    def where(self) -> str | None:
+        """Where the prompt begins to differ, in a few words."""
+        if self.difference is None:
+            return None
+        now = self.difference.now
+        return now.where if now.line is None else f"{now.where}, line {now.line}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"where": self.where}
+
+    def short(self) -> dict[str, Any]:
+        """What every answer carries."""
+        return {
+            "cached": self.cached,
+            "computed": self.computed,
+            "reason": self.reason,
+            "where": self.where,
+            "again": self.again,
+            "again_seconds": self.again_seconds,
+        }
+
+
+class Explainer:
+    """Remembers requests and explains them. For the event loop's thread. `decode` gives the text of token ids."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], block_size: int) -> None:
+        self.history = History()
+        self._decode = decode
+        self._block = block_size
+        self._told: OrderedDict[tuple[str, str], Explanation] = OrderedDict()
+
+    def asked(self, request: Request, origin: Origin, id: str) -> tuple[Asked, Asked | None]:
+        """A request comes. Returns it, and the nearest one before it."""
+        tokens = np.array(request.prompt, np.uint32)
+        nearest = self.history.nearest(request.tenant, origin.session, tokens)
+        text = self._decode(request.prompt) if origin.text is None else origin.text
+        asked = Asked(id, request.tenant, origin.session, tokens, len(tokens), text, origin.parts)
+        self.history.add(asked)
+        return asked, nearest
+
+    def answered(self, asked: Asked, nearest: Asked | None, sequence: Running) -> Explanation:
+        """What there is to say now that a sequence of it has ended."""
+        asked.answered(sequence.new_tokens)
+        found = explain(asked, nearest, sequence, self._decode, self._block)
+        self.tell(asked.tenant, asked.id, found)
+        return found
+
+    def tell(self, tenant: str, id: str, explanation: Explanation) -> None:
+        """From now on `tenant` may ask for it under `id`."""
+        self._told[tenant, id] = explanation
+        while len(self._told) > _KEPT:
+            self._told.popitem(last=False)
+
+    def told(self, tenant: str, id: str) -> Explanation | None:
+        """What a tenant may ask for; None for what is another's, and for what never was."""
+        return self._told.get((tenant, id))
+
+
+def explain(
+    asked: Asked, nearest: Asked | None, sequence: Running, decode: Callable[[Sequence[int]], str], block: int
+) -> Explanation:
+    """Compare a request with the nearest one before it. `block`: tokens of a block of the cache."""
+    prompt = asked.tokens[: asked.prompt_tokens]
+    cached = min(sequence.cached.prompt, len(prompt))
+    computed = len(prompt) - cached
+    shared = None if nearest is None else common(nearest.tokens, prompt)
+    again = None if nearest is None else int(Grams(prompt).found_in(nearest.tokens)[cached:].sum())
+    reason = _reason(asked, nearest, sequence, shared, block)
+    times = sequence.times
+    seconds = max(times.first - times.admitted, 0.0) if times.first else None
+    alike = nearest is not None and reason != NEW
+    cost = None if again is None or seconds is None or not computed else seconds * again / computed
+    return Explanation(
+        id=asked.id,
+        session=asked.session,
+        prompt_tokens=len(prompt),
+        cached={tier: count for tier, count in sequence.cached.tiers.items() if count > 0},
+        computed=computed,
+        reason=reason,
+        why=WHY[reason],
+        nearest=nearest.id if nearest is not None and alike else None,
+        common=shared if alike else None,
+        again=again if alike else (0 if reason == NEW and nearest is None else again),
+        again_seconds=cost if alike else None,
+        difference=_difference(asked, nearest, shared, decode) if nearest is not None and alike else None,
+        note=_note(sequence, len(prompt), block),
+    )
+
+
+def _reason(asked: Asked, nearest: Asked | None, sequence: Running, shared: int | None, block: int) -> str:
+    request, prompt = sequence.request, asked.tokens[: asked.prompt_tokens]
+    if request.pooled or request.prompt_logprobs is not None:
+        return NOT_LOOKED_UP
+    if nearest is None or shared is None:
+        return NEW if sequence.loss is None else sequence.loss
+    cached = min(sequence.cached.prompt, len(prompt))
+    # At least the last token is computed, and of what differs within a block perhaps the whole block.
+    if cached + block < min(shared, len(prompt) - 1):
+        return UNKNOWN if sequence.loss is None else sequence.loss
+    # The last token of a prompt may be another when something follows: so the texts are asked.
+    if shared >= min(nearest.prompt_tokens, len(prompt)) or asked.text.startswith(nearest.text):
+        return CONTINUED
+    alike = shared + int(Grams(prompt[shared:]).found_in(nearest.tokens).sum())
+    if alike < _ALIKE * len(prompt) and shared < block:
+        return NEW if sequence.loss is None else sequence.loss
+    return CHANGED
+
+
+def _note(sequence: Running, length: int, block: int) -> str | None:
+    if length <= block:
+        return f"prompts of up to {block} tokens, one block, are hardly worth keeping"
+    if not sequence.request.kept:
+        return "it was asked that this is kept in memory only"
+    return None
+
+
+def _difference(
+    asked: Asked, nearest: Asked, shared: int | None, decode: Callable[[Sequence[int]], str]
+) -> Difference | None:
+    """None where one of the two texts is the beginning of the other."""
+    assert shared is not None
+    earlier_text = nearest.text
+    if asked.text.startswith(nearest.text):  # behind its prompt came its answer
+        earlier_text += decode(nearest.tokens[nearest.prompt_tokens :].tolist())
+    character = first_difference(asked.text, earlier_text)
+    if character >= min(len(asked.text), len(earlier_text)):
+        return None
+    return Difference(
+        shared,
+        character,
+        _side(asked, asked.text, character, shared, decode),
+        _side(nearest, earlier_text, character, shared, decode),
+    )
+
+
+def _side(asked: Asked, text: str, character: int, token: int, decode: Callable[[Sequence[int]], str]) -> Side:
+    if character > len(asked.text):
+        where, line, column = "its answer", None, None
+    else:
+        found = spot(asked.text, asked.places, character)
+        where, line, column = found.label, found.line, found.column
+    piece = decode(asked.tokens[token : token + 1].tolist()) if token < len(asked.tokens) else None
+    before, after = text[max(0, character - _EXCERPT) : character], text[character : character + _EXCERPT]
+    return Side(where, line, column, before, after, piece)
+
+
+def first_difference(a: str, b: str) -> int:
+    """Index of the first character that is not the same: the length of the shorter text where there is none."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,112 @@
+"""What was asked lately, so that it can be said what is different now. Of each tenant, and for no other."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvist.service.places import Place
+
+MOST = 256  # requests
+MOST_BYTES = 64 << 20
+_GRAM = 8  # tokens in a row that have to be the same
+_PRIME = 1_000_003
+_CANDIDATES = 3
+
+Ids = NDArray[np.uint32]
+
+
+@dataclass(eq=False)
+class Asked:
+    """One request. `tokens`: of its prompt, and of its answer once that is known; `prompt_tokens` of them are the
+    prompt's. `text`: of the prompt. `parts` finds the places of the text, when it is asked."""
+
+    id: str
+    tenant: str
+    session: str | None
+    tokens: Ids
+    prompt_tokens: int
+    text: str
+    parts: Callable[[], tuple[Place, ...]]
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """The parts of the prompt."""
+        return self.parts()
+
+    def answered(self, tokens: Sequence[int]) -> None:
+        """What it was answered."""
+        self.tokens = np.concatenate([self.tokens[: self.prompt_tokens], np.array(tokens, np.uint32)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, about."""
+        return self.tokens.nbytes + 8 * len(self.text)  # the request's own texts, too
+
+
+class History:
+    """The last requests, at most `most` of them and about `most_bytes` bytes. For one thread."""
+
+    def __init__(self, most: int = MOST, most_bytes: int = MOST_BYTES) -> None:
+        self._most = most
+        self._most_bytes = most_bytes
+        self._asked: OrderedDict[Asked, None] = OrderedDict()  # the oldest first
+
+    def __len__(self) -> int:
+        return len(self._asked)
+
+    def add(self, asked: Asked) -> None:
+        """Remember one more, and forget the oldest for it where there are too many."""
+        self._asked[asked] = None
+        total = sum(one.nbytes for one in self._asked)
+        while len(self._asked) > self._most or (total > self._most_bytes and len(self._asked) > 1):
+            total -= self._asked.popitem(last=False)[0].nbytes
+
+    def of(self, tenant: str, session: str | None = None) -> list[Asked]:
+        """Those of a tenant, and of a session where one is named, the oldest first."""
+        return [one for one in self._asked if one.tenant == tenant and session in (None, one.session)]
+
+    def nearest(self, tenant: str, session: str | None, tokens: Ids) -> Asked | None:
+        """The earlier request that has the most of these tokens; of several the latest. One of the same session, if
+        there is any."""
+        asked = (self.of(tenant, session) if session is not None else []) or self.of(tenant)
+        ordered = sorted(asked[::-1], key=lambda one: -common(one.tokens, tokens))
+        candidates = list(dict.fromkeys([*ordered[:_CANDIDATES], *asked[: -_CANDIDATES - 1 : -1]]))
+        grams = Grams(tokens)
+        scores = [(common(one.tokens, tokens), int(grams.found_in(one.tokens).sum()), one) for one in candidates]
+        best = max(scores, key=lambda score: score[0] + score[1], default=None)
+        return best[2] if best is not None and best[0] + best[1] else None
+
+
+def common(a: Ids, b: Ids) -> int:
+    """How many first tokens are the same."""
+    length = min(len(a), len(b))
+    differs = np.flatnonzero(a[:length] != b[:length])
+    return int(differs[0]) if len(differs) else length
+
+
+class Grams:
+    """The runs of eight tokens of a sequence."""
+
+    def __init__(self, tokens: Ids) -> None:
+        self._count = len(tokens)
+        self._hashes = _hashes(tokens)
+
+    def found_in(self, other: Ids) -> NDArray[np.bool_]:
+        """Which tokens are part of a run that the other sequence has, too, anywhere."""
+        found = np.zeros(self._count, bool)
+        same = np.isin(self._hashes, _hashes(other))
+        for shift in range(_GRAM if len(same) else 0):
+            found[shift : shift + len(same)] |= same
+        return found
+
+
+def _hashes(tokens: Ids) -> NDArray[np.uint64]:
+    count = len(tokens) - _GRAM + 1
+    total = np.zeros(max(count, 0), np.uint64)
+    for shift in range(_GRAM if count > 0 else 0):
+        total = total * np.uint64(_PRIME) + tokens[shift : shift + count].astype(np.uint64)
+    return total
