@@ -161,13 +161,14 @@ class Desk:
         return self.answer(Request(tuple(tokens_of(text)), 4, tenant=tenant), origin, cached, loss)
 
     def answer(self, request: Request, origin: Origin, cached: int, loss: Loss | None) -> Explanation:
-        asked, nearest = self.explainer.asked(request, origin, f"id-{self.count}")
+        asking = self.explainer.asked(request, origin)
+        asking.now.id = f"id-{self.count}"
         sequence = Sequence(request, 0, Sampler(request.sampling, request.prompt))
         sequence.count_cached(cached, "memory")
         sequence.loss = loss
         sequence.times.admitted, sequence.times.first = 10.0, 13.0
         sequence.tokens += [1, 2, 3]
-        return self.explainer.answered(asked, nearest, sequence)
+        return self.explainer.answered(asking, sequence, [asking.now.id])
 
 
 @pytest.mark.parametrize("kind", ["date", "reminder", "tool", "order", "dropped", "character"])

@@ -3,7 +3,22 @@
 import typer
 
 from kvist import __version__
-from kvist.cli import bench, calibrate, chat, convert, eval_codecs, evals, fidelity, run, serve, trace, train, verify
+from kvist.cli import (
+    bench,
+    calibrate,
+    chat,
+    context,
+    convert,
+    eval_codecs,
+    evals,
+    explain,
+    fidelity,
+    run,
+    serve,
+    trace,
+    train,
+    verify,
+)
 
 app = typer.Typer(
     name="kvist",
@@ -30,12 +45,15 @@ def _kvist(
 app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
+app.command("explain")(explain.explain)
+app.command("tax")(explain.tax)
 app.command("verify")(verify.verify)
 app.command("fidelity")(fidelity.fidelity)
 app.command("calibrate")(calibrate.calibrate)
 app.command("trace")(trace.trace)
 app.command("train")(train.train)
 app.command("convert")(convert.convert)
+app.add_typer(context.app, name="context")
 app.add_typer(bench.app, name="bench")
 evals.app.command("codecs")(eval_codecs.codecs)
 app.add_typer(evals.app, name="eval")

@@ -1,17 +1,19 @@
 """`kvist run`: continue a prompt."""
 
 import sys
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvist.base.errors import KvistError
 from kvist.base.units import format_bytes, plural
-from kvist.cli.options import Dtype, Json, Kv, Model, graceful_interrupt, note, print_json
+from kvist.cli.options import CacheDir, Dtype, Json, Kv, Model, graceful_interrupt, note, print_json
 
 if TYPE_CHECKING:
     from kvist.runtime.request import Sampling
-    from kvist.service.generation import Result
+    from kvist.service.generation import Opened, Result
     from kvist.service.loaded import Loaded
 
 INTERRUPTED = 130
@@ -29,6 +31,10 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     dtype: Dtype = None,
     kv: Kv = None,
+    context: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Begin with this context, of kvist context create.")
+    ] = None,
+    cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, streaming; without --prompt, each line you type is a prompt of its own."""
@@ -44,15 +50,34 @@ def run(
     sampling = Sampling(temperature, top_k, top_p, min_p, secrets.randbits(32) if seed is None else seed)
     loaded = open_model(model, dtype=dtype, kv=kv)
     stops = tuple(stop or ())
-    if prompt is not None:
-        _once(loaded, prompt, max_tokens, sampling, stops, as_json)
-        return
-    while (line := _ask()) is not None:
-        if line:
-            try:
-                _once(loaded, line, max_tokens, sampling, stops, as_json=False)
-            except KvistError as error:
-                note(f"kvist: {error}")
+    with ExitStack() as stack:
+        opened = None if context is None else _open_context(stack, loaded, context, cache_dir)
+        if prompt is not None:
+            _once(loaded, prompt, max_tokens, sampling, stops, as_json, opened)
+            return
+        while (line := _ask()) is not None:
+            if line:
+                try:
+                    _once(loaded, line, max_tokens, sampling, stops, False, opened)
+                except KvistError as error:
+                    note(f"kvist: {error}")
+
+
+def _open_context(stack: ExitStack, loaded: "Loaded", name: str, folder: Path | None) -> "Opened":
+    """The context, and the kept cache that has it."""
+    from kvist.service.context_making import usable
+    from kvist.service.contexts import TEXT, Contexts
+    from kvist.service.generation import Opened
+    from kvist.service.keeping import KeepSettings, open_kept
+
+    settings = KeepSettings(folder)
+    contexts = Contexts(settings.path)
+    found = contexts.get(name)
+    if found.form != TEXT:
+        raise KvistError(f"the context {name!r} was made for chats; kvist serve answers with it")
+    kept = stack.enter_context(open_kept(loaded, settings))
+    contexts.touch(name)
+    return Opened(usable(found, kept), kept)
 
 
 def _once(
@@ -62,6 +87,7 @@ def _once(
     sampling: "Sampling",
     stops: tuple[str, ...],
     as_json: bool,
+    opened: "Opened | None",
 ) -> None:
     """One prompt, streamed; raises `typer.Exit` when it was interrupted in one-shot use."""
     from kvist.runtime.request import FinishReason
@@ -69,7 +95,7 @@ def _once(
 
     with graceful_interrupt() as interrupt:
         generation = generate(
-            loaded, prompt, max_tokens=max_tokens, sampling=sampling, stops=stops, cancelled=interrupt
+            loaded, prompt, max_tokens=max_tokens, sampling=sampling, stops=stops, cancelled=interrupt, opened=opened
         )
         if not as_json:
             print(prompt, end="", flush=True)
@@ -104,9 +130,11 @@ def _read_stdin() -> str:
 
 
 def _summary(result: "Result", sampling: "Sampling") -> str:
+    read = " + ".join(f"{count:,} from {tier}" for tier, count in result.cached.items() if count)
+    cached = f" ({read})" if read else ""
     seeded = f" · seed {sampling.seed}" if sampling.temperature else ""
     return (
-        f"{plural(result.prompt_tokens, 'prompt token')} at {result.prefill_rate:,.0f}/s · "
+        f"{plural(result.prompt_tokens, 'prompt token')}{cached} at {result.prefill_rate:,.0f}/s · "
         f"{len(result.tokens):,} new at {result.decode_rate:,.1f}/s · "
         f"KV {result.kv_codec}: {plural(result.kv_blocks, 'block')}, {format_bytes(result.kv_bytes)} "
         f"({format_bytes(result.kv_bytes_per_token)} a token){seeded}"
@@ -117,6 +145,7 @@ def _as_json(loaded: "Loaded", result: "Result", sampling: "Sampling") -> dict[s
     return {
         "model": loaded.name,
         "prompt_tokens": result.prompt_tokens,
+        "cached": {tier: count for tier, count in result.cached.items() if count},
         "tokens": result.tokens,
         "text": result.text,
         "finish_reason": result.finish_reason.value,

@@ -123,14 +123,14 @@ def keep_settings(
     folder: Path | None, disk: str | None, max_age: str | None, remote: str | None
 ) -> "KeepSettings | None":
     """Where the cache is kept beyond memory; None where nothing says that it is. Raises `KvistError`."""
-    from kvist.service.keeping import DISK, KeepSettings
+    from kvist.service.keeping import KeepSettings
 
     if folder is None and disk is None and remote is None:
         if max_age is not None:
             raise KvistError("--cache-max-age is for a cache on disk: give --cache-disk, as in 20GB")
         return None
     age = math.inf if max_age is None else duration(max_age, "--cache-max-age")
-    return KeepSettings(folder, DISK if disk is None else size(disk, "--cache-disk"), age, remote)
+    return KeepSettings(folder, None if disk is None else size(disk, "--cache-disk"), age, remote)
 
 
 def duration(text: str, option: str) -> float:

@@ -18,6 +18,8 @@ from kvist.base.errors import ContextError, KvistError, RequestError, TextError
 from kvist.base.units import plural
 from kvist.runtime.request import FinishReason, Grammar, Request, Sampling
 from kvist.service.constraints import AfterReasoning, Either
+from kvist.service.explain import NOWHERE, Origin
+from kvist.service.places import Place, find_places
 from kvist.service.session import Job, NewToken, Session
 from kvist.text.chat import ChatTemplate
 from kvist.text.response import Part, ResponseFormat, ResponseParser, ToolCallEnd
@@ -49,7 +51,8 @@ class ToolChoice(StrEnum):
 
 @dataclass(frozen=True)
 class Options:
-    """How any answer is drawn, chat or not. `max_tokens` None: as many as the context leaves room for."""
+    """How any answer is drawn, chat or not. `max_tokens` None: as many as the context leaves room for. `session`: the
+    client's name for requests that belong together; `kept`, `ttl`: see `Request`."""
 
     max_tokens: int | None
     sampling: Sampling
@@ -60,6 +63,9 @@ class Options:
     priority: int = 0
     tenant: str = ""
     ignore_eos: bool = False
+    session: str | None = None
+    kept: bool = True
+    ttl: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,7 @@ class Chat:
             options,
             grammar=self._grammar(request, prompt, form),
             keep_special=form.marked,
+            origin=Origin(prompt, lambda: self._places(request, prompt), options.session),
         )
         return ChatSession(self._serving.submit(job), parsers)
 
@@ -173,6 +180,17 @@ class Chat:
             continue_final=request.continue_final,
             variables=request.template_variables,
         )
+
+    def _places(self, request: ChatRequest, prompt: str) -> tuple[Place, ...]:
+        """The parts of a prompt."""
+        template = self._template
+
+        def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+            variables = request.template_variables
+            return template.render(messages, tools, continue_final=request.continue_final, variables=variables)
+
+        messages = [_for_template(message, template) for message in request.messages]
+        return find_places(prompt, messages, [_rendered(tool) for tool in request.tools], render)
 
     def _encode(self, prompt: str) -> list[int]:
         # The template has written the special tokens; the tokenizer would put those that begin a text there again.
@@ -244,6 +262,7 @@ def text_job(
     options: Options,
     grammar: Callable[[], Grammar] | None = None,
     keep_special: bool = False,
+    origin: Origin = NOWHERE,
 ) -> Job:
     """A job that continues a prompt of token ids. More tokens than the context leaves room for are not asked for.
 
@@ -267,8 +286,10 @@ def text_job(
         grammar=grammar,
         priority=options.priority,
         tenant=options.tenant,
+        kept=options.kept,
+        ttl=options.ttl,
     )
-    return Job(request, options.choices, options.stops, keep_special)
+    return Job(request, options.choices, options.stops, keep_special, origin)
 
 
 def _check_tools(request: ChatRequest) -> None:

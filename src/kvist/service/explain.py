@@ -13,6 +13,7 @@ from kvist.runtime.request import Request
 from kvist.runtime.sequence import Sequence as Running
 from kvist.service.history import Asked, Grams, History, common
 from kvist.service.places import Place, spot
+from kvist.service.tax import Tax, tax_of
 
 _EXCERPT = 60  # characters on each side of a difference
 _KEPT = 1024  # explanations
@@ -45,6 +46,9 @@ class Origin:
     text: str | None = None
     parts: Callable[[], tuple[Place, ...]] = tuple
     session: str | None = None
+
+
+NOWHERE = Origin()
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class Explanation:
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"where": self.where}
 
-    def short(self) -> dict[str, Any]:
+    def short(self) -> Any:
         """What every answer carries."""
         return {
             "cached": self.cached,
@@ -112,6 +116,14 @@ class Explanation:
         }
 
 
+@dataclass(frozen=True)
+class Asking:
+    """A request under way, and the nearest one before it."""
+
+    now: Asked
+    nearest: Asked | None
+
+
 class Explainer:
     """Remembers requests and explains them. For the event loop's thread. `decode` gives the text of token ids."""
 
@@ -121,27 +133,32 @@ class Explainer:
         self._block = block_size
         self._told: OrderedDict[tuple[str, str], Explanation] = OrderedDict()
 
-    def asked(self, request: Request, origin: Origin, id: str) -> tuple[Asked, Asked | None]:
-        """A request comes. Returns it, and the nearest one before it."""
+    def asked(self, request: Request, origin: Origin) -> "Asking":
+        """A request comes."""
         tokens = np.array(request.prompt, np.uint32)
         nearest = self.history.nearest(request.tenant, origin.session, tokens)
         text = self._decode(request.prompt) if origin.text is None else origin.text
-        asked = Asked(id, request.tenant, origin.session, tokens, len(tokens), text, origin.parts)
+        asked = Asked("", request.tenant, origin.session, tokens, len(tokens), text, origin.parts)
         self.history.add(asked)
-        return asked, nearest
+        return Asking(asked, nearest)
 
-    def answered(self, asked: Asked, nearest: Asked | None, sequence: Running) -> Explanation:
-        """What there is to say now that a sequence of it has ended."""
-        asked.answered(sequence.new_tokens)
-        found = explain(asked, nearest, sequence, self._decode, self._block)
-        self.tell(asked.tenant, asked.id, found)
-        return found
-
-    def tell(self, tenant: str, id: str, explanation: Explanation) -> None:
-        """From now on `tenant` may ask for it under `id`."""
-        self._told[tenant, id] = explanation
+    def answered(self, asking: "Asking", sequence: Running, ids: Sequence[str]) -> Explanation:
+        """What there is to say now that a sequence of it has ended. Its tenant may ask for it under each of `ids`."""
+        asking.now.answered(sequence.new_tokens)
+        found = explain(asking.now, asking.nearest, sequence, self._decode, self._block)
+        asking.now.before = None if found.nearest is None else asking.nearest
+        asking.now.explanation = found
+        for id in ids:
+            self._told[asking.now.tenant, id] = found
         while len(self._told) > _KEPT:
             self._told.popitem(last=False)
+        return found
+
+    def tax(self, tenant: str, session: str | None, count: Callable[[str], int]) -> Tax | None:
+        """What a session paid; without a name, the one that the tenant's last request belongs to. None when nothing of
+        it is remembered. `count` gives the tokens of a text."""
+        asked = self.history.of(tenant, session) if session is not None else self.history.thread(tenant)
+        return tax_of([(one, one.explanation) for one in asked], count) if asked else None
 
     def told(self, tenant: str, id: str) -> Explanation | None:
         """What a tenant may ask for; None for what is another's, and for what never was."""

@@ -1,11 +1,14 @@
 """One prompt's way through an engine: text in, pieces of text out, then what it took."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvist.cache.layout import OPEN_BLOCKS, Layout
 from kvist.runtime.engine import Engine
 from kvist.runtime.request import FinishReason, Request, Sampling
+from kvist.service.context_making import engine_for
+from kvist.service.contexts import Context
+from kvist.service.keeping import Kept
 from kvist.service.loaded import Loaded
 from kvist.service.text_stream import TextStream
 from kvist.text.tokenizer import Tokenizer
@@ -27,6 +30,7 @@ class Result:
     kv_bytes: int
     kv_allocated_bytes: int
     kv_bytes_per_token: float
+    cached: Mapping[str, int]  # tokens of the prompt that were not computed, by tier
 
     @property
     def prefill_rate(self) -> float:
@@ -37,6 +41,14 @@ class Result:
     def decode_rate(self) -> float:
         """New tokens per second after the first."""
         return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A context, and the kept cache that has it."""
+
+    context: Context
+    kept: Kept
 
 
 class Generation:
@@ -92,6 +104,7 @@ class Generation:
             kv_bytes=sequence.kv_blocks * layout.block_bytes + OPEN_BLOCKS * layout.open_bytes,
             kv_allocated_bytes=self._engine.runner.store.nbytes,
             kv_bytes_per_token=layout.bytes_per_token,
+            cached=dict(sequence.cached.tiers),
         )
 
     def _push(self, token: int) -> str:
@@ -114,9 +127,16 @@ def generate(
     sampling: Sampling,
     stops: Sequence[str] = (),
     cancelled: Callable[[], bool] = lambda: False,
+    opened: Opened | None = None,
 ) -> Generation:
-    """A generation on an engine of its own, whose cache is just large enough for it."""
+    """A generation on an engine of its own, whose cache is just large enough for it; behind a context where one is
+    `opened`. Nothing new is kept."""
     tokenizer = loaded.tokenizer()
-    request = Request(tuple(tokenizer.encode(prompt)), max_tokens, sampling, tokenizer.eos_ids)
-    engine = loaded.engine(len(request.prompt) + max_tokens)
+    if opened is None:
+        request = Request(tuple(tokenizer.encode(prompt)), max_tokens, sampling, tokenizer.eos_ids)
+        engine = loaded.engine(len(request.prompt) + max_tokens)
+    else:
+        tokens = (*opened.context.tokens, *tokenizer.encode(prompt, add_special=False))
+        request = Request(tokens, max_tokens, sampling, tokenizer.eos_ids, kept=False)
+        engine = engine_for(loaded, opened.kept, len(tokens) + max_tokens)
     return Generation(engine, tokenizer, request, stops, cancelled)

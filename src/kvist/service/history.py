@@ -4,11 +4,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvist.service.places import Place
+
+if TYPE_CHECKING:
+    from kvist.service.explain import Explanation
 
 MOST = 256  # requests
 MOST_BYTES = 64 << 20
@@ -22,7 +26,8 @@ Ids = NDArray[np.uint32]
 @dataclass(eq=False)
 class Asked:
     """One request. `tokens`: of its prompt, and of its answer once that is known; `prompt_tokens` of them are the
-    prompt's. `text`: of the prompt. `parts` finds the places of the text, when it is asked."""
+    prompt's. `text`: of the prompt. `parts` finds the places of the text, when it is asked. `before`: the request that
+    it goes on from, or changes, while that is remembered."""
 
     id: str
     tenant: str
@@ -31,6 +36,8 @@ class Asked:
     prompt_tokens: int
     text: str
     parts: Callable[[], tuple[Place, ...]]
+    before: "Asked | None" = None
+    explanation: "Explanation | None" = None  # once it has ended
 
     @cached_property
     def places(self) -> tuple[Place, ...]:
@@ -63,7 +70,18 @@ class History:
         self._asked[asked] = None
         total = sum(one.nbytes for one in self._asked)
         while len(self._asked) > self._most or (total > self._most_bytes and len(self._asked) > 1):
-            total -= self._asked.popitem(last=False)[0].nbytes
+            oldest = self._asked.popitem(last=False)[0]
+            total -= oldest.nbytes
+            for one in self._asked:
+                if one.before is oldest:
+                    one.before = None
+
+    def thread(self, tenant: str) -> list[Asked]:
+        """The last request of a tenant and those that it grew from, the oldest first."""
+        found = self.of(tenant)[-1:]
+        while found and found[0].before is not None:
+            found.insert(0, found[0].before)
+        return found
 
     def of(self, tenant: str, session: str | None = None) -> list[Asked]:
         """Those of a tenant, and of a session where one is named, the oldest first."""
@@ -73,8 +91,9 @@ class History:
         """The earlier request that has the most of these tokens; of several the latest. One of the same session, if
         there is any."""
         asked = (self.of(tenant, session) if session is not None else []) or self.of(tenant)
-        ordered = sorted(asked[::-1], key=lambda one: -common(one.tokens, tokens))
-        candidates = list(dict.fromkeys([*ordered[:_CANDIDATES], *asked[: -_CANDIDATES - 1 : -1]]))
+        latest = asked[::-1]
+        ordered = sorted(latest, key=lambda one: common(one.tokens, tokens), reverse=True)
+        candidates = list(dict.fromkeys([*ordered[:_CANDIDATES], *latest[:_CANDIDATES]]))
         grams = Grams(tokens)
         scores = [(common(one.tokens, tokens), int(grams.found_in(one.tokens).sum()), one) for one in candidates]
         best = max(scores, key=lambda score: score[0] + score[1], default=None)

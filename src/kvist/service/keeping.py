@@ -16,30 +16,47 @@ from kvist.cache.kept import KeptCache
 from kvist.cache.keys import root_key
 from kvist.cache.record import Loss, record_bytes
 from kvist.cache.tier import Tier
+from kvist.service.contexts import pin_all
 from kvist.service.identity import Identity, identify
 from kvist.service.loaded import Loaded
 from kvist.service.tenants import Tenant
 
 log = logging.getLogger("kvist.cache")
 
-DISK = 20 * 10**9  # bytes, where a folder is given and no budget
+DISK = 20 * 10**9  # bytes, where nothing else was ever given for a folder
+_BUDGET = "budget.json"
 _IDENTITIES = "identities"
 _MOST_IDENTITIES = 256
 
 
 @dataclass(frozen=True)
 class KeepSettings:
-    """`folder`: by default one for all models, beside the compiled kernels. `disk`: bytes that blocks may take there.
+    """`folder`: by default one for all models, beside the compiled kernels. `disk`: bytes that blocks may take there; by
+    default what was last given for that folder.
     `max_age`: seconds after which what was not used is deleted. `remote`: URL of a store that machines share."""
 
     folder: Path | None = None
-    disk: int = DISK
+    disk: int | None = None
     max_age: float = math.inf
     remote: str | None = None
 
     @property
     def path(self) -> Path:
         return self.folder or cache_folder() / "kv"
+
+    def budget(self) -> int:
+        """Bytes that blocks may take. One that is given is remembered in the folder."""
+        path = self.path / _BUDGET
+        try:
+            if self.disk is not None:
+                with atomic_file(path) as target:
+                    target.write_text(json.dumps({"disk": self.disk}))
+                return self.disk
+            found = read_json(path, 4096).get("disk") if path.exists() else None
+        except KvistError as error:
+            log.warning("%s", error)
+            found = self.disk
+        return found if type(found) is int and found > 0 else DISK
 
 
 @dataclass(frozen=True)
@@ -72,12 +89,13 @@ def open_kept(loaded: Loaded, settings: KeepSettings) -> Iterator[Kept]:
     identity = identify(loaded)
     payload = loaded.layout.block_bytes
     size = record_bytes(loaded.layout.block_size, payload)
-    if settings.disk < size:
+    budget = settings.budget()
+    if budget < size:
         raise ConfigError(
-            f"a budget of {format_bytes(settings.disk)} on disk is too small: one block of this model takes "
+            f"a budget of {format_bytes(budget)} on disk is too small: one block of this model takes "
             f"{format_bytes(size)}"
         )
-    disk = DiskTier(settings.path, settings.disk, settings.max_age)
+    disk = DiskTier(settings.path, budget, settings.max_age)
     tiers: list[Tier] = [disk]
     if settings.remote is not None:
         from kvist.cache.remote import RemoteTier
@@ -87,6 +105,7 @@ def open_kept(loaded: Loaded, settings: KeepSettings) -> Iterator[Kept]:
     disk.lost = lambda block, expired: cache.losses.add(block, Loss.EXPIRED if expired else Loss.EVICTED)
     cache.rivals = _rivals(settings.path, identity)
     _note(settings.path, identity)
+    pin_all(disk)
     try:
         yield Kept(cache, disk, identity)
     finally:

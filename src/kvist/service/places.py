@@ -1,8 +1,8 @@
 """Which part of a prompt a character belongs to: a message, a tool's schema, or what the template puts around them.
 
 Templates are programs, so nothing is assumed of them: the conversation is rendered once more with marks around its
-parts. Where taking the marks out gives the prompt again, they say exactly where each part stands. A template that treats
-marked text otherwise is told from that, and its parts are then looked for in their order."""
+parts. Where taking the marks out gives the prompt again, they say exactly where each part stands. A template that
+treats marked text otherwise is told from that, and its parts are then looked for in their order."""
 
 import json
 import secrets

@@ -21,6 +21,7 @@ from kvist.cache.kept import KeptCache
 from kvist.runtime.engine import Drawn, Engine
 from kvist.runtime.request import FinishReason, Request, TokenLogprobs
 from kvist.runtime.sequence import Sequence as Running
+from kvist.service.explain import Explainer, Explanation
 from kvist.service.facts import Cause, ChoiceDone, FactListener, Load, Matched, RequestDone, StepDone
 from kvist.service.loaded import Loaded
 from kvist.service.session import Delta, Job, NewToken
@@ -45,6 +46,7 @@ class _Session:
         self.new_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.submitted = time.perf_counter()
+        self.explanation: Explanation | None = None
         self.choices: list[tuple[Running, TextStream]] = []
         self.unfinished = job.choices
         self._serving = serving
@@ -52,6 +54,13 @@ class _Session:
         self._arrived = asyncio.Event()
         self._left = self._unended = job.choices
         self._timer: asyncio.TimerHandle | None = None
+        self._asked = None if job.request.pooled else serving.explainer.asked(job.request, job.origin)
+        self._ids: tuple[str, ...] = ()
+
+    def name(self, *ids: str) -> None:
+        self._ids = ids
+        if self._asked is not None and ids:
+            self._asked.now.id = ids[0]
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         try:
@@ -77,8 +86,17 @@ class _Session:
         self._unended -= delta.finish_reason is not None
         if not self._unended and delta.finish_reason is not None:
             self._serving.note_ended(self)
+            self._explain()
         self._deltas.append(delta)
         self._arrived.set()
+
+    def _explain(self) -> None:
+        if self._asked is None or not self.choices:
+            return
+        try:
+            self.explanation = self._serving.explainer.answered(self._asked, self.choices[0][0], self._ids)
+        except Exception:  # a defect, and no reason to spoil the answer
+            _log.exception("a request cannot be explained")
 
     def expire_after(self, seconds: float) -> None:
         """On the event loop's thread: the session fails when it has not ended by then."""
@@ -116,6 +134,7 @@ class Serving:
         manager = engine.runner.manager
         # The last token drawn is never written, so a sequence may have one more than the cache holds.
         self.context = min(loaded.config.max_positions, manager.pool.capacity * manager.block_size)
+        self.explainer = Explainer(lambda ids: self.tokenizer.decode(ids, skip_special=False), manager.block_size)
         self._engine = engine
         self._max_waiting = max_waiting
         self._timeout = timeout

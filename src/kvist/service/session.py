@@ -6,6 +6,7 @@ from typing import Protocol
 
 from kvist.base.errors import KvistError
 from kvist.runtime.request import FinishReason, Request, TokenLogprobs
+from kvist.service.explain import NOWHERE, Explanation, Origin
 
 
 @dataclass(frozen=True)
@@ -14,13 +15,14 @@ class Job:
 
     `choices`: how many answers; choice `i` draws with the seed of the request + `i` (modulo 2^64), and all share the
     prompt's blocks. `stops`: stop strings. `keep_special`: special tokens (but for those that end a text) give their
-    text, as whoever parses tool calls needs it.
+    text, as whoever parses tool calls needs it. `origin`: what the prompt's tokens were made of, for explanations.
     """
 
     request: Request
     choices: int = 1
     stops: tuple[str, ...] = ()
     keep_special: bool = False
+    origin: Origin = NOWHERE
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,18 @@ class Session(Protocol):
 
     `cached_tokens`: how many of the prompt's tokens were read from the cache; known from the first delta on.
     `prompt_logprobs`: one entry for each token of the prompt, None for the first; complete from the first delta on.
+    `explanation`: of what was computed, known from the last delta on; None where there is nothing to explain.
     """
 
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int  # of all choices, so far
     prompt_logprobs: list[TokenLogprobs | None]
+    explanation: Explanation | None
+
+    def name(self, *ids: str) -> None:
+        """What clients call the answer: they may ask for its explanation under each of these."""
+        ...
 
     def __aiter__(self) -> AsyncIterator[Delta]: ...
 

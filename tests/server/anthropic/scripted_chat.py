@@ -43,6 +43,11 @@ class Session:
     new_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
+    explanation = None
+
+    def name(self, *ids: str) -> None:
+        self.names = ids
+
 
 @dataclass
 class Script:

@@ -48,6 +48,11 @@ class Writer:
     new_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
+    explanation = None
+
+    def name(self, *ids: str) -> None:
+        self.names = ids
+
     async def __aiter__(self) -> AsyncIterator[Delta]:
         for start in range(0, len(self.text), self.width):
             self.new_tokens += 1

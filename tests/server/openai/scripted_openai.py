@@ -73,6 +73,11 @@ class ScriptedSession:
         self._steps = steps
         self._cached = cached_tokens
 
+    explanation = None
+
+    def name(self, *ids: str) -> None:
+        self.names = ids
+
     async def __aiter__(self) -> AsyncIterator[Any]:
         for step in self._steps:
             if isinstance(step, Exception):

@@ -20,14 +20,14 @@ from starlette.types import Receive, Scope, Send
 from kvist.base.errors import Stopping
 from kvist.cache.layout import BLOCK_SIZE
 from kvist.runtime.request import FinishReason, Sampling
-from kvist.server.anthropic.prompt import asks_for_caching, chat_request, options_of
+from kvist.server.anthropic.prompt import cache_ttl, chat_request, options_of
 from kvist.server.anthropic.replies import MessageReply, TokenCount, Usage
 from kvist.server.anthropic.schema import MessagesRequest, Prompt
 from kvist.server.anthropic.stream import Blocks, Event, content_of, encoded, paced
 from kvist.server.errors import ANTHROPIC_RESPONSES, anthropic_error, problem_of
 from kvist.server.limits import tenant_of
 from kvist.server.logs import Note, note
-from kvist.server.openai.replies import answers, new_id, reply
+from kvist.server.openai.replies import answers, new_id, noted_cache, reply
 from kvist.server.openai.stream import raise_failure
 from kvist.server.settings import ServerSettings
 from kvist.service.chat import Chat, ChatDelta, ChatSession, Options
@@ -38,6 +38,7 @@ log = logging.getLogger("kvist.server")
 
 PATIENCE = 1.0  # seconds in which the first token usually comes when most of a prompt was cached
 PING = 10.0  # seconds of silence before a client hears that the server is still at work
+_HOUR = 3600.0
 _PING = encoded({"type": "ping"})
 
 
@@ -55,6 +56,7 @@ def router(serving: Serving, settings: ServerSettings) -> APIRouter:
         session = chat.start(chat_request(body, options_of(body, tenant_of(request))))
         noted = note(request, session.session, serving.name)
         answer = Answer(session, serving.name, body)
+        session.session.name(answer.id, noted.request_id)
         if body.stream:
             return _Stream(answer, noted)
         try:
@@ -76,11 +78,11 @@ class Answer:
     def __init__(self, session: ChatSession, model: str, body: MessagesRequest) -> None:
         self.session = session
         self.ended = False
-        self._id = new_id("msg_")
+        self.id = new_id("msg_")
         self._model = model
         self._max_tokens = body.max_tokens
         self._stops = body.stop_sequences or ()  # templates have stops of their own beside them
-        self._asked = asks_for_caching(body)
+        self._ttl = cache_ttl(body)
         self._begun = False  # from then on it is known what was read from the cache
         self._thinks = False
         self._thinking_tokens = 0  # drawn while it thinks, the mark that ends it included
@@ -89,7 +91,7 @@ class Answer:
     def message(self) -> MessageReply:
         """The message with what is known by now, and no content."""
         return {
-            "id": self._id,
+            "id": self.id,
             "type": "message",
             "role": "assistant",
             "model": self._model,
@@ -113,7 +115,8 @@ class Answer:
             reason = self._reason(delta)
             stop = {"stop_reason": reason, "stop_sequence": delta.stop if reason == "stop_sequence" else None}
             events += self._blocks.close()
-            events.append({"type": "message_delta", "delta": stop, "usage": self._usage()})
+            cache = noted_cache([self.session.session])
+            events.append({"type": "message_delta", "delta": stop, "usage": self._usage(), **cache})
             self.ended = True
         return events
 
@@ -123,7 +126,8 @@ class Answer:
         self._check_ended()
         end = events.pop()
         noted.finish = end["delta"]["stop_reason"]
-        return {**self.message(), **end["delta"], "content": content_of(events)}
+        cache = noted_cache([self.session.session])
+        return {**self.message(), **end["delta"], "content": content_of(events), **cache}
 
     async def events(self, noted: Note) -> AsyncIterator[bytes]:
         """The stream, event by event; those of one delta together."""
@@ -168,11 +172,15 @@ class Answer:
         session = self.session.session
         prompt, read = session.prompt_tokens, session.cached_tokens
         kept = min(prompt // BLOCK_SIZE * BLOCK_SIZE, prompt - 1)
-        created = max(kept - read, 0) if self._asked and self._begun else 0
+        created = max(kept - read, 0) if self._ttl is not None and self._begun else 0
         return {
             "input_tokens": prompt - read - created,
             "cache_creation_input_tokens": created,
             "cache_read_input_tokens": read,
+            "cache_creation": {
+                "ephemeral_5m_input_tokens": created if self._ttl != _HOUR else 0,
+                "ephemeral_1h_input_tokens": created if self._ttl == _HOUR else 0,
+            },
             "output_tokens": session.new_tokens if self._max_tokens else 0,
             "output_tokens_details": {"thinking_tokens": self._thinking_tokens},
         }

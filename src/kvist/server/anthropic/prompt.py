@@ -29,6 +29,7 @@ from kvist.server.anthropic.schema import (
 from kvist.service.chat import ChatRequest, Options, Tool, ToolChoice
 
 _BILLING = "x-anthropic-billing-header:"
+_TTLS = {"5m": 300.0, "1h": 3600.0}
 _CHOICES = {
     "auto": ToolChoice.AUTO,
     "any": ToolChoice.REQUIRED,
@@ -73,11 +74,12 @@ def options_of(body: MessagesRequest, tenant: str) -> Options:
         ),
         stops=tuple(body.stop_sequences or ()),
         tenant=tenant,
+        ttl=cache_ttl(body) or 0.0,
     )
 
 
-def asks_for_caching(body: Prompt) -> bool:
-    """Whether anything in the body is marked with `cache_control`."""
+def cache_ttl(body: Prompt) -> float | None:
+    """Seconds for which others are given up first, by the longest `cache_control` in the body; None without any."""
     marked: list[TextBlock | ToolDefinition | Block] = list(body.tools or ())
     if isinstance(body.system, list):
         marked += body.system
@@ -88,8 +90,8 @@ def asks_for_caching(body: Prompt) -> bool:
         if isinstance(block, ToolResultBlock) and isinstance(block.content, list):
             marked += block.content
     plain = (ThinkingBlock, RedactedThinkingBlock)
-    marks = (block.cache_control for block in marked if not isinstance(block, plain))
-    return body.cache_control is not None or any(mark is not None for mark in marks)
+    marks = [body.cache_control, *(block.cache_control for block in marked if not isinstance(block, plain))]
+    return max((_TTLS[mark.ttl] for mark in marks if mark is not None), default=None)
 
 
 @dataclass

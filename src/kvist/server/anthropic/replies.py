@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
+from kvist.server.openai.replies import Noted
+
 
 class TextReply(TypedDict):
     type: Literal["text"]
@@ -27,12 +29,20 @@ class OutputTokens(TypedDict):
     thinking_tokens: int
 
 
+class CacheCreation(TypedDict):
+    """The tokens left in the cache, by how long others go first."""
+
+    ephemeral_5m_input_tokens: int
+    ephemeral_1h_input_tokens: int
+
+
 class Usage(TypedDict):
     """The three kinds of input add up to the prompt. `output_tokens` includes those of thinking."""
 
     input_tokens: int
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
+    cache_creation: CacheCreation
     output_tokens: int
     output_tokens_details: OutputTokens
 
@@ -42,7 +52,7 @@ class Stop(TypedDict):
     stop_sequence: str | None
 
 
-class MessageReply(Stop):
+class MessageReply(Stop, Noted):
     id: str
     type: Literal["message"]
     role: Literal["assistant"]

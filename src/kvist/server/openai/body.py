@@ -8,7 +8,7 @@ refused (`refused`), each with what would work instead. `null` is always the sam
 import math
 import secrets
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
@@ -25,6 +25,7 @@ MOST_STOPS = 16
 _MOST_STOP = 4096  # characters
 _MOST_BIASES = 1024
 _MOST_DEPTH = 100  # of arrays and objects in each other
+_DAY = 86_400.0  # seconds
 _SMALLEST_TOP_P = 1e-6  # OpenAI allows 0: only the likeliest token
 
 
@@ -100,6 +101,12 @@ class Generation(Body):
     ignore_eos: bool | None = None
     priority: Integer | None = Field(None, ge=-(2**31), lt=2**31, description="Lower comes first; 0 by default.")
     stream: bool | None = None
+    prompt_cache_key: str | None = Field(
+        None, max_length=256, description="Names what belongs together: a session, which is then explained as one."
+    )
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = Field(
+        None, description="24h: on disk others go first for a day; in_memory: nothing of it is kept beyond memory."
+    )
 
     def options(
         self,
@@ -122,6 +129,9 @@ class Generation(Body):
             priority=self.priority or 0,
             tenant=tenant,
             ignore_eos=bool(self.ignore_eos),
+            session=self.prompt_cache_key,
+            kept=self.prompt_cache_retention in (None, "24h"),
+            ttl=_DAY if self.prompt_cache_retention == "24h" else 0.0,
         )
 
     def _sampling(self, tokenizer: Tokenizer) -> Sampling:

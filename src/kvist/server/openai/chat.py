@@ -28,6 +28,7 @@ from kvist.server.openai.replies import (
     Usage,
     answers,
     new_id,
+    noted_cache,
     reply,
     usage_of,
 )
@@ -57,6 +58,7 @@ def add_chat(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenTexts)
         session = chat.start(chat_request(body, options, serving.template))
         noted = note(request, session.session, serving.name)
         answer = Answer(session, serving.name, options.choices, options.logprobs, texts)
+        session.session.name(answer.id, noted.request_id)
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             chunks = answer.chunks(noted, usage)
@@ -150,8 +152,9 @@ class Answer:
         self._logprobs = logprobs
         self._texts = texts
         self._choices = [Progress(index) for index in range(choices)]
+        self.id = new_id("chatcmpl-")
         self._head = {
-            "id": new_id("chatcmpl-"),
+            "id": self.id,
             "object": "chat.completion.chunk",
             "created": int(time.time()),
             "model": model,
@@ -176,7 +179,13 @@ class Answer:
             }
             for progress in self._choices
         ]
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage()}
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": self._usage(),
+            **noted_cache([self._session.session]),
+        }
 
     async def chunks(self, noted: Note, usage: bool) -> AsyncIterator[bytes]:
         """The stream; what one delta gives comes together. `usage`: a last chunk says what the request took."""
@@ -190,7 +199,8 @@ class Answer:
                 chunks.append(self._chunk(progress.index, fields, entries, None, rest))
                 entries = []
             if delta.finish is not None:
-                chunks.append(self._chunk(progress.index, {}, [], progress.finish, rest))
+                cache = noted_cache([self._session.session])
+                chunks.append(self._chunk(progress.index, {}, [], progress.finish, {**rest, **cache}))
             if chunks:
                 yield b"".join(chunks)
         noted.finish = self._finish

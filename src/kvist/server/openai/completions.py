@@ -23,11 +23,13 @@ from kvist.server.openai.replies import (
     TextCompletion,
     answers,
     new_id,
+    noted_cache,
     reply,
     usage_of,
 )
 from kvist.server.openai.stream import DONE, EventStream, event, raise_failure
 from kvist.service.chat import Options, text_job
+from kvist.service.explain import Origin
 from kvist.service.serving import Serving
 from kvist.service.session import Delta, Session
 from kvist.text.tokenizer import Tokenizer
@@ -46,13 +48,16 @@ def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> N
         sessions: list[Session] = []
         try:
             for prompt in prompts:
-                sessions.append(serving.submit(text_job(serving, prompt.tokens, options)))
+                origin = Origin(prompt.text, session=options.session)
+                sessions.append(serving.submit(text_job(serving, prompt.tokens, options, origin=origin)))
                 note(request, sessions[-1], serving.name)
         except BaseException:
             _cancel(sessions)
             raise
         answer = Answer(prompts, sessions, serving.name, options, bool(body.echo), bool(body.return_token_ids), texts)
         noted = note_of(request)
+        for number, session in enumerate(sessions):
+            session.name(*((answer.id, noted.request_id) if not number else (f"{answer.id}-{number}",)))
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             chunks = answer.chunks(noted, usage)
@@ -161,8 +166,9 @@ class Answer:
             for _ in range(options.choices):
                 writer = None if options.logprobs is None else LegacyWriter(texts, options.logprobs)
                 self._choices.append(_Choice(len(self._choices), prompt, session, echo, writer))
+        self.id = new_id("cmpl-")
         self._head = {
-            "id": new_id("cmpl-"),
+            "id": self.id,
             "object": "text_completion",
             "created": int(time.time()),
             "model": model,
@@ -180,7 +186,8 @@ class Answer:
         choices = [_shown(choice, "".join(pieces[choice.index]), choice.finish) for choice in self._choices]
         for shown in choices if self._ids else ():
             shown["token_ids"] = ids[shown["index"]]
-        return {**self._head, "choices": choices, "usage": usage_of(self._sessions)}
+        usage = usage_of(self._sessions)
+        return {**self._head, "choices": choices, "usage": usage, **noted_cache(self._sessions)}
 
     async def chunks(self, noted: Note, usage: bool) -> AsyncIterator[bytes]:
         """The stream. `usage`: a last chunk says what the request took."""
@@ -191,7 +198,8 @@ class Answer:
                 shown = _shown(choice, text, choice.finish)
                 if self._ids:
                     shown["token_ids"] = [token.id for token in delta.tokens]
-                yield event({**self._head, "choices": [shown], **rest})
+                cache = noted_cache(self._sessions) if choice.finish else {}
+                yield event({**self._head, "choices": [shown], **rest, **cache})
         noted.finish = self._finish
         if usage:
             yield event({**self._head, "choices": [], "usage": usage_of(self._sessions)})

@@ -45,6 +45,30 @@ class CompletionTokensDetails(TypedDict):
     reasoning_tokens: int
 
 
+class CacheNote(TypedDict):
+    """What the cache did for an answer; `GET /v1/cache/explain/{id}` says more. `cached`: tokens by tier; `again`:
+    tokens that were computed although an earlier request had them, None where that is not known."""
+
+    cached: dict[str, int]
+    computed: int
+    reason: str
+    where: str | None
+    again: int | None
+    again_seconds: float | None
+
+
+class Noted(TypedDict):
+    """What an answer carries of Kvist's own."""
+
+    kvist: NotRequired[CacheNote]
+
+
+def noted_cache(sessions: Sequence[Session]) -> Noted:
+    """The note of the first session that has one: empty before its answer is complete."""
+    found = next((session.explanation for session in sessions if session.explanation is not None), None)
+    return {} if found is None else {"kvist": found.short()}
+
+
 class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
@@ -108,7 +132,7 @@ class ChatChoice(TypedDict):
     finish_reason: str
 
 
-class ChatCompletion(TypedDict):
+class ChatCompletion(Noted):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -133,7 +157,7 @@ class TextChoice(TypedDict):
     token_ids: NotRequired[list[int]]
 
 
-class TextCompletion(TypedDict):
+class TextCompletion(Noted):
     id: str
     object: Literal["text_completion"]
     created: int

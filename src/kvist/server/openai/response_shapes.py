@@ -4,7 +4,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from kvist.server.openai.replies import TokenLogprob
+from kvist.server.openai.replies import Noted, TokenLogprob
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
@@ -76,7 +76,7 @@ class ResponseFailure(TypedDict):
     message: str
 
 
-class ResponseObject(TypedDict):
+class ResponseObject(Noted):
     id: str
     object: Literal["response"]
     created_at: int

@@ -14,7 +14,7 @@ from kvist.server.limits import tenant_of
 from kvist.server.logs import Note, note
 from kvist.server.openai.logprobs import TokenTexts
 from kvist.server.openai.models import check_model
-from kvist.server.openai.replies import answers, new_id, reply
+from kvist.server.openai.replies import answers, new_id, noted_cache, reply
 from kvist.server.openai.response_events import Event, Items
 from kvist.server.openai.response_shapes import ResponseObject, ResponseUsage, Status
 from kvist.server.openai.responses_input import chat_request, offered_tools
@@ -42,6 +42,7 @@ def add_responses(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenT
         session = chat.start(chat_request(body, options, serving.template))
         noted = note(request, session.session, serving.name)
         answer = Answer(session, serving.name, body, options.logprobs, texts)
+        session.session.name(answer.id, noted.request_id)
         if body.stream:
             return EventStream(answer.stream(noted), session.cancel, answer.failed, noted)
         try:
@@ -63,6 +64,7 @@ class Answer:
         self._reasoning_tokens = 0
         self._numbers = itertools.count()
         self._response = _begun(model, body)
+        self.id = self._response["id"]
 
     async def whole(self, noted: Note) -> ResponseObject:
         """The response once it is complete."""
@@ -110,6 +112,7 @@ class Answer:
         response["incomplete_details"] = {"reason": "max_output_tokens"} if status == "incomplete" else None
         response["output"] = self._items.done
         response["usage"] = self._usage()
+        response.update(noted_cache([self._session.session]))
 
     def _usage(self) -> ResponseUsage:
         session = self._session.session

@@ -1,0 +1,130 @@
+"""`kvist explain` and `kvist tax`: ask a running server why a prompt was computed, and what a session pays."""
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from kvist.base.errors import KvistError
+from kvist.base.units import format_duration, plural
+from kvist.cli.keys import KEY_VARIABLE
+from kvist.cli.options import Json, print_json
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+_PARTS = 20
+
+Url = Annotated[str, typer.Option(metavar="URL", help=f"The server; its key, if it has any, in {KEY_VARIABLE}.")]
+
+
+def explain(
+    id: Annotated[str, typer.Argument(metavar="ID", help="Of an answer (chatcmpl-..., msg_...) or its request.")],
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> None:
+    """Why was this prompt computed again? What was read from where, and what differs from the nearest earlier one."""
+    found = _ask(url, f"v1/cache/explain/{quote(id, safe='')}", {})
+    if as_json:
+        print_json(found)
+        return
+    _show_explanation(found)
+
+
+def tax(
+    session: Annotated[
+        str | None, typer.Option(metavar="KEY", help="A prompt_cache_key; by default the last request's session.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> None:
+    """What a session pays for its prompts: what stays, what changes, what each tool costs, what breaks the cache."""
+    found = _ask(url, "v1/cache/tax", {} if session is None else {"session": session})
+    if as_json:
+        print_json(found)
+        return
+    _show_tax(found)
+
+
+def _ask(url: str, path: str, query: Mapping[str, str]) -> dict[str, Any]:
+    import httpx
+
+    key = os.environ.get(KEY_VARIABLE)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    base = url.rstrip("/").removesuffix("/v1")
+    try:
+        response = httpx.get(f"{base}/{path}", params=dict(query), headers=headers, timeout=30)
+        value = response.json()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise KvistError(f"cannot ask {base}: {error or type(error).__name__}; is kvist serve running?") from None
+    except ValueError:
+        raise KvistError(f"{base} does not answer as kvist serve does") from None
+    if response.status_code != 200:
+        reason = value.get("error", {}).get("message") if isinstance(value, dict) else None
+        raise KvistError(reason or f"the server answers {response.status_code}")
+    if not isinstance(value, dict):
+        raise KvistError(f"{base} does not answer as kvist serve does")
+    return value
+
+
+def _show_explanation(found: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    cached = " + ".join(f"{count:,} from {tier}" for tier, count in found["cached"].items()) or "none cached"
+    console.print(f"{plural(found['prompt_tokens'], 'prompt token')}: {cached}, {found['computed']:,} computed")
+    console.print(f"{found['reason']}: {found['why']}")
+    if found["again"] and found["again_seconds"] is not None:
+        seconds = format_duration(found["again_seconds"])
+        console.print(f"paid again: {plural(found['again'], 'token')} that an earlier request had, about {seconds}")
+    elif found["again"] is None:
+        console.print("paid again: unknown, there is nothing to compare with")
+    if found["nearest"] is not None:
+        console.print(f"nearest earlier request: {found['nearest']}, alike in its first {found['common']:,} tokens")
+    if (difference := found["difference"]) is not None:
+        table = Table("", "where", "text", "token", box=None, pad_edge=False)
+        for name in ("earlier", "now"):
+            side = difference[name]
+            line = "" if side["line"] is None else f", line {side['line']}, column {side['column']}"
+            text = Text(_shown(side["before"][-30:])) + Text(_shown(side["after"][:40]) or "(its end)", style="bold")
+            table.add_row(name, side["where"] + line, text, "" if side["token"] is None else repr(side["token"]))
+        console.print(f"the first difference, at token {difference['token']:,}:")
+        console.print(table)
+    if found["note"] is not None:
+        console.print(found["note"])
+
+
+def _show_tax(found: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    name = "the last session" if found["session"] is None else f"session {found['session']}"
+    console.print(f"{name}: {plural(found['requests'], 'request')}, {plural(found['prompt_tokens'], 'prompt token')}")
+    share = found["cached"] / max(found["cached"] + found["computed"], 1)
+    console.print(
+        f"{found['cached']:,} read from the cache ({share:.1%}), {found['computed']:,} computed, {found['again']:,} of "
+        f"these paid again ({format_duration(found['again_seconds'])})"
+    )
+    console.print(
+        f"stable prefix: {plural(found['stable'], 'token')}; behind it, in the median prompt, "
+        f"{plural(found['changing'], 'token')} that change"
+    )
+    breaks = Table("what breaks the cache", "times", "tokens again", "time", box=None, pad_edge=False)
+    for one in found["breaks"]:
+        breaks.add_row(one["what"], str(one["times"]), f"{one['again']:,}", format_duration(one["seconds"]))
+    if found["breaks"]:
+        console.print(breaks)
+    parts = Table("part of the last prompt", "tokens", box=None, pad_edge=False)
+    for one in sorted(found["parts"], key=lambda part: -part["tokens"])[:_PARTS]:
+        parts.add_row(one["label"], f"{one['tokens']:,}")
+    if found["parts"]:
+        console.print(parts)
+
+
+def _shown(text: str) -> str:
+    """On one line, and nothing that a terminal would obey."""
+    return "".join(c if c.isprintable() else {"\n": "\\n", "\t": "\\t"}.get(c, "?") for c in text)

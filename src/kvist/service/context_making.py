@@ -1,0 +1,75 @@
+"""From a text to a context: its tokens are run once, and what that gives is written and pinned."""
+
+from collections.abc import Callable, Sequence
+
+from kvist.base.errors import ConfigError, KvistError
+from kvist.runtime.engine import Engine
+from kvist.runtime.request import FinishReason, Request
+from kvist.service.contexts import CHAT, Context, Contexts, chat_tokens, check_room, describe, finish
+from kvist.service.keeping import Kept
+from kvist.service.loaded import Loaded
+from kvist.text.chat import ChatTemplate
+
+FLUSH = 600.0  # seconds in which all of a context must have been written
+
+
+def make_context(
+    loaded: Loaded,
+    kept: Kept,
+    name: str,
+    form: str,
+    text: str,
+    sources: Sequence[str],
+    *,
+    watch: Callable[[int, int], None] = lambda done, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Context | None:
+    """Compute a context and keep it; None when it was cancelled. `watch` is told of tokens.
+
+    Raises `KvistError` for a text that is too short or too long, and where the disk has no room, before anything is
+    computed."""
+    tokens = context_tokens(loaded, form, text)
+    layout = loaded.layout
+    check_room(len(tokens), loaded.config.max_positions, kept.disk, layout.block_size, layout.block_bytes)
+    context = describe(name, "", form, text, tokens, sources, kept.identity, layout.block_size, layout.block_bytes)
+    engine = engine_for(loaded, kept, len(tokens) + 1)
+    sequence = engine.add(Request(tuple(tokens), 1))
+    while not engine.idle:
+        if cancelled():
+            engine.finish(sequence, FinishReason.CANCELLED)
+            return None
+        engine.step()
+        watch(sequence.lease.length if sequence.lease is not None else len(tokens), len(tokens))
+    if sequence.error is not None:
+        raise sequence.error
+    if not engine.keeper.flush(FLUSH):
+        raise KvistError(f"the context was not written within {FLUSH:g} s; is the disk at work?")
+    finish(context, Contexts(kept.disk.folder), kept.disk)
+    return context
+
+
+def context_tokens(loaded: Loaded, form: str, text: str) -> list[int]:
+    """The tokens of a context of that form. Raises `KvistError`."""
+    tokenizer = loaded.tokenizer()
+    if form == CHAT:
+        return chat_tokens(text, ChatTemplate.load(loaded.directory), tokenizer)
+    return tokenizer.encode(text)
+
+
+def engine_for(loaded: Loaded, kept: Kept, tokens: int) -> Engine:
+    """An engine over the kept cache, for one sequence of so many tokens, at most the context's."""
+    layout = loaded.layout
+    blocks = -(-min(tokens, loaded.config.max_positions) // layout.block_size) + 1
+    budget = loaded.budget(layout.store_bytes(blocks) + loaded.budget(1 << 62, 1).open_bytes, 1)
+    return loaded.serving_engine(budget, kept=kept.cache, identity=kept.identity.digest)
+
+
+def usable(context: Context, kept: Kept) -> Context:
+    """The context. Raises `ConfigError` when another model, or the same over other codecs, made its KV."""
+    differs = context.identity.differences(kept.identity)
+    if differs:
+        raise ConfigError(
+            f"the context {context.name!r} was made by {context.identity.model} with another {', '.join(differs)}: open "
+            "that model with the same --kv and --dtype, or make the context again"
+        )
+    return context

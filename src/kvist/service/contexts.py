@@ -1,0 +1,251 @@
+"""Named prefixes that a user keeps: computed once, pinned on disk, read again instead of computed.
+
+A context is a text and its tokens, described in a file of its own; its KV is ordinary blocks of its tenant, pinned for
+as long as the context is there. So whatever begins with its tokens finds them, and losing a block loses only time."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kvist.base.errors import ContextError, KvistError
+from kvist.base.files import atomic_file
+from kvist.base.units import format_bytes, plural
+from kvist.cache.disk import DiskTier
+from kvist.cache.keys import root_key
+from kvist.cache.record import BlockId, record_bytes
+from kvist.service.identity import Identity
+from kvist.text.chat import ChatTemplate
+from kvist.text.tokenizer import Tokenizer
+
+FOLDER = "contexts"
+TEXT, CHAT = FORMS = ("text", "chat")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_OWNER = re.compile(r"[0-9a-f]{32}")
+_MOST_BYTES = 256 << 20  # of a description
+_MARK = "THE CONTEXT ENDS HERE"
+_LOOSE = 8  # tokens at the end of a text that may be others when something follows
+
+
+@dataclass(frozen=True)
+class Context:
+    """`form`: "text", whose tokens a prompt begins with; or "chat", whose text begins the system message, and whose
+    tokens are those that the model's template makes of it. `sources`: names of files. `created`: seconds of the epoch.
+    `tenant`: whose it is. `identity`: what made its KV; `elsewhere`: on a machine with other arithmetic."""
+
+    name: str
+    tenant: str
+    form: str
+    text: str
+    tokens: tuple[int, ...]
+    sources: tuple[str, ...]
+    created: float
+    block_size: int
+    block_bytes: int
+    identity: Identity
+    elsewhere: bool = False
+
+    @property
+    def blocks(self) -> list[BlockId]:
+        """Its whole blocks, in order. What is left of its tokens is computed again."""
+        return blocks_of(self.tokens, root_key(self.identity.digest, self.tenant), self.block_size)
+
+    @property
+    def nbytes(self) -> int:
+        """What its blocks take on disk."""
+        return len(self.tokens) // self.block_size * record_bytes(self.block_size, self.block_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def blocks_of(tokens: Sequence[int], namespace: bytes, size: int) -> list[BlockId]:
+    """The whole blocks of a sequence."""
+    parent, blocks = namespace, list[BlockId]()
+    for start in range(0, len(tokens) - size + 1, size):
+        blocks.append(BlockId.after(namespace, parent, tuple(tokens[start : start + size])))
+        parent = blocks[-1].key
+    return blocks
+
+
+def read_context(value: Any) -> Context:
+    """Raises `KvistError` for what describes no context."""
+    if not isinstance(value, dict) or value.keys() != Context.__dataclass_fields__.keys():
+        raise KvistError("it describes no context of this version")
+    kinds: Mapping[str, Any] = {
+        "name": str, "tenant": str, "form": str, "text": str, "tokens": list, "sources": list, "created": float,
+        "block_size": int, "block_bytes": int, "identity": dict, "elsewhere": bool,
+    }  # fmt: skip
+    for field, kind in kinds.items():
+        if type(value[field]) is not kind:
+            raise KvistError(f"it describes no context: {field} is not what it should be")
+    if not all(type(token) is int and 0 <= token < 2**32 for token in value["tokens"]):
+        raise KvistError("it describes no context: tokens are not what they should be")
+    if not all(type(source) is str for source in value["sources"]) or value["form"] not in FORMS:
+        raise KvistError("it describes no context: sources or form are not what they should be")
+    if not (16 <= value["block_size"] <= 512 and 0 < value["block_bytes"] < 2**32):
+        raise KvistError("it describes no context: its blocks have impossible sizes")
+    check_name(value["name"])
+    fields = {**value, "tokens": tuple(value["tokens"]), "sources": tuple(value["sources"])}
+    return Context(**{**fields, "identity": Identity.of_json(value["identity"])})
+
+
+def check_name(name: str) -> str:
+    """The name. Raises `KvistError` for one that no context can have."""
+    if not _NAME.fullmatch(name):
+        raise KvistError(
+            f"a context's name has up to 64 letters, digits, '.', '_' and '-', and begins with one of the first two, "
+            f"unlike {name[:80]!r}"
+        )
+    return name
+
+
+class Contexts:
+    """The contexts of one tenant, in the folder of a kept cache. Nothing follows a symbolic link."""
+
+    def __init__(self, folder: Path, tenant: str = "") -> None:
+        self.tenant = tenant
+        self._folder = folder / FOLDER / hashlib.sha256(f"tenant {tenant}".encode()).hexdigest()[:32]
+
+    def names(self) -> list[str]:
+        """All there are, in order."""
+        return sorted(path.name[:-5] for path in _described(self._folder))
+
+    def get(self, name: str) -> Context:
+        """Raises `KvistError` when there is none of that name, or when its description is damaged."""
+        path = self._path(name)
+        if not path.is_file() or path.is_symlink():
+            known = ", ".join(self.names()) or "there are none"
+            raise KvistError(f"there is no context {name!r} ({known})")
+        found = _read(path)
+        if found.name != name or found.tenant != self.tenant:
+            raise KvistError(f"{path} describes another context than {name!r}; remove it")
+        return found
+
+    def used(self, name: str) -> float:
+        """When it was last used, or made: seconds of the epoch."""
+        return self._path(name).stat().st_mtime
+
+    def touch(self, name: str) -> None:
+        """It is used now."""
+        with contextlib.suppress(OSError):
+            os.utime(self._path(name), follow_symlinks=False)
+
+    def save(self, context: Context) -> None:
+        """Describe it on disk: whole or not at all."""
+        path = self._path(context.name)
+        with atomic_file(path) as target:
+            target.write_text(json.dumps(context.to_json()))
+        with contextlib.suppress(OSError):
+            os.chmod(path, 0o600)
+
+    def remove(self, name: str, disk: DiskTier | None = None) -> None:
+        """Forget it, damaged or not; its blocks stay on disk until their room is needed."""
+        path = self._path(name)
+        if not path.exists():
+            self.get(name)  # says which there are
+        blocks: list[str] = []
+        with contextlib.suppress(KvistError):
+            blocks = [block.name for block in self.get(name).blocks]
+        path.unlink(missing_ok=True)
+        if disk is not None:
+            others = {block.name for other in all_contexts(disk.folder) for block in other.blocks}
+            disk.unpin([block for block in blocks if block not in others])
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{check_name(name)}.json"
+
+
+def all_contexts(folder: Path) -> Iterator[Context]:
+    """Those of all tenants in the folder of a kept cache; damaged ones are left out."""
+    try:
+        owners = [entry.path for entry in os.scandir(folder / FOLDER) if _OWNER.fullmatch(entry.name)]
+    except OSError:
+        return
+    for owner in sorted(owners):
+        for path in _described(Path(owner)):
+            with contextlib.suppress(KvistError):
+                yield _read(path)
+
+
+def pin_all(disk: DiskTier) -> None:
+    """Have the blocks of all contexts stay."""
+    for context in all_contexts(disk.folder):
+        disk.pin([block.name for block in context.blocks], float("inf"))
+
+
+def chat_tokens(text: str, template: ChatTemplate | None, tokenizer: Tokenizer) -> list[int]:
+    """The tokens with which a chat begins whose system message begins with `text`. Raises `KvistError`."""
+    if template is None:
+        raise KvistError("this model has no chat template: make a context of the form 'text'")
+    messages = [{"role": "system", "content": text + _MARK}, {"role": "user", "content": "-"}]
+    before, mark, _ = template.render(messages).partition(_MARK)
+    if not mark or text.strip() not in before:
+        raise KvistError("this model's chat template has no place for a system message; make a context of form 'text'")
+    return tokenizer.encode(before, add_special=False)[:-_LOOSE]
+
+
+def check_room(tokens: int, context: int, disk: DiskTier, block_size: int, block_bytes: int) -> None:
+    """Raises `ContextError`, with the numbers, when so many tokens can never be a context."""
+    if tokens < block_size:
+        raise ContextError(f"the text has {plural(tokens, 'token')}; a context has at least {block_size}, one block")
+    if tokens >= context:
+        raise ContextError(f"the text has {plural(tokens, 'token')} and the model's context holds {context:,}")
+    needed = tokens // block_size * record_bytes(block_size, block_bytes)
+    pinned = sum(other.nbytes for other in all_contexts(disk.folder))
+    if needed + pinned > disk.budget:
+        raise ContextError(
+            f"the context takes {format_bytes(needed)} on disk, and of {format_bytes(disk.budget)} contexts hold "
+            f"{format_bytes(pinned)} already; give more with --cache-disk"
+        )
+
+
+def describe(
+    name: str, tenant: str, form: str, text: str, tokens: Sequence[int], sources: Sequence[str], identity: Identity,
+    block_size: int, block_bytes: int, now: Callable[[], float] = time.time,
+) -> Context:  # fmt: skip
+    """A context that is made now."""
+    return Context(
+        check_name(name), tenant, form, text, tuple(tokens), tuple(sources), now(), block_size, block_bytes, identity
+    )
+
+
+def finish(context: Context, contexts: Contexts, disk: DiskTier) -> None:
+    """Keep a context whose blocks have been written. Raises `KvistError` when some of them are not there."""
+    blocks = [block.name for block in context.blocks]
+    missing = sum(not disk.contains(block) for block in blocks)
+    if missing:
+        raise KvistError(f"{missing:,} of its {len(blocks):,} blocks could not be written; is the disk full?")
+    disk.pin(blocks, float("inf"))
+    contexts.save(context)
+
+
+def _described(folder: Path) -> list[Path]:
+    """The descriptions in a folder, in order."""
+    try:
+        with os.scandir(folder) as found:
+            entries = [e.path for e in found if e.name.endswith(".json") and e.is_file(follow_symlinks=False)]
+    except OSError:
+        return []
+    return [Path(path) for path in sorted(entries) if _NAME.fullmatch(Path(path).name[:-5])]
+
+
+def _read(path: Path) -> Context:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise KvistError(f"cannot read {path}: {error.strerror or error}") from None
+    try:
+        if len(data) > _MOST_BYTES:
+            raise KvistError("it is too large")
+        return read_context(json.loads(data))
+    except (KvistError, ValueError, RecursionError) as error:
+        raise KvistError(f"{path} is damaged ({error}); remove the context and make it again") from None
