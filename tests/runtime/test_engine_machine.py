@@ -294,7 +294,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(written=st.booleans())
     def forget_what_nobody_reads(self, written: bool) -> None:
         if written:
-            self.engine.keeper._write_behind()
+            self.engine.keeper.pump()
             self.kept.write(BLOCKS)
         self.runner.manager.tree.clear()
 

@@ -162,6 +162,7 @@ def _serving(
         max_waiting=settings.max_waiting,
         timeout=settings.timeout,
         tenants=tuple(settings.tenants.values()),
+        kept=kept,
     )
     log.info("%s · context of %s tokens", serving.name, f"{serving.context:,}")
     log.info("%s", budget.describe(serving.context))

@@ -89,7 +89,7 @@ class Keeper:
             if sequence.fetch is not None and fetch.ended:
                 sequence.loss = fetch.loss
                 sequence.fetch = None
-        self._write_behind()
+        self.pump()
 
     def drop(self, sequence: Sequence) -> None:
         """A sequence gives up what is being read for it."""
@@ -116,7 +116,7 @@ class Keeper:
         until, end = sequence.begun + sequence.request.ttl, len(sequence.lease.path) - 1
         for place, node in enumerate(nodes, end - len(nodes)):
             self._unwritten[node] = _Unwritten(self._id(node), until - place * 1e-6)
-        self._write_behind()
+        self.pump()
 
     def flush(self, seconds: float) -> bool:
         """Write what is not written yet, for at most `seconds`; whether all of it is."""
@@ -171,7 +171,13 @@ class Keeper:
                 return True
         return False
 
-    def _write_behind(self) -> None:
+    @property
+    def pending(self) -> bool:
+        """Whether there is something that the writers have had no room for."""
+        return bool(self._unwritten)
+
+    def pump(self) -> None:
+        """Hand over what waits for that, as far as the writers have room."""
         while self._unwritten and self.kept.has_room:
             self._hand_over(next(iter(self._unwritten)))
 

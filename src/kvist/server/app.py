@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 
 from kvist import __version__
-from kvist.server import anthropic, cache, openai
+from kvist.server import anthropic, cache, contexts, openai
 from kvist.server.errors import ApiError, install
 from kvist.server.limits import guard
 from kvist.server.logs import RequestLog
@@ -47,6 +47,7 @@ def create_app(serving: Serving, settings: ServerSettings) -> FastAPI:
     app.include_router(anthropic.router(serving, settings))
     app.include_router(tokens(serving))
     app.include_router(cache.router(serving))
+    app.include_router(contexts.router(serving))
     _add_own(app, serving, metrics)
     guard(app, settings)
     app.add_middleware(RequestLog, answered=metrics.answered)

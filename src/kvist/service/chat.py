@@ -18,9 +18,11 @@ from kvist.base.errors import ContextError, KvistError, RequestError, TextError
 from kvist.base.units import plural
 from kvist.runtime.request import FinishReason, Grammar, Request, Sampling
 from kvist.service.constraints import AfterReasoning, Either
+from kvist.service.contexts import Context
 from kvist.service.explain import NOWHERE, Origin
 from kvist.service.places import Place, find_places
 from kvist.service.session import Job, NewToken, Session
+from kvist.service.shelf import check_begins, with_context
 from kvist.text.chat import ChatTemplate
 from kvist.text.response import Part, ResponseFormat, ResponseParser, ToolCallEnd
 from kvist.text.stops import StopMatcher
@@ -76,7 +78,7 @@ class ChatRequest:
     reasoning_content. A call's arguments are an object or its JSON text; text is better, because a template that can
     write it as it is then renders what the model wrote, token by token. `tool_name`, with REQUIRED: the tool that is
     called. `schema`: the answer is JSON that follows it; `{}`: any JSON object. `continue_final`: the last message is
-    the assistant's and is continued.
+    the assistant's and is continued. `context`: of the form "chat", stands before everything else.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -88,6 +90,12 @@ class ChatRequest:
     schema: Mapping[str, Any] | None = None
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     continue_final: bool = False
+    context: Context | None = None
+
+    @property
+    def conversation(self) -> tuple[Mapping[str, Any], ...]:
+        """The messages, with the context's text before those of the system."""
+        return self.messages if self.context is None else with_context(self.messages, self.context)
 
 
 @dataclass(frozen=True)
@@ -146,9 +154,12 @@ class Chat:
             stops=(*request.options.stops, *self._template.stops),
             sampling=self._sampling(request),
         )
+        tokens = self._encode(prompt)
+        if request.context is not None:
+            check_begins(tokens, request.context)
         job = text_job(
             self._serving,
-            self._encode(prompt),
+            tokens,
             options,
             grammar=self._grammar(request, prompt, form),
             keep_special=form.marked,
@@ -175,7 +186,7 @@ class Chat:
         if request.tools and not re.search(r"\btools\b", template.source):
             raise RequestError("this model's chat template has no place for tools: ask without them")
         return template.render(
-            [_for_template(message, template) for message in request.messages],
+            [_for_template(message, template) for message in request.conversation],
             [_rendered(tool) for tool in request.tools],
             continue_final=request.continue_final,
             variables=request.template_variables,
@@ -189,7 +200,7 @@ class Chat:
             variables = request.template_variables
             return template.render(messages, tools, continue_final=request.continue_final, variables=variables)
 
-        messages = [_for_template(message, template) for message in request.messages]
+        messages = [_for_template(message, template) for message in request.conversation]
         return find_places(prompt, messages, [_rendered(tool) for tool in request.tools], render)
 
     def _encode(self, prompt: str) -> list[int]:

@@ -69,7 +69,7 @@ def usable(context: Context, kept: Kept) -> Context:
     differs = context.identity.differences(kept.identity)
     if differs:
         raise ConfigError(
-            f"the context {context.name!r} was made by {context.identity.model} with another {', '.join(differs)}: open "
-            "that model with the same --kv and --dtype, or make the context again"
+            f"the context {context.name!r} was made by {context.identity.model} with another {', '.join(differs)}: "
+            "open that model with the same --kv and --dtype, or make the context again"
         )
     return context

@@ -159,13 +159,17 @@ class Contexts:
             disk.unpin([block for block in blocks if block not in others])
 
     def _path(self, name: str) -> Path:
-        return self._folder / f"{check_name(name)}.json"
+        check_name(name)
+        if self._folder.is_symlink():
+            raise KvistError(f"{self._folder} is a symbolic link, which is not followed")
+        return self._folder / f"{name}.json"
 
 
 def all_contexts(folder: Path) -> Iterator[Context]:
     """Those of all tenants in the folder of a kept cache; damaged ones are left out."""
     try:
-        owners = [entry.path for entry in os.scandir(folder / FOLDER) if _OWNER.fullmatch(entry.name)]
+        with os.scandir(folder / FOLDER) as found:
+            owners = [e.path for e in found if _OWNER.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
     except OSError:
         return
     for owner in sorted(owners):

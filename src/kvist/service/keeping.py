@@ -31,9 +31,9 @@ _MOST_IDENTITIES = 256
 
 @dataclass(frozen=True)
 class KeepSettings:
-    """`folder`: by default one for all models, beside the compiled kernels. `disk`: bytes that blocks may take there; by
-    default what was last given for that folder.
-    `max_age`: seconds after which what was not used is deleted. `remote`: URL of a store that machines share."""
+    """`folder`: by default one for all models, beside the compiled kernels. `disk`: bytes that blocks may take there;
+    by default what was last given for that folder. `max_age`: seconds after which what was not used is deleted.
+    `remote`: URL of a store that machines share."""
 
     folder: Path | None = None
     disk: int | None = None

@@ -23,8 +23,10 @@ from kvist.runtime.request import FinishReason, Request, TokenLogprobs
 from kvist.runtime.sequence import Sequence as Running
 from kvist.service.explain import Explainer, Explanation
 from kvist.service.facts import Cause, ChoiceDone, FactListener, Load, Matched, RequestDone, StepDone
+from kvist.service.keeping import Kept
 from kvist.service.loaded import Loaded
 from kvist.service.session import Delta, Job, NewToken
+from kvist.service.shelf import Shelf
 from kvist.service.tenants import Tenant
 from kvist.service.text_stream import TextStream
 from kvist.text.chat import ChatTemplate
@@ -33,6 +35,7 @@ from kvist.text.response import ResponseFormat
 
 _log = logging.getLogger("kvist.serving")
 
+_WRITING = 0.05  # seconds between two looks at the writers, where nothing else is to be done
 _FLUSH = 30.0  # seconds in which a shut-down writes what is not yet written of the cache
 
 
@@ -108,7 +111,7 @@ class Serving:
     """A model, its text side and its engine, which runs on a thread from `start` to `stop`.
 
     `max_waiting`: requests that may wait before others are refused; `timeout`: seconds that one may take; `tenants`:
-    those who have limits; `listener` hears facts on the engine's thread.
+    those who have limits; `kept`: what the engine keeps on disk; `listener` hears facts on the engine's thread.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class Serving:
         max_waiting: int = 256,
         timeout: float = math.inf,
         tenants: Sequence[Tenant] = (),
+        kept: Kept | None = None,
         listener: FactListener = lambda fact: None,
     ) -> None:
         self.name = name or loaded.name
@@ -135,6 +139,7 @@ class Serving:
         # The last token drawn is never written, so a sequence may have one more than the cache holds.
         self.context = min(loaded.config.max_positions, manager.pool.capacity * manager.block_size)
         self.explainer = Explainer(lambda ids: self.tokenizer.decode(ids, skip_special=False), manager.block_size)
+        self.shelf = None if kept is None else Shelf(loaded, kept, self.submit)
         self._engine = engine
         self._max_waiting = max_waiting
         self._timeout = timeout
@@ -282,8 +287,12 @@ class Serving:
         """Carry out what has been asked for; wait for it only when there is nothing else to do."""
         while True:
             try:
-                command = self._commands.get(block=self._engine.idle and not self._ending)
+                idle = self._engine.idle and not self._ending
+                # What the writers had no room for is handed over when they have some, though nothing runs.
+                patience = _WRITING if idle and self._engine.keeper.pending else None
+                command = self._commands.get(block=idle, timeout=patience)
             except queue.Empty:
+                self._engine.keeper.pump()
                 return
             command()
 

@@ -12,6 +12,7 @@ counts in either case: the official clients, and whoever follows their types, le
 
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
@@ -24,6 +25,7 @@ from kvist.server.anthropic.prompt import cache_ttl, chat_request, options_of
 from kvist.server.anthropic.replies import MessageReply, TokenCount, Usage
 from kvist.server.anthropic.schema import MessagesRequest, Prompt
 from kvist.server.anthropic.stream import Blocks, Event, content_of, encoded, paced
+from kvist.server.contexts import context_of
 from kvist.server.errors import ANTHROPIC_RESPONSES, anthropic_error, problem_of
 from kvist.server.limits import tenant_of
 from kvist.server.logs import Note, note
@@ -31,6 +33,7 @@ from kvist.server.openai.replies import answers, new_id, noted_cache, reply
 from kvist.server.openai.stream import raise_failure
 from kvist.server.settings import ServerSettings
 from kvist.service.chat import Chat, ChatDelta, ChatSession, Options
+from kvist.service.contexts import CHAT
 from kvist.service.serving import Serving
 from kvist.text.response import Reasoning
 
@@ -53,7 +56,8 @@ def router(serving: Serving, settings: ServerSettings) -> APIRouter:
 
     @routes.post("/v1/messages", response_model=None, responses=answers(MessageReply, streams=True))
     async def messages(body: MessagesRequest, request: Request) -> Response:
-        session = chat.start(chat_request(body, options_of(body, tenant_of(request))))
+        asked = chat_request(body, options_of(body, tenant_of(request)))
+        session = chat.start(replace(asked, context=context_of(serving, request, body.context, CHAT)))
         noted = note(request, session.session, serving.name)
         answer = Answer(session, serving.name, body)
         session.session.name(answer.id, noted.request_id)

@@ -173,3 +173,4 @@ class MessagesRequest(Prompt):
     stop_sequences: list[Stop] | None = Field(None, max_length=MOST_STOPS)
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+    context: str | None = Field(None, max_length=64, description="The name of a context that stands before all else.")

@@ -101,6 +101,7 @@ class Generation(Body):
     ignore_eos: bool | None = None
     priority: Integer | None = Field(None, ge=-(2**31), lt=2**31, description="Lower comes first; 0 by default.")
     stream: bool | None = None
+    context: str | None = Field(None, max_length=64, description="The name of a context that the prompt begins with.")
     prompt_cache_key: str | None = Field(
         None, max_length=256, description="Names what belongs together: a session, which is then explained as one."
     )

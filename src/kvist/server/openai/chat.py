@@ -3,13 +3,14 @@
 import json
 import time
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from kvist.runtime.request import FinishReason
+from kvist.server.contexts import context_of
 from kvist.server.errors import ApiError, openai_error
 from kvist.server.limits import tenant_of
 from kvist.server.logs import Note, note
@@ -34,6 +35,7 @@ from kvist.server.openai.replies import (
 )
 from kvist.server.openai.stream import DONE, EventStream, event, raise_failure
 from kvist.service.chat import Chat, ChatDelta, ChatSession
+from kvist.service.contexts import CHAT
 from kvist.service.serving import Serving
 from kvist.text.response import Content, Part, Reasoning, ToolCallArguments, ToolCallBegin, ToolCallEnd, joined
 
@@ -55,7 +57,8 @@ def add_chat(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenTexts)
             choices=body.n or 1,
             logprobs=body.top_logprobs or 0 if body.logprobs else None,
         )
-        session = chat.start(chat_request(body, options, serving.template))
+        asked = chat_request(body, options, serving.template)
+        session = chat.start(replace(asked, context=context_of(serving, request, body.context, CHAT)))
         noted = note(request, session.session, serving.name)
         answer = Answer(session, serving.name, options.choices, options.logprobs, texts)
         session.session.name(answer.id, noted.request_id)

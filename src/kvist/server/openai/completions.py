@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from kvist.runtime.request import FinishReason
+from kvist.server.contexts import context_of
 from kvist.server.errors import ApiError, openai_error
 from kvist.server.limits import tenant_of
 from kvist.server.logs import Note, note, note_of
@@ -29,6 +30,7 @@ from kvist.server.openai.replies import (
 )
 from kvist.server.openai.stream import DONE, EventStream, event, raise_failure
 from kvist.service.chat import Options, text_job
+from kvist.service.contexts import TEXT, Context
 from kvist.service.explain import Origin
 from kvist.service.serving import Serving
 from kvist.service.session import Delta, Session
@@ -44,7 +46,7 @@ def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> N
     async def completions(body: CompletionBody, request: Request) -> Response:
         check_model(serving, body.model)
         options = _options(body, serving.tokenizer, tenant_of(request))
-        prompts = read_prompts(body.prompt, serving.tokenizer)
+        prompts = read_prompts(body.prompt, serving.tokenizer, context_of(serving, request, body.context, TEXT))
         sessions: list[Session] = []
         try:
             for prompt in prompts:
@@ -76,11 +78,22 @@ class TextPrompt:
     tokens: list[int]
 
 
-def read_prompts(prompt: str | list[str] | list[int] | list[list[int]], tokenizer: Tokenizer) -> list[TextPrompt]:
-    """The prompts of a body. Raises `TextError` for what cannot be tokenized."""
+def read_prompts(
+    prompt: str | list[str] | list[int] | list[list[int]], tokenizer: Tokenizer, context: Context | None = None
+) -> list[TextPrompt]:
+    """The prompts of a body, each behind the context where there is one. Raises `TextError` for what cannot be
+    tokenized."""
     items: Sequence[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    if context is None:
+        return [
+            TextPrompt(item, tokenizer.encode(item)) if isinstance(item, str) else TextPrompt(None, item)
+            for item in items
+        ]
     return [
-        TextPrompt(item, tokenizer.encode(item)) if isinstance(item, str) else TextPrompt(None, item) for item in items
+        TextPrompt(context.text + item, [*context.tokens, *tokenizer.encode(item, add_special=False)])
+        if isinstance(item, str)
+        else TextPrompt(None, [*context.tokens, *item])
+        for item in items
     ]
 
 

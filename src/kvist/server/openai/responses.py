@@ -3,12 +3,14 @@
 import itertools
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from kvist.runtime.request import FinishReason
+from kvist.server.contexts import context_of
 from kvist.server.errors import Problem
 from kvist.server.limits import tenant_of
 from kvist.server.logs import Note, note
@@ -21,6 +23,7 @@ from kvist.server.openai.responses_input import chat_request, offered_tools
 from kvist.server.openai.responses_schema import FunctionTool, NamespaceTool, ResponsesBody
 from kvist.server.openai.stream import EventStream, event, raise_failure
 from kvist.service.chat import Chat, ChatDelta, ChatSession
+from kvist.service.contexts import CHAT
 from kvist.service.serving import Serving
 
 LOGPROBS = "message.output_text.logprobs"  # what `include` has for them
@@ -39,7 +42,8 @@ def add_responses(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenT
             max_tokens=body.max_output_tokens,
             logprobs=body.top_logprobs or 0 if wanted or body.top_logprobs else None,
         )
-        session = chat.start(chat_request(body, options, serving.template))
+        asked = chat_request(body, options, serving.template)
+        session = chat.start(replace(asked, context=context_of(serving, request, body.context, CHAT)))
         noted = note(request, session.session, serving.name)
         answer = Answer(session, serving.name, body, options.logprobs, texts)
         session.session.name(answer.id, noted.request_id)

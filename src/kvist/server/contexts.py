@@ -1,0 +1,97 @@
+"""Contexts over HTTP: named prefixes that are computed once. Each tenant has its own."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi import Path as PathParameter
+from pydantic import BaseModel, Field
+
+from kvist.base.errors import KvistError
+from kvist.server.errors import RESPONSES, ApiError
+from kvist.server.limits import tenant_of
+from kvist.service.contexts import CHAT, TEXT, Context
+from kvist.service.serving import Serving
+from kvist.service.shelf import Shelf
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, PathParameter(pattern=_NAME)]
+
+
+class ContextBody(BaseModel):
+    """A text to keep. `form`: "chat", its default where the model chats: it begins the system message; "text": a
+    completion's prompt begins with it."""
+
+    name: str = Field(pattern=_NAME)
+    text: str = Field(min_length=1)
+    form: Literal["chat", "text"] | None = None
+
+
+def context_of(serving: Serving, request: Request, name: str | None, form: str) -> Context | None:
+    """The tenant's context of that name, if one is named. Raises `ApiError`: 404 when there is none, 400 when it cannot
+    be used here."""
+    if name is None:
+        return None
+    shelf = _shelf(serving)
+    try:
+        found = shelf.get(tenant_of(request), name)
+    except KvistError as error:
+        raise ApiError(404, str(error), param="context", code="context_not_found") from None
+    if found.form != form:
+        raise ApiError(400, f"the context {name!r} is of form {found.form!r}, and {form!r} is needed", param="context")
+    return found
+
+
+def router(serving: Serving) -> APIRouter:
+    """`/v1/contexts`."""
+    routes = APIRouter(tags=["Kvist"], responses=RESPONSES)
+
+    @routes.post("/v1/contexts")
+    async def make(body: ContextBody, request: Request) -> dict[str, Any]:
+        """Compute a context and keep it; one of that name is replaced."""
+        shelf = _shelf(serving)
+        form = body.form or (TEXT if serving.template is None else CHAT)
+        try:
+            made = await shelf.make(tenant_of(request), body.name, form, body.text)
+        except KvistError as error:
+            if type(error).__name__ in ("KvistError", "ContextError", "TextError"):
+                raise ApiError(400, str(error)) from None
+            raise
+        return shelf.facts(made)
+
+    @routes.get("/v1/contexts")
+    async def listed(request: Request) -> dict[str, Any]:
+        """All that this tenant has."""
+        return {"object": "list", "data": _shelf(serving).list(tenant_of(request))}
+
+    @routes.get("/v1/contexts/{name}")
+    async def show(name: Name, request: Request) -> dict[str, Any]:
+        """One of them."""
+        found = next((one for one in _shelf(serving).list(tenant_of(request)) if one["name"] == name), None)
+        if found is None:
+            raise _missing(name)
+        return found
+
+    @routes.delete("/v1/contexts/{name}")
+    async def remove(name: Name, request: Request) -> dict[str, Any]:
+        """Forget it. Its room on disk is given up when it is needed."""
+        try:
+            _shelf(serving).remove(tenant_of(request), name)
+        except KvistError:
+            raise _missing(name) from None
+        return {"name": name, "object": "context", "deleted": True}
+
+    return routes
+
+
+def _shelf(serving: Serving) -> Shelf:
+    if serving.shelf is None:
+        raise ApiError(
+            400,
+            "contexts are kept on disk, and this server keeps nothing there; start it with --cache-disk",
+            code="no_disk",
+        )
+    return serving.shelf
+
+
+def _missing(name: str) -> ApiError:
+    return ApiError(404, f"there is no context {name!r}", code="context_not_found")
