@@ -120,6 +120,7 @@ class DiskTier:
 
     def put(self, block: str, record: Sequence[Buffer], until: float) -> bool:
         """See `Tier.put`. The file is synced, renamed into place, and its folder synced, before it is found here."""
+        _check(block)
         size = sum(memoryview(part).nbytes for part in record)
         if not self._make_room(block, size, until):
             return False
@@ -179,23 +180,24 @@ class DiskTier:
         """Whether `size` more bytes fit the budgets, others that are older than `until` being given up for them.
         `full`: the disk is, so as much has to go, whatever the budgets."""
         namespace = block[:32]
-        limit = self.limits.get(namespace, self.budget)
+        known = self._entries.get(block)
+        size -= 0 if known is None or full else known.size  # which it replaces
+        limit = self.limits.get(namespace, math.inf)
         with self._lock:
-            over, over_limit = self._used + size > self.budget, self._used_of[namespace] + size > limit
-            if (over or full) and not 0 <= self._clock() - self._scanned <= _RESCAN:
+            if (self._used + size > self.budget or full) and not 0 <= self._clock() - self._scanned <= _RESCAN:
                 self._scan()
-            if over_limit:
+            if (excess := self._used_of[namespace] + size - limit) > 0:
                 own = [name for name in self._entries if name[:32] == namespace]
-                self._give_up(own, max(self._used_of[namespace] + size - limit, limit // _SLACK), until)
+                self._give_up(own, max(excess, limit // _SLACK), until)
             freed = 0
-            if over or full:
-                excess = size if full else max(self._used + size - self.budget, self.budget // _SLACK)
-                freed = self._give_up(list(self._entries), excess, until)
+            if (excess := size if full else self._used + size - self.budget) > 0:
+                slack = 0 if full else self.budget // _SLACK
+                freed = self._give_up(list(self._entries), max(excess, slack), until)
             if full:
                 return freed >= size
             return self._used + size <= self.budget and self._used_of[namespace] + size <= limit
 
-    def _give_up(self, blocks: list[str], excess: int, until: float) -> int:
+    def _give_up(self, blocks: list[str], excess: float, until: float) -> int:
         """Delete of these blocks the oldest, none that is younger than `until`, until `excess` bytes are free; returns
         how many are."""
         freed = 0
@@ -291,13 +293,17 @@ class DiskTier:
     @contextlib.contextmanager
     def _open_folder(self, block: str) -> Iterator[int]:
         """A descriptor of the folder of a block. Raises `OSError`."""
-        if not _NAME.fullmatch(block):
-            raise ValueError(f"{block!r} is no name of a block")
+        _check(block)
         descriptor = os.open(block[:32], os.O_RDONLY | os.O_DIRECTORY | _NO_FOLLOW, dir_fd=self._root)
         try:
             yield descriptor
         finally:
             os.close(descriptor)
+
+
+def _check(block: str) -> None:
+    if not _NAME.fullmatch(block):
+        raise ValueError(f"{block!r} is no name of a block")
 
 
 def _file(block: str) -> str:
