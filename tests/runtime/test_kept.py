@@ -1,6 +1,12 @@
 """Blocks that come back from a folder: the same tokens and the same logits as computed, with proof that they did."""
 
+import logging
 import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +16,9 @@ from torch import Tensor
 
 from kvist.cache.disk import DiskTier
 from kvist.cache.kept import KeptCache
+from kvist.cache.record import Loss
 from kvist.runtime.engine import Engine
-from kvist.runtime.request import Request, Sampling
+from kvist.runtime.request import FinishReason, Request, Sampling
 from kvist.runtime.runner import Runner
 from kvist.runtime.sequence import Sequence
 from oracle import LLAMA, make_runner, tokens_of
@@ -71,3 +78,235 @@ def test_after_a_restart_a_prompt_is_read_and_goes_on_with_the_same_bits(kv: str
     assert warm.new_tokens == cold.new_tokens
     assert all(torch.equal(a, b) for a, b in zip(first.logits, again.logits, strict=True))
     again.end()
+
+
+PROMPT = tokens_of(random.Random(1), 400)
+
+
+@pytest.fixture(scope="module")
+def left_behind(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sequence]:
+    """A folder after one prompt, and the sequence that was drawn."""
+    folder = tmp_path_factory.mktemp("kept") / "kv"
+    first = Kept(folder)
+    cold = first.ask(PROMPT)
+    first.end()
+    return folder, cold
+
+
+def damage(rng: random.Random, path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    kind = rng.randrange(6)
+    path.unlink()
+    if kind == 0:
+        path.write_bytes(data[: rng.randrange(len(data))])
+    elif kind == 1:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+    elif kind == 2:
+        data[rng.randrange(200)] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+    elif kind == 3:
+        path.write_bytes(data + b"more")
+    elif kind == 4:
+        path.mkdir()
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_whatever_happened_to_the_files_the_tokens_are_those_of_a_cold_run(
+    seed: int, left_behind: tuple[Path, Sequence], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng, (folder, cold) = random.Random(seed), left_behind
+    copy = Path(shutil.copytree(folder, tmp_path / "kv"))
+    files = sorted(copy.rglob("*.kv"))
+    victims = rng.sample(files, rng.randint(1, 3))
+    for path in victims:
+        damage(rng, path)
+    again = Kept(copy)
+    with caplog.at_level(logging.WARNING, "kvist.cache"):
+        warm = again.ask(PROMPT)
+    assert warm.new_tokens == cold.new_tokens
+    assert warm.cached.tiers["disk"] % 64 == 0
+    assert warm.cached.tiers["disk"] < 384
+    seen = sum(again.kept.counters.losses.values()) + sum(again.kept.counters.failures.values())
+    gone = any(not path.exists() for path in victims)
+    assert seen or gone or warm.loss is None
+    assert bool(caplog.records) == bool(sum(again.kept.counters.losses.values()))
+    # And it is mended: whoever comes next reads all of it.
+    assert again.engine.keeper.flush(30)
+    again.kept.close()
+    for path in copy.rglob("*.kv"):
+        if path.is_dir():
+            path.rmdir()
+
+
+def test_what_other_weights_made_is_not_found_and_told(left_behind: tuple[Path, Sequence], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(left_behind[0], tmp_path / "kv"))
+    other = Kept(copy, identity=b"b")
+    other.kept.rivals = (b"a",)
+    asked = other.ask(PROMPT)
+    assert asked.cached.tiers["disk"] == 0
+    assert asked.loss is Loss.NAMESPACE
+    assert other.kept.counters.losses["namespace"] == 1
+    assert asked.new_tokens == left_behind[1].new_tokens
+    other.end()
+    back = Kept(copy)
+    assert back.ask(PROMPT).cached.tiers["disk"] == 384
+    back.end()
+
+
+def test_nothing_of_another_tenant_is_found(left_behind: tuple[Path, Sequence], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(left_behind[0], tmp_path / "kv"))
+    kept = Kept(copy)
+    assert kept.ask(PROMPT, tenant="other").cached.tiers["disk"] == 0
+    assert kept.ask(PROMPT).cached.tiers["disk"] == 384
+    assert kept.ask(PROMPT, tenant="other").cached.tiers["memory"] >= 384
+    kept.end()
+
+
+class Gate:
+    """Lets a disk read when it is opened."""
+
+    def __init__(self, disk: DiskTier) -> None:
+        self.event = threading.Event()
+        self._get = disk.get
+        disk.get = self.get  # type: ignore[method-assign]
+
+    def get(self, block: str, size: int) -> object:
+        assert self.event.wait(20)
+        return self._get(block, size)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_load_that_is_cancelled_gives_everything_back(
+    seed: int, left_behind: tuple[Path, Sequence], tmp_path: Path
+) -> None:
+    rng = random.Random(seed)
+    kept = Kept(Path(shutil.copytree(left_behind[0], tmp_path / "kv")))
+    gate = Gate(kept.disk)
+    sequence = kept.engine.add(Request(tuple(PROMPT), 6, Sampling(temperature=1.0, seed=3)))
+    kept.engine.step()
+    assert sequence.fetch is not None
+    if seed % 2:
+        gate.event.set()
+        for _ in range(rng.randrange(4)):
+            kept.engine.step()
+    kept.engine.finish(sequence, FinishReason.CANCELLED)
+    gate.event.set()
+    kept.engine.check()
+    assert not list(kept.engine.runner.manager.leases)
+    assert kept.ask(PROMPT).new_tokens == left_behind[1].new_tokens
+    kept.end()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_load_makes_room_for_what_is_urgent(seed: int, left_behind: tuple[Path, Sequence], tmp_path: Path) -> None:
+    """Preempted in the middle, it comes back and draws the same tokens."""
+    kept = Kept(Path(shutil.copytree(left_behind[0], tmp_path / "kv")), blocks=9)
+    gate, other = Gate(kept.disk), tokens_of(random.Random(seed), 300)
+    loading = kept.engine.add(Request(tuple(PROMPT), 6, Sampling(temperature=1.0, seed=3), priority=1))
+    kept.engine.step()
+    assert loading.fetch is not None
+    urgent = kept.engine.add(Request(tuple(other), 6, Sampling(temperature=1.0, seed=seed)))
+    for step in range(400):
+        if step == 3 + seed:
+            gate.event.set()
+        kept.engine.step()
+        kept.engine.check()
+        if kept.engine.idle:
+            break
+    assert loading.preempted == 1
+    assert loading.new_tokens == left_behind[1].new_tokens
+    assert urgent.finish_reason is FinishReason.LENGTH
+    assert loading.cached.tiers["disk"] > 0
+    kept.end()
+
+
+def test_others_go_on_while_one_waits_for_the_disk(left_behind: tuple[Path, Sequence], tmp_path: Path) -> None:
+    kept = Kept(Path(shutil.copytree(left_behind[0], tmp_path / "kv")))
+    gate = Gate(kept.disk)
+    loading = kept.engine.add(Request(tuple(PROMPT), 6, Sampling(temperature=1.0, seed=3)))
+    other = kept.engine.add(Request(tuple(tokens_of(random.Random(8), 100)), 20))
+    for _ in range(40):
+        kept.engine.step()
+    assert other.finish_reason is FinishReason.LENGTH
+    assert loading.new_tokens == []
+    gate.event.set()
+    kept.run()
+    assert loading.new_tokens == left_behind[1].new_tokens
+    kept.end()
+
+
+def test_what_is_asked_not_to_be_kept_is_not(tmp_path: Path) -> None:
+    kept = Kept(tmp_path)
+    kept.ask(PROMPT, kept=False)
+    assert kept.engine.keeper.flush(30)
+    assert len(kept.disk) == 0
+    kept.engine.runner.manager.tree.clear()
+    assert kept.ask(PROMPT).loss is Loss.UNKEPT
+    kept.end()
+
+
+def test_evicted_before_it_was_written_is_written_then(tmp_path: Path) -> None:
+    """A pool that is too small for two prompts, and writers that have no room until the first is evicted."""
+    kept = Kept(tmp_path, blocks=8)
+    writer = kept.kept._writers[0]
+    writer._most = 0
+    kept.ask(PROMPT)
+    assert kept.engine.keeper.pending
+    assert len(kept.disk) == 0
+    writer._most = 100
+    kept.ask(tokens_of(random.Random(2), 400))
+    kept.run()
+    assert kept.engine.keeper.flush(30)
+    again = kept.ask(PROMPT)
+    assert again.cached.tiers["disk"] > 0
+    kept.end()
+
+
+def test_two_engines_share_a_folder(left_behind: tuple[Path, Sequence], tmp_path: Path) -> None:
+    one, two = Kept(tmp_path), Kept(tmp_path)
+    cold = one.ask(PROMPT)
+    assert one.engine.keeper.flush(30)
+    warm = two.ask(PROMPT)
+    assert warm.cached.tiers["disk"] == 384
+    assert warm.new_tokens == cold.new_tokens == left_behind[1].new_tokens
+    two.kept.close()
+    one.end()
+
+
+KILLED = """
+import random, sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+from oracle import tokens_of
+from test_kept import Kept
+kept = Kept(Path(sys.argv[1]))
+rng = random.Random(int(sys.argv[2]))
+print("ready", flush=True)
+while True:
+    kept.ask(tokens_of(rng, 400))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_engine_leaves_nothing_wrong(tmp_path: Path) -> None:
+    """Twenty kills; whatever is found afterwards gives the tokens of a cold run."""
+    rng, read = random.Random(4), 0
+    program = tmp_path / "killed.py"
+    program.write_text(KILLED.format(path=[str(Path(__file__).parent), str(Path(__file__).parents[1])]))
+    for seed in range(20):
+        command = [sys.executable, str(program), str(tmp_path / "kv"), str(seed)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as engine:
+            assert engine.stdout is not None
+            assert engine.stdout.readline() == "ready\n"
+            time.sleep(0.3 + rng.random() * 0.5)
+            engine.kill()
+        prompt = tokens_of(random.Random(seed), 400)
+        warm, cold = Kept(tmp_path / "kv"), Kept(tmp_path / f"cold-{seed}")
+        found = warm.ask(prompt)
+        assert found.new_tokens == cold.ask(prompt).new_tokens
+        assert not warm.kept.counters.losses
+        read += found.cached.tiers["disk"]
+        warm.end()
+        cold.end()
+    assert read > 20 * 64

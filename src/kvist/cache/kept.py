@@ -224,28 +224,36 @@ class KeptCache:
         size = record_bytes(len(block.tokens), self._payload)
         for place, tier in enumerate(self.tiers):
             health = self._health[tier.name]
-            if not health.is_well or tier.contains(block.name) is False:
+            if not health.is_well:
                 continue
             try:
-                record = tier.get(block.name, size)
-                if record is None:
-                    continue
-                payload = read_payload(record, block, self._payload)
-            except TierError as error:
-                health.failed(str(error))
-                self.losses.add(block.name, Loss.UNREADABLE)
-                continue
+                payload = self._read_from(tier, block, size)
             except BadRecord as error:
                 health.complain(f"a block is not used: {error}")
                 self.losses.add(block.name, error.loss)
-                tier.remove(block.name)
+                continue
+            except Exception as error:  # whatever a tier does, what it has is computed again
+                health.failed(str(error) if isinstance(error, TierError) else f"{type(error).__name__}: {error}")
+                self.losses.add(block.name, Loss.UNREADABLE)
+                continue
+            if payload is None:
                 continue
             self.counters.hits[tier.name] += 1
             for writer in self._writers[:place]:  # nearer tiers get it, too
                 if writer.has_room:
-                    writer.add(block, payload, 0.0)
+                    writer.add(block, payload, time.time())
             return Fetched(block, payload, tier.name)
         return None
+
+    def _read_from(self, tier: Tier, block: BlockId, size: int) -> Buffer | None:
+        """The planes of a block from one tier; None where it has none. What is no such block is removed there."""
+        if tier.contains(block.name) is False or (record := tier.get(block.name, size)) is None:
+            return None
+        try:
+            return read_payload(record, block, self._payload)
+        except BadRecord:
+            tier.remove(block.name)
+            raise
 
 
 class _Health:
