@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-clients soak check format bench clean
+.PHONY: help demo test test-slow test-clients test-remote soak check format bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1 · /p' $(MAKEFILE_LIST) | awk -F' · ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -22,6 +22,10 @@ test-slow: $(VENV)/.dev ## the tests that take minutes
 test-clients: $(VENV)/.dev ## the evaluation harness against the server (installs it first)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[plots,dev,clients]'
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m slow tests/server/test_lm_eval.py
+
+test-remote: $(VENV)/.dev ## the shared cache against a real Redis or Valkey (Debian's package redis-server)
+	@command -v valkey-server redis-server >/dev/null || { echo "neither valkey-server nor redis-server is here; on Debian: apt-get install redis-server"; exit 1; }
+	@$(BIN)/pytest -m slow tests/cache/test_remote.py
 
 soak: $(VENV)/.dev ## twenty minutes of clients that behave badly (KVIST_SOAK_SECONDS changes how long)
 	@$(BIN)/pytest -m slow tests/server/test_soak.py

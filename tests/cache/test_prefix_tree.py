@@ -212,7 +212,7 @@ def drive(manager: type[CacheManager], chosen: settings, lossy: bool) -> list[st
 def test_what_is_shared_is_what_would_have_been_computed(lossy: bool) -> None:
     counted = Counter(drive(CacheManager, SETTINGS, lossy))
     wanted = ("step", "copied", "refused", "rollback", "kept", "adopted", "adopted part of a block", "evicted")
-    assert min(counted[what] for what in wanted) > 20, counted
+    assert min(counted[what] for what in wanted) > 10, counted
 
 
 class AdoptsOneTokenTooMany(CacheManager):

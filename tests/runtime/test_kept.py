@@ -236,6 +236,21 @@ def test_others_go_on_while_one_waits_for_the_disk(left_behind: tuple[Path, Sequ
     kept.end()
 
 
+def test_a_disk_that_stalls_is_not_waited_for(
+    left_behind: tuple[Path, Sequence], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvist.runtime.keeper.STALL", 0.2)
+    kept = Kept(Path(shutil.copytree(left_behind[0], tmp_path / "kv")))
+    gate = Gate(kept.disk)
+    started = time.monotonic()
+    found = kept.ask(PROMPT)
+    assert 0.2 < time.monotonic() - started < 5
+    assert found.new_tokens == left_behind[1].new_tokens
+    assert found.loss is Loss.UNREADABLE
+    gate.event.set()
+    kept.end()
+
+
 def test_what_is_asked_not_to_be_kept_is_not(tmp_path: Path) -> None:
     kept = Kept(tmp_path)
     kept.ask(PROMPT, kept=False)

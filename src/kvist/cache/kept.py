@@ -18,6 +18,7 @@ _log = logging.getLogger("kvist.cache")
 
 STAGING = 128 << 20  # bytes that wait to be written to one tier, at most
 READ, WRITE = ACTS = ("read", "write")  # what a tier may fail at
+STALL = 5.0  # seconds after which a block that does not come is computed instead
 _AHEAD = 32 << 20  # bytes that are read ahead for one sequence
 _REMEMBERED = 1 << 16  # losses
 _PAUSE = 10.0  # seconds in which a tier that failed is left alone
@@ -47,6 +48,7 @@ class Fetch:
         self.done = False
         self.loss: Loss | None = None
         self.read = 0  # how many blocks have been read
+        self.moved = time.monotonic()  # when one was last taken
 
     @property
     def ended(self) -> bool:
@@ -108,6 +110,7 @@ class KeptCache:
         self._fetches: deque[Fetch] = deque()
         self._wake = threading.Condition()
         self._closed = False
+        self._reading = 0.0  # since when the reader is reading a block; 0 while it is not
         self._writers = [_Writer(self, tier, self._health[tier.name], staging) for tier in tiers]
         self._reader = threading.Thread(target=self._read_all, name="kvist-read", daemon=True)
         if tiers:
@@ -120,6 +123,8 @@ class KeptCache:
 
     def has(self, block: BlockId) -> bool:
         """Whether it may be worth to fetch the block. Quick: no tier is asked that would have to look around."""
+        if self._reading and time.monotonic() - self._reading > STALL:
+            return False  # the reader is stuck in a tier: whoever waited for it would wait in vain
         return any(tier.contains(block.name) is not False for tier in self._open_tiers())
 
     def is_kept(self, block: BlockId) -> bool:
@@ -152,6 +157,7 @@ class KeptCache:
         found = fetch.ready.popleft()
         with self._wake:
             fetch.taken += 1
+            fetch.moved = time.monotonic()
             self._wake.notify_all()
         return found
 
@@ -203,7 +209,9 @@ class KeptCache:
                 assert fetch is not None
                 self._fetches.remove(fetch)
                 self._fetches.append(fetch)  # in turns, a block of each
+            self._reading = time.monotonic()
             found = None if fetch.cancelled else self._read(fetch.blocks[fetch.read])
+            self._reading = 0.0
             with self._wake:
                 fetch.read += 1
                 if found is not None and not fetch.cancelled:

@@ -3,6 +3,7 @@
 A block that was kept joins a lease as a computed one does: reserved, its bytes put in place, committed, published. All
 of this is on the engine's thread; the tiers are only waited for when there is nothing else to do."""
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvist.base.errors import OutOfBlocks
-from kvist.cache.kept import KeptCache
+from kvist.cache.kept import STALL, KeptCache
 from kvist.cache.keys import block_key, root_key
 from kvist.cache.manager import CacheManager
 from kvist.cache.record import BlockId, Loss, block_name
@@ -89,6 +90,10 @@ class Keeper:
             if sequence.fetch is not None and fetch.ended:
                 sequence.loss = fetch.loss
                 sequence.fetch = None
+            elif sequence.fetch is not None and not fetch.ready and time.monotonic() - fetch.moved > STALL:
+                sequence.loss = Loss.UNREADABLE
+                self.kept.losses.add(fetch.blocks[fetch.taken].name, Loss.UNREADABLE)
+                self.drop(sequence)
         self.pump()
 
     def drop(self, sequence: Sequence) -> None:

@@ -18,7 +18,7 @@ FINGERPRINT = f"kvist-{__version__}"  # with the same seed and model, answers ar
 encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 _STREAM = {
-    "text/event-stream": {"schema": {"type": "string", "description": "Server-sent events, where stream is true."}}
+    "text/event-stream": {"schema": {"description": "Server-sent events, where stream is true."}}
 }
 
 
