@@ -2,13 +2,16 @@
 
 Each life is a new process over one folder: `cold` computes the prompt, `restart` finds it on disk, `no page cache` does
 after the system was made to forget the files, `import` in a fresh folder into which a context was imported. All of
-them must come to the same logits, bit for bit. `writing` measures what writing behind takes from decoding."""
+them must come to the same logits, bit for bit. `writing` measures what writing behind takes from decoding; `isolation`,
+whether a tenant can tell by the time what another has asked."""
 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,12 +31,15 @@ from kvist.bench.models import random_model
 from kvist.bench.report import Ratio, Report, Row
 from kvist.runtime.engine import Engine
 from kvist.runtime.request import Request, Sampling
+from kvist.service.context_file import export_context, import_context
+from kvist.service.contexts import TEXT, Contexts, describe, finish
 from kvist.service.keeping import KeepSettings, Kept, open_kept
 from kvist.service.loaded import Loaded
 
-PARTS = ("restart", "writing")
+PARTS = ("restart", "writing", "isolation")
 STREAMS = 8
 _PROMPT = 16
+_ISOLATION = 256  # tokens
 _DISK = 1 << 40
 _SEED = 5
 
@@ -52,6 +58,24 @@ class Life:
     kept_bytes: int
 
 
+@dataclass(frozen=True)
+class Isolation:
+    """Medians of the seconds to the first token of prompts that the tenant itself, another, or nobody had asked before.
+
+    `another_told`: how often, of all pairs, nobody's took longer than another's: one half where the time tells nothing.
+    `own_told`: the same of its own, which shows that the time could tell. `chance`: twice the standard deviation of
+    such a share where there is no difference (Mann and Whitney)."""
+
+    tokens: int
+    trials: int
+    own: float
+    another: float
+    nobody: float
+    another_told: float
+    own_told: float
+    chance: float
+
+
 @dataclass
 class RestartReport:
     """`to_json` is documented in docs/json.md."""
@@ -61,7 +85,10 @@ class RestartReport:
     prefix: int
     machine: dict[str, str | float]
     lives: list[Life] = field(default_factory=list)
+    exported_bytes: int | None = None
+    import_s: float | None = None
     writing: Report | None = None
+    isolation: Isolation | None = None
 
     @property
     def same_bits(self) -> bool:
@@ -91,8 +118,21 @@ class RestartReport:
             kept = max(life.kept_bytes for life in self.lives)
             verdict = "the same bits in every life" if self.same_bits else "THE LOGITS DIFFER"
             console.print(f"{format_bytes(kept)} on disk · {verdict}")
+            if self.exported_bytes is not None and self.import_s is not None:
+                size = format_bytes(self.exported_bytes)
+                console.print(f"exported as one file of {size}, imported in {format_duration(self.import_s)}")
         if self.writing is not None:
             self.writing.print(console)
+        if (found := self.isolation) is not None:
+            own, another, nobody = (f"{seconds * 1e3:.0f}ms" for seconds in (found.own, found.another, found.nobody))
+            console.print(
+                f"first token of a prompt of {found.tokens} tokens, medians of {found.trials}: that the tenant asked "
+                f"before {own}, that another did {another}, that nobody did {nobody}"
+            )
+            console.print(
+                f"which of two is slower is told by the time: nobody's or another's {found.another_told:.1%} "
+                f"(chance: 50 ± {found.chance:.1%}), nobody's or its own {found.own_told:.1%}"
+            )
 
 
 def run(
@@ -114,6 +154,9 @@ def run(
         if "writing" in parts:
             watch("decoding with and without writing behind")
             report.writing = measure_writing(shape, loaded, folder / "writing", tokens, rounds)
+        if "isolation" in parts:
+            watch("whether the time tells what another tenant has asked")
+            report.isolation = measure_isolation(loaded, folder / "isolation", 6 * rounds)
     return report
 
 
@@ -133,6 +176,24 @@ def _restart(report: RestartReport, loaded: Loaded, kv: str | None, folder: Path
     live("restart", lived)
     _forget(lived)
     live("no page cache", lived)
+    watch("export and import")
+    report.exported_bytes, report.import_s = _carry_over(loaded, report.prefix, lived, folder / "imported")
+    live("import", folder / "imported")
+
+
+def _carry_over(loaded: Loaded, prefix: int, source: Path, target: Path) -> tuple[int, float]:
+    """Export the prompt as a context, import it into a fresh folder; bytes of the file, and seconds of the import."""
+    layout, file = loaded.layout, source.parent / "prompt.kvc"
+    with open_kept(loaded, KeepSettings(source, _DISK)) as kept:
+        tokens = prompt_of(loaded, prefix)
+        context = describe("prompt", "", TEXT, "", tokens, (), kept.identity, layout.block_size, layout.block_bytes)
+        finish(context, Contexts(source), kept.disk)
+        export_context(context, kept.disk, file)
+    started = time.perf_counter()
+    with open_kept(loaded, KeepSettings(target, _DISK)) as kept:
+        most = loaded.config.max_positions
+        import_context(file, None, Contexts(target), kept.disk, kept.identity, layout, most)
+    return file.stat().st_size, time.perf_counter() - started
 
 
 def _forget(folder: Path) -> None:
@@ -221,6 +282,43 @@ def measure_writing(shape: str, loaded: Loaded, folder: Path, tokens: int, round
     report.machine["read_gb_s"] = read.map(memory.gb_s).median
     report.machine["written_blocks"], report.machine["written"] = float(written[0]), format_bytes(written[1])
     return report
+
+
+def measure_isolation(loaded: Loaded, folder: Path, trials: int) -> Isolation:
+    """One tenant asks; then, in random order, another asks the same, something that nobody asked, and what it asked
+    itself."""
+    rng, length = random.Random(1), _ISOLATION
+    seconds: dict[str, list[float]] = {"own": [], "another": [], "nobody": []}
+
+    def prompt() -> tuple[int, ...]:
+        return tuple(rng.randrange(loaded.config.vocab_size) for _ in range(length))
+
+    with open_kept(loaded, KeepSettings(folder, _DISK)) as kept:
+        engine = _engine(loaded, 6 * length, STREAMS, kept)
+
+        def ask(tokens: tuple[int, ...], tenant: str) -> float:
+            sequence = engine.add(Request(tokens, 1, tenant=tenant))
+            while not engine.idle:
+                engine.step()
+            engine.keeper.flush(600)
+            return sequence.times.first - sequence.times.added
+
+        for trial in range(trials + 1):
+            prompts = {name: prompt() for name in seconds}
+            ask(prompts["another"], "one")
+            ask(prompts["own"], "two")
+            for name in rng.sample(list(prompts), len(prompts)):
+                found = ask(prompts[name], "two")
+                if trial:  # the first one is not counted
+                    seconds[name].append(found)
+
+    def told(name: str) -> float:
+        pairs = [(a > b) + (a == b) / 2 for a in seconds["nobody"] for b in seconds[name]]
+        return sum(pairs) / len(pairs)
+
+    own, another, nobody = (statistics.median(values) for values in seconds.values())
+    chance = 2 * math.sqrt((2 * trials + 1) / (12 * trials * trials))
+    return Isolation(length, trials, own, another, nobody, told("another"), told("own"), chance)
 
 
 if __name__ == "__main__":

@@ -167,7 +167,9 @@ def serve(
 def restart(
     shape: Annotated[str, typer.Option(metavar="NAME", help="A standard shape.")] = SERVE_SHAPE,
     kv: Kv = None,
-    part: Annotated[str, typer.Option(metavar="NAME,...", help="Of restart, writing.")] = "restart,writing",
+    part: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Of restart, writing, isolation.")
+    ] = "restart,writing,isolation",
     prefix: Annotated[int, typer.Option(min=128, help="Tokens of the prompt; 27000 for a coding agent's.")] = 3000,
     tokens: Annotated[int, typer.Option(min=64, help="New tokens of each stream that is written behind.")] = 192,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved measurements of writing behind.")] = 7,

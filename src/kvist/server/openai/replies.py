@@ -17,9 +17,7 @@ FINGERPRINT = f"kvist-{__version__}"  # with the same seed and model, answers ar
 # ASCII only: whatever a client's own words hold, they can be sent back.
 encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
-_STREAM = {
-    "text/event-stream": {"schema": {"description": "Server-sent events, where stream is true."}}
-}
+_STREAM = {"text/event-stream": {"schema": {"description": "Server-sent events, where stream is true."}}}
 
 
 def answers(shape: Any, streams: bool = False) -> dict[int | str, dict[str, Any]]:
