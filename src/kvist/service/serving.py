@@ -11,21 +11,21 @@ import math
 import queue
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kvist.base.errors import KvistError, Overloaded, RequestError, Stopping, TimedOut
+from kvist.base.errors import KvistError, Overloaded, RequestError, Stopping
 from kvist.base.units import plural
 from kvist.cache.kept import KeptCache
 from kvist.runtime.engine import Drawn, Engine
-from kvist.runtime.request import FinishReason, Request, TokenLogprobs
+from kvist.runtime.request import FinishReason, Request
 from kvist.runtime.sequence import Sequence as Running
-from kvist.service.explain import Explainer, Explanation
+from kvist.service.explain import Explainer
 from kvist.service.facts import Cause, ChoiceDone, FactListener, Load, Matched, RequestDone, StepDone
 from kvist.service.keeping import Kept
 from kvist.service.loaded import Loaded
-from kvist.service.session import Delta, Job, NewToken
+from kvist.service.session import Delta, Job, LiveSession, NewToken
 from kvist.service.shelf import Shelf
 from kvist.service.tenants import Tenant
 from kvist.service.text_stream import TextStream
@@ -37,74 +37,6 @@ _log = logging.getLogger("kvist.serving")
 
 _WRITING = 0.05  # seconds between two looks at the writers, where nothing else is to be done
 _FLUSH = 30.0  # seconds in which a shut-down writes what is not yet written of the cache
-
-
-class _Session:
-    """See `session.Session`. What begins with `_` belongs to the event loop's thread, `choices` to the engine's."""
-
-    def __init__(self, serving: "Serving", job: Job) -> None:
-        self.job = job
-        self.prompt_tokens = len(job.request.prompt)
-        self.cached_tokens = 0
-        self.new_tokens = 0
-        self.prompt_logprobs: list[TokenLogprobs | None] = []
-        self.submitted = time.perf_counter()
-        self.explanation: Explanation | None = None
-        self.choices: list[tuple[Running, TextStream]] = []
-        self.unfinished = job.choices
-        self._serving = serving
-        self._deltas: deque[Delta] = deque()
-        self._arrived = asyncio.Event()
-        self._left = self._unended = job.choices
-        self._timer: asyncio.TimerHandle | None = None
-        self._asked = None if job.request.pooled else serving.explainer.asked(job.request, job.origin)
-        self._ids: tuple[str, ...] = ()
-
-    def name(self, *ids: str) -> None:
-        self._ids = ids
-        if self._asked is not None and ids:
-            self._asked.now.id = ids[0]
-
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        try:
-            while self._left:
-                while not self._deltas:
-                    self._arrived.clear()
-                    await self._arrived.wait()
-                delta = self._deltas.popleft()
-                self.new_tokens += len(delta.tokens)
-                self._left -= delta.finish_reason is not None
-                yield delta
-        finally:
-            self.cancel()
-
-    def cancel(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._left:
-            self._serving.end(self)
-
-    def arrive(self, delta: Delta) -> None:
-        """On the event loop's thread: one more delta for the reader."""
-        self._unended -= delta.finish_reason is not None
-        if not self._unended and delta.finish_reason is not None:
-            self._serving.note_ended(self)
-            self._explain()
-        self._deltas.append(delta)
-        self._arrived.set()
-
-    def _explain(self) -> None:
-        if self._asked is None or not self.choices:
-            return
-        try:
-            self.explanation = self._serving.explainer.answered(self._asked, self.choices[0][0], self._ids)
-        except Exception:  # a defect, and no reason to spoil the answer
-            _log.exception("a request cannot be explained")
-
-    def expire_after(self, seconds: float) -> None:
-        """On the event loop's thread: the session fails when it has not ended by then."""
-        error = TimedOut(f"the request took longer than the {seconds:g} s that this server allows")
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._serving.end, self, error)
 
 
 class Serving:
@@ -146,7 +78,7 @@ class Serving:
         self._limits = {tenant.id: tenant.requests for tenant in tenants if tenant.requests is not None}
         self._under_way: Counter[str] = Counter()  # requests, by tenant
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._sessions: dict[Running, tuple[_Session, int]] = {}
+        self._sessions: dict[Running, tuple[LiveSession, int]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._ending = False  # set by the engine's thread, on command
@@ -186,7 +118,7 @@ class Serving:
         """Whether the engine's thread runs, and can."""
         return self._thread is not None and self._thread.is_alive() and self.failure is None
 
-    def submit(self, job: Job) -> _Session:
+    def submit(self, job: Job) -> LiveSession:
         """Queue a job. Raises `RequestError` for one that can never run, `Overloaded` when too many wait,
         `Stopping`."""
         if self._stopping or not self.alive:
@@ -209,7 +141,7 @@ class Serving:
                 f"{plural(waiting, 'request')} wait already, as many as this server allows; try again later",
                 retry_after=min(60, max(1, math.ceil(waiting * self._step_seconds))),
             )
-        session = _Session(self, job)
+        session = LiveSession(self, job)
         if math.isfinite(self._timeout):
             session.expire_after(self._timeout)
         self._submitted += 1
@@ -217,12 +149,12 @@ class Serving:
         self._commands.put(lambda: self._begin(session))
         return session
 
-    def end(self, session: _Session, error: KvistError | None = None) -> None:
+    def end(self, session: LiveSession, error: KvistError | None = None) -> None:
         """End what has not ended of a session, because nobody wants it any more or because of `error`. From any
         thread."""
         self._commands.put(lambda: self._end(session, error))
 
-    def note_ended(self, session: _Session) -> None:
+    def note_ended(self, session: LiveSession) -> None:
         """On the event loop's thread: nothing more of a session will come."""
         tenant = session.job.request.tenant
         self._under_way[tenant] -= 1
@@ -261,7 +193,7 @@ class Serving:
     def _waiting(self) -> int:
         return self._submitted - self._taken + len(self._engine.scheduler.waiting)
 
-    async def _embedding(self, session: _Session) -> list[float]:
+    async def _embedding(self, session: LiveSession) -> list[float]:
         async for delta in session:
             if delta.error is not None:
                 raise delta.error
@@ -326,7 +258,7 @@ class Serving:
         # Told last, so that whoever has an answer finds it counted.
         self._send(deliveries)
 
-    def _deltas_of(self, drawn: Drawn) -> list[tuple[_Session, Delta]]:
+    def _deltas_of(self, drawn: Drawn) -> list[tuple[LiveSession, Delta]]:
         """What a drawn token is to its session. A stop string ends the sequence."""
         sequence = drawn.sequence
         if sequence not in self._sessions:
@@ -345,7 +277,7 @@ class Serving:
 
     def _last(
         self,
-        session: _Session,
+        session: LiveSession,
         index: int,
         text: str = "",
         tokens: tuple[NewToken, ...] = (),
@@ -366,14 +298,14 @@ class Serving:
         self._tell(session, sequence)
         return Delta(index, text, tokens, reason, stream.stop, error)
 
-    def _note_prompt(self, session: _Session) -> None:
+    def _note_prompt(self, session: LiveSession) -> None:
         """What is known of the prompt once its first token is drawn."""
         first = session.choices[0][0]
         if not session.prompt_logprobs and first.request.prompt_logprobs is not None:
             session.prompt_logprobs = [None, *first.prompt_logprobs]
         session.cached_tokens = first.cached.prompt
 
-    def _tell(self, session: _Session, sequence: Running) -> None:
+    def _tell(self, session: LiveSession, sequence: Running) -> None:
         """Facts about a choice that has ended, and about the request when it was the last."""
         cached, length = sequence.cached, len(sequence.request.prompt)
         cause = Cause.FORK if cached.fork else Cause.PROMPT
@@ -398,7 +330,7 @@ class Serving:
             )
         )
 
-    def _begin(self, session: _Session) -> None:
+    def _begin(self, session: LiveSession) -> None:
         self._taken += 1
         job = session.job
         try:
@@ -415,7 +347,7 @@ class Serving:
             session.choices.append((sequence, text))
             self._sessions[sequence] = session, index
 
-    def _end(self, session: _Session, error: KvistError | None) -> None:
+    def _end(self, session: LiveSession, error: KvistError | None) -> None:
         deliveries = []
         for index, (sequence, _) in enumerate(session.choices):
             if sequence in self._sessions:
@@ -451,7 +383,7 @@ class Serving:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(done.set_result, error)
 
-    def _send(self, deliveries: list[tuple[_Session, Delta]]) -> None:
+    def _send(self, deliveries: list[tuple[LiveSession, Delta]]) -> None:
         if not deliveries or self._loop is None:
             return
 
