@@ -63,6 +63,7 @@ class FakeRunner:
         self.events: list[CacheEvent] = []
         open_pool = BlockPool(2 * RUNNING + 3) if lossy else None
         self.manager = manager(BlockPool(BLOCKS), SIZE, self.events.append, open_pool)
+        self.manager.make_public([place * place % 3 for place in range(2 * SIZE + 1)])
         self.widths = SimpleNamespace(most=64)
         self.sequences = RUNNING
         self.model = SimpleNamespace(
@@ -340,6 +341,9 @@ class EngineMachine(RuleBasedStateMachine):
         expected = alone(sequence.request)
         self.seen["restored"] += sequence.cached.tiers["fake"] > 0
         self.seen["lost"] += sequence.loss is not None
+        assert sequence.lease is None or sequence.lease.released
+        public = sequence.lease is not None and sequence.lease.branch is not None
+        self.seen["public"] += public and sequence.cached.prompt > 0
         self.seen["shared"] += sequence.cached.prompt > 0
         self.seen["resumed"] += sequence.cached.resume > 0
         self.seen["forked"] += sequence.cached.fork > 0
@@ -385,6 +389,7 @@ def test_whatever_comes_each_draws_what_it_draws_alone(lossy: bool) -> None:
         "scored",
         "restored",
         "lost",
+        "public",
     )
     assert min(seen[what] for what in wanted) > 10, seen
 

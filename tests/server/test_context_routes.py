@@ -140,3 +140,27 @@ def test_a_server_without_a_disk_says_so(tiny_model: Path) -> None:
         assert found.status_code == 400
         assert "--cache-disk" in found.text
         assert chat(running.url, context="book").status_code == 400
+
+
+def test_what_is_public_is_shared_and_nothing_behind_it(tiny_model: Path, tmp_path: Path) -> None:
+    public, secret = TEXT[:1200], TEXT[1200:1900]
+
+    def read(url: str, key: str, user: str) -> tuple[int, int]:
+        messages = [{"role": "system", "content": public}, {"role": "user", "content": user}]
+        usage = chat(url, key, messages=messages).json()["usage"]
+        return usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
+
+    with ExitStack() as stack:
+        loaded = open_model(str(tiny_model))
+        kept = stack.enter_context(open_kept(loaded, KeepSettings(tmp_path, 1 << 28)))
+        budget = loaded.budget(loaded.layout.store_bytes(256, 0, 0), 4)
+        engine = loaded.serving_engine(budget, kept=kept.cache, identity=kept.identity.digest)
+        settings = ServerSettings(api_keys=tuple(TENANTS), tenants=TENANTS)
+        serving = Serving(loaded, engine, name="tiny", tenants=tuple(TENANTS.values()), kept=kept)
+        shared = serving.make_public(public)
+        url = stack.enter_context(live(create_app(serving, settings), serving, settings)).url
+        assert read(url, "key-a", secret)[0] == 0
+        found, whole = read(url, "key-b", secret)  # what another tenant has asked, to the letter
+        assert found == shared // 64 * 64 < whole - 100
+        assert read(url, "key-c", secret)[0] > shared + 100  # the first tenant again
+        assert read(url, "key-b", secret)[0] > shared + 100

@@ -21,6 +21,14 @@ def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.sha256(_BLOCK + parent + pack_tokens(tokens)).digest()
 
 
+def chain_key(root: bytes, tokens: Sequence[int], size: int) -> bytes:
+    """The key of the last whole block of `tokens` behind `root`: of the root itself where there is none."""
+    key = root
+    for start in range(0, len(tokens) - size + 1, size):
+        key = block_key(key, tokens[start : start + size])
+    return key
+
+
 def pack_tokens(tokens: Sequence[int]) -> bytes:
     """Token ids as they are hashed and stored: 32 bits each, little endian."""
     return struct.pack(f"<{len(tokens)}I", *tokens)

@@ -24,15 +24,19 @@ from dataclasses import dataclass, field
 
 from kvist.base.errors import InvariantError, OutOfBlocks
 from kvist.base.events import Adopted, CacheEvent, Committed, Evicted, Listener, Released, Reserved, RolledBack
+from kvist.cache.keys import chain_key
 from kvist.cache.pool import BlockPool
 from kvist.cache.tree import Node, PrefixTree
+
+PUBLIC = "\0public"  # part of the names of namespaces, which no tenant's has
 
 
 @dataclass(eq=False)
 class Lease:
     """What a sequence holds. Created, changed and ended by its `CacheManager` alone; others read.
 
-    `path`: the root of its namespace, then the nodes of its first blocks as far as they are in the prefix tree.
+    `path`: the root where it begins, then the nodes of its first blocks as far as they are in the prefix tree.
+    `branch`: where it begins with what is public, the block from which on it stands behind a root of its own namespace.
     """
 
     id: int
@@ -42,6 +46,17 @@ class Lease:
     reserved: int = 0
     released: bool = False
     open: dict[int, int] = field(default_factory=dict)
+    branch: tuple[int, Node] | None = None
+
+    @property
+    def tip(self) -> Node:
+        """The node behind which the first of its blocks stands that is not in the path."""
+        depth = len(self.path) - 1
+        return self.path[-1] if self.branch is None or self.branch[0] != depth else self.branch[1]
+
+    def root(self, index: int) -> Node:
+        """The root of the namespace of its block `index`."""
+        return self.path[0] if self.branch is None or index < self.branch[0] else self.branch[1]
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,7 @@ class CacheManager:
         self._listener = listener
         self._leases: dict[int, Lease] = {}
         self._next_id = 0
+        self._public: list[tuple[int, ...]] = []
 
     @property
     def leases(self) -> Iterator[Lease]:
@@ -88,9 +104,25 @@ class CacheManager:
         """Blocks that a reservation can have: the free ones, and those that nobody but the prefix tree holds."""
         return self.pool.free + self.tree.idle
 
-    def open(self, namespace: str = "") -> Lease:
-        """A lease that holds nothing yet. It shares with leases of its namespace only."""
+    def make_public(self, tokens: Sequence[int]) -> None:
+        """From now on all namespaces share the whole blocks of `tokens`, for leases that begin with all of them."""
+        whole = tuple(tokens[: len(tokens) // self.block_size * self.block_size])
+        if whole:
+            self._public.append(whole)
+
+    def roots(self, namespace: str) -> list[Node]:
+        """All roots that are of this namespace alone: its own, and one behind each public beginning."""
+        return [self.tree.root(namespace), *(self._branch(namespace, public) for public in self._public)]
+
+    def open(self, namespace: str = "", tokens: Sequence[int] = ()) -> Lease:
+        """A lease that holds nothing yet. It shares with leases of its namespace only, but for what is public.
+        `tokens`: the first ones of its sequence."""
         lease = Lease(self._next_id, [self.tree.root(namespace)])
+        for public in self._public:
+            if tuple(tokens[: len(public)]) == public:
+                branch = len(public) // self.block_size, self._branch(namespace, public)
+                lease.path, lease.branch = [self.tree.root(PUBLIC)], branch
+                break
         self._next_id += 1
         self._leases[lease.id] = lease
         return lease
@@ -146,7 +178,7 @@ class CacheManager:
         if lease.reserved or before != (len(lease.path) - 1) * size:
             return 0
         while lease.length + size <= len(tokens):
-            node = self.tree.child(lease.path[-1], tuple(tokens[lease.length : lease.length + size]))
+            node = self.tree.child(lease.tip, tuple(tokens[lease.length : lease.length + size]))
             if node is None:
                 break
             self.tree.hold(node)
@@ -154,7 +186,7 @@ class CacheManager:
             lease.table.append(node.block)
             lease.length += size
         rest = tuple(tokens[lease.length : lease.length + size])
-        node, shared = self.tree.partial(lease.path[-1], rest) if partly else (None, 0)
+        node, shared = self.tree.partial(lease.tip, rest) if partly else (None, 0)
         if node is not None:
             self.tree.hold(node)
             if node.open is not None:
@@ -176,9 +208,9 @@ class CacheManager:
         size, fresh = self.block_size, []
         for index in range(len(lease.path) - 1, lease.length // size):
             window, own = tuple(tokens[index * size : (index + 1) * size]), lease.table[index]
-            node = self.tree.child(lease.path[-1], window)
+            node = self.tree.child(lease.tip, window)
             if node is None:
-                node = self.tree.insert(lease.path[-1], window, own)
+                node = self.tree.insert(lease.tip, window, own)
                 fresh.append(node)
             elif node.block != own:
                 self.tree.hold(node)
@@ -218,7 +250,7 @@ class CacheManager:
         if lease.reserved:
             raise InvariantError(f"lease {lease.id} is forked in the middle of a step")
         twin = self.open()
-        twin.path = lease.path.copy()
+        twin.path, twin.branch = lease.path.copy(), lease.branch
         twin.table = lease.table.copy()
         twin.length = lease.length
         for block in twin.table:
@@ -264,9 +296,13 @@ class CacheManager:
             for block in lease.table:
                 holders[block] += 1
             path = lease.path[1:]
+            parents = [
+                lease.branch[1] if lease.branch is not None and index == lease.branch[0] else before
+                for index, before in enumerate(lease.path)
+            ]
             if len(path) > lease.length // self.block_size or any(
-                node.block != block or node.parent is not before
-                for node, block, before in zip(path, lease.table, lease.path, strict=False)
+                node.block != block or node.parent is not parent
+                for node, block, parent in zip(path, lease.table, parents, strict=False)
             ):
                 raise InvariantError(f"lease {lease.id} does not hold the blocks of its path in the prefix tree")
             to_be_written = lease.table[lease.length // self.block_size :] if lease.reserved else []
@@ -296,6 +332,11 @@ class CacheManager:
         del lease.path[length // self.block_size + 1 :]
         lease.length, lease.reserved = length, 0
         return given
+
+    def _branch(self, namespace: str, public: tuple[int, ...]) -> Node:
+        """The root of what stands behind a public beginning in a namespace."""
+        key = chain_key(self.tree.root(PUBLIC).key, public, self.block_size)
+        return self.tree.root(f"{namespace}{PUBLIC}{key.hex()}")
 
     def _wanted_open(self, lease: Lease, first: int, end: int) -> tuple[list[int], list[int]]:
         """Indices of the blocks to open for a step that writes blocks `first` to `end`, and of the shared open ones."""
@@ -372,8 +413,8 @@ class CacheManager:
         tail = tuple(tokens[lease.length - filled : lease.length])
         if not filled or (self.open_pool is not None and not (self._open_tails and index in lease.open)):
             return
-        if self.tree.partial(lease.path[-1], tail)[1] < filled:
-            self.tree.insert(lease.path[-1], tail, lease.table[index], lease.open.get(index))
+        if self.tree.partial(lease.tip, tail)[1] < filled:
+            self.tree.insert(lease.tip, tail, lease.table[index], lease.open.get(index))
 
     def _require_live(self, lease: Lease) -> None:
         if self._leases.get(lease.id) is not lease:

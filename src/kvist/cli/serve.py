@@ -55,6 +55,12 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keys, one a line, with names and limits.")
     ] = None,
+    public_prompt: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="A system prompt that all keys share in the cache; may be given several times."
+        ),
+    ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Let the network ask without an API key.")] = False,
     allow_origin: Annotated[
         list[str] | None,
@@ -110,9 +116,7 @@ def serve(
                 loaded = open_model(model, dtype=dtype, kv=kv)
                 budget = loaded.budget(given, max_running)
                 kept = None if keep is None else stack.enter_context(open_kept(loaded, keep))
-                if kept is not None:
-                    kept.limit(settings.tenants.values())
-                serving = _serving(loaded, budget, kept, name, chat_template, settings)
+                serving = _serving(loaded, budget, kept, name, chat_template, settings, public_prompt or [])
             except KeyboardInterrupt:
                 note("stopped")
                 raise typer.Exit(INTERRUPTED) from None
@@ -148,10 +152,12 @@ def _serving(
     name: str | None,
     template: Path | None,
     settings: "ServerSettings",
+    public: list[Path],
 ) -> "Serving":
     """The model and its engine; tells what the cache holds."""
     from kvist.server.run import log
     from kvist.service.serving import Serving
+    from kvist.text.reading import read_text
 
     tiers, identity = (None, b"") if kept is None else (kept.cache, kept.identity.digest)
     serving = Serving(
@@ -164,6 +170,10 @@ def _serving(
         tenants=tuple(settings.tenants.values()),
         kept=kept,
     )
+    for path in public:
+        log.info("%s: %s tokens are shared by all tenants", path, f"{serving.make_public(read_text(path)):,}")
+    if kept is not None:
+        kept.limit(settings.tenants.values(), serving.manager)
     log.info("%s · context of %s tokens", serving.name, f"{serving.context:,}")
     log.info("%s", budget.describe(serving.context))
     if kept is not None:

@@ -13,7 +13,7 @@ from typing import Protocol
 from kvist.base.errors import OutOfBlocks
 from kvist.cache.kept import STALL, KeptCache
 from kvist.cache.keys import block_key, root_key
-from kvist.cache.manager import CacheManager
+from kvist.cache.manager import PUBLIC, CacheManager
 from kvist.cache.record import BlockId, Loss, block_name
 from kvist.cache.tier import Buffer
 from kvist.cache.tree import Node
@@ -56,8 +56,8 @@ class Keeper:
         blocks = self._blocks_of(sequence)
         sequence.begun = self._now()
         if self.kept.tiers:
-            used = [block_name(lease.path[0].key, node.key) for node in lease.path[1:]] + [b.name for b in blocks]
-            self.kept.pin(used, sequence.begun + sequence.request.ttl)
+            held = [block_name(lease.root(index).key, node.key) for index, node in enumerate(lease.path[1:])]
+            self.kept.pin([*held, *(block.name for block in blocks)], sequence.begun + sequence.request.ttl)
         if not blocks:
             return
         sequence.loss = self.kept.losses.of(blocks[0].name)
@@ -141,7 +141,7 @@ class Keeper:
         fetched = self.kept.take(fetch)
         if position < lease.length:
             return True
-        if position > lease.length or lease.path[-1].key != fetched.block.parent:
+        if position > lease.length or lease.tip.key != fetched.block.parent:
             return False
         try:
             manager.reserve(lease, size)
@@ -161,16 +161,22 @@ class Keeper:
         """The blocks of a sequence behind those of its lease, as far as they may be read from the cache."""
         lease, size = sequence.lease, self._manager.block_size
         assert lease is not None
-        namespace, parent, blocks = lease.path[0].key, lease.path[-1].key, list[BlockId]()
+        parent, blocks = lease.tip.key, list[BlockId]()
         for start in range((len(lease.path) - 1) * size, sequence.reusable - size + 1, size):
-            blocks.append(BlockId.after(namespace, parent, tuple(sequence.tokens[start : start + size])))
+            index = start // size
+            if lease.branch is not None and index == lease.branch[0]:
+                parent = lease.branch[1].key
+            tokens = tuple(sequence.tokens[start : start + size])
+            blocks.append(BlockId.after(lease.root(index).key, parent, tokens))
             parent = blocks[-1].key
         return blocks
 
     def _is_rivals(self, sequence: Sequence, block: BlockId) -> bool:
         """Whether the first block of a sequence is kept, but was made by something else."""
         for identity in self.kept.rivals:
-            root = root_key(identity, sequence.request.tenant)
+            assert sequence.lease is not None
+            tenant = sequence.request.tenant if sequence.lease.branch is None else PUBLIC
+            root = root_key(identity, tenant)
             name = block_name(root, block_key(root, block.tokens))
             if any(tier.contains(name) for tier in self.kept.tiers):
                 return True

@@ -181,7 +181,7 @@ class Scheduler:
             start = sequence.lease.length // size * size
             block = tuple(sequence.tokens[start : start + size])
             if len(block) == size and start + size <= sequence.reusable:
-                key = sequence.lease.path[-1], block
+                key = sequence.lease.tip, block
                 if key in under_way and sequence.lease.length == start:
                     continue
                 under_way.add(key)
@@ -260,7 +260,7 @@ class Scheduler:
         left = self._manager.available - plan.spent
         if len(self.running) >= self.most_running or (self.running and self._is_refused(sequence, left)):
             return False
-        lease = sequence.lease = self._manager.open(sequence.request.tenant)
+        lease = sequence.lease = self._manager.open(sequence.request.tenant, sequence.request.prompt)
         self._adopt(sequence)
         promised = sum(self._manager.cost(s.lease, s.pending) for s in self._unplanned(plan) if s.lease is not None)
         needed = self._manager.cost(lease, len(sequence.tokens) - lease.length) + promised + len(self.running)

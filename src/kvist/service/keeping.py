@@ -13,7 +13,7 @@ from kvist.base.files import atomic_file, cache_folder, read_json
 from kvist.base.units import format_bytes
 from kvist.cache.disk import DiskTier
 from kvist.cache.kept import KeptCache
-from kvist.cache.keys import root_key
+from kvist.cache.manager import CacheManager
 from kvist.cache.record import Loss, record_bytes
 from kvist.cache.tier import Tier
 from kvist.service.contexts import pin_all
@@ -67,11 +67,11 @@ class Kept:
     disk: DiskTier
     identity: Identity
 
-    def limit(self, tenants: Iterable[Tenant]) -> None:
-        """Hold tenants to their own shares of the disk."""
+    def limit(self, tenants: Iterable[Tenant], manager: CacheManager) -> None:
+        """Hold tenants to their own shares of the disk: what each of their namespaces may take there."""
         for tenant in tenants:
-            if tenant.disk is not None:
-                self.disk.limits[root_key(self.identity.digest, tenant.id).hex()[:32]] = tenant.disk
+            for root in manager.roots(tenant.id) if tenant.disk is not None else ():
+                self.disk.limits[root.key.hex()[:32]] = tenant.disk or 0
 
     def describe(self) -> str:
         """One line."""

@@ -18,9 +18,11 @@ from pathlib import Path
 from kvist.base.errors import KvistError, Overloaded, RequestError, Stopping
 from kvist.base.units import plural
 from kvist.cache.kept import KeptCache
+from kvist.cache.manager import CacheManager
 from kvist.runtime.engine import Drawn, Engine
 from kvist.runtime.request import FinishReason, Request
 from kvist.runtime.sequence import Sequence as Running
+from kvist.service.contexts import chat_tokens
 from kvist.service.explain import Explainer
 from kvist.service.facts import Cause, ChoiceDone, FactListener, Load, Matched, RequestDone, StepDone
 from kvist.service.keeping import Kept
@@ -183,6 +185,25 @@ class Serving:
         manager, scheduler = self._engine.runner.manager, self._engine.scheduler
         used, idle = manager.pool.used, manager.tree.idle
         return Load(len(scheduler.running), self._waiting, max(used - idle, 0), idle, manager.pool.capacity)
+
+    @property
+    def manager(self) -> CacheManager:
+        """The cache's bookkeeping. Before `start` it may be changed."""
+        return self._engine.runner.manager
+
+    def make_public(self, text: str) -> int:
+        """Before `start`: all tenants share what is computed of a text that a prompt, or a chat's system message,
+        begins with. Returns of how many tokens. Raises `RequestError` for a text of less than a block."""
+        forms = [self.tokenizer.encode(text)]
+        if self.template is not None:
+            forms.append(chat_tokens(text, self.template, self.tokenizer))
+        size = self.manager.block_size
+        shared = max(len(tokens) // size * size for tokens in forms)
+        if not shared:
+            raise RequestError(f"a public prompt has at least {size} tokens, one block, and this one {len(forms[0])}")
+        for tokens in forms:
+            self.manager.make_public(tokens)
+        return shared
 
     @property
     def kept(self) -> KeptCache:
