@@ -23,8 +23,8 @@ TENANTS = {"key-a": Tenant("a"), "key-b": Tenant("b"), "key-c": Tenant("a")}
 
 
 @contextmanager
-def keeping_server(model: Path, folder: Path) -> Iterator[str]:
-    """A server over a kept cache; its URL."""
+def keeping_server(model: Path, folder: Path, public: str | None = None) -> Iterator[str]:
+    """A server over a kept cache, with a public prompt or without; its URL."""
     with ExitStack() as stack:
         loaded = open_model(str(model))
         kept = stack.enter_context(open_kept(loaded, KeepSettings(folder, 1 << 28)))
@@ -32,6 +32,8 @@ def keeping_server(model: Path, folder: Path) -> Iterator[str]:
         engine = loaded.serving_engine(budget, kept=kept.cache, identity=kept.identity.digest)
         settings = ServerSettings(api_keys=tuple(TENANTS), tenants=TENANTS)
         serving = Serving(loaded, engine, name="tiny", tenants=tuple(TENANTS.values()), kept=kept)
+        if public is not None:
+            assert serving.make_public(public) > 200
         yield stack.enter_context(live(create_app(serving, settings), serving, settings)).url
 
 
@@ -150,17 +152,12 @@ def test_what_is_public_is_shared_and_nothing_behind_it(tiny_model: Path, tmp_pa
         usage = chat(url, key, messages=messages).json()["usage"]
         return usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
 
-    with ExitStack() as stack:
-        loaded = open_model(str(tiny_model))
-        kept = stack.enter_context(open_kept(loaded, KeepSettings(tmp_path, 1 << 28)))
-        budget = loaded.budget(loaded.layout.store_bytes(256, 0, 0), 4)
-        engine = loaded.serving_engine(budget, kept=kept.cache, identity=kept.identity.digest)
-        settings = ServerSettings(api_keys=tuple(TENANTS), tenants=TENANTS)
-        serving = Serving(loaded, engine, name="tiny", tenants=tuple(TENANTS.values()), kept=kept)
-        shared = serving.make_public(public)
-        url = stack.enter_context(live(create_app(serving, settings), serving, settings)).url
+    with keeping_server(tiny_model, tmp_path, public) as url:
         assert read(url, "key-a", secret)[0] == 0
         found, whole = read(url, "key-b", secret)  # what another tenant has asked, to the letter
-        assert found == shared // 64 * 64 < whole - 100
-        assert read(url, "key-c", secret)[0] > shared + 100  # the first tenant again
-        assert read(url, "key-b", secret)[0] > shared + 100
+        assert 200 < found < whole - 100
+        assert found % 64 == 0
+        assert read(url, "key-c", secret)[0] > found + 100  # the first tenant again
+        assert read(url, "key-b", secret)[0] > found + 100
+        found, _ = read(url, "key-b", secret[::-1])
+        assert 200 < found < whole - 100
