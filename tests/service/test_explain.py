@@ -14,7 +14,8 @@ from kvist.cache.record import Loss
 from kvist.runtime.request import Request
 from kvist.runtime.sampler import Sampler
 from kvist.runtime.sequence import Sequence
-from kvist.service.explain import CHANGED, CONTINUED, NEW, UNKNOWN, Explainer, Explanation, Origin
+from kvist.service.explain import Explainer
+from kvist.service.explanation import CHANGED, CONTINUED, NEW, UNKNOWN, Explanation, Origin
 from kvist.service.history import Asked, Grams, History, common
 from kvist.service.places import find_places
 from kvist.text.chat import ChatTemplate

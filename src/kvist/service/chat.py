@@ -19,7 +19,7 @@ from kvist.base.units import plural
 from kvist.runtime.request import FinishReason, Grammar, Request, Sampling
 from kvist.service.constraints import AfterReasoning, Either
 from kvist.service.contexts import Context
-from kvist.service.explain import NOWHERE, Origin
+from kvist.service.explanation import NOWHERE, Origin
 from kvist.service.places import Place, find_places
 from kvist.service.session import Job, NewToken, Session
 from kvist.service.shelf import check_begins, with_context

@@ -4,15 +4,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvist.service.explanation import Explanation
 from kvist.service.places import Place
-
-if TYPE_CHECKING:
-    from kvist.service.explain import Explanation
 
 MOST = 256  # requests
 MOST_BYTES = 64 << 20
@@ -37,7 +34,7 @@ class Asked:
     text: str
     parts: Callable[[], tuple[Place, ...]]
     before: "Asked | None" = None
-    explanation: "Explanation | None" = None  # once it has ended
+    explanation: Explanation | None = None  # once it has ended
 
     @cached_property
     def places(self) -> tuple[Place, ...]:

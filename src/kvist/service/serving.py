@@ -26,8 +26,9 @@ from kvist.service.contexts import chat_tokens
 from kvist.service.explain import Explainer
 from kvist.service.facts import Cause, ChoiceDone, FactListener, Load, Matched, RequestDone, StepDone
 from kvist.service.keeping import Kept
+from kvist.service.live_session import LiveSession
 from kvist.service.loaded import Loaded
-from kvist.service.session import Delta, Job, LiveSession, NewToken
+from kvist.service.session import Delta, Job, NewToken
 from kvist.service.shelf import Shelf
 from kvist.service.tenants import Tenant
 from kvist.service.text_stream import TextStream

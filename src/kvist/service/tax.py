@@ -3,12 +3,10 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from kvist.service.explanation import Explanation
 from kvist.service.history import Asked, common
-
-if TYPE_CHECKING:
-    from kvist.service.explain import Explanation
 
 MOST_PARTS = 64
 
@@ -52,7 +50,7 @@ class Tax:
         return asdict(self)
 
 
-def tax_of(requests: "Sequence[tuple[Asked, Explanation | None]]", count: Callable[[str], int]) -> Tax:
+def tax_of(requests: Sequence[tuple[Asked, Explanation | None]], count: Callable[[str], int]) -> Tax:
     """Of the requests of one session, at least one, the oldest first, with the explanations of those that have ended.
     `count` gives the tokens of a text."""
     asked = [one for one, _ in requests]

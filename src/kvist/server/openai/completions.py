@@ -31,7 +31,7 @@ from kvist.server.openai.replies import (
 from kvist.server.openai.stream import DONE, EventStream, event, raise_failure
 from kvist.service.chat import Options, text_job
 from kvist.service.contexts import TEXT, Context
-from kvist.service.explain import Origin
+from kvist.service.explanation import Origin
 from kvist.service.serving import Serving
 from kvist.service.session import Delta, Session
 from kvist.text.tokenizer import Tokenizer
