@@ -251,7 +251,7 @@ class EngineMachine(RuleBasedStateMachine):
             prompt = (*prompt, BAD)
         sampling = Sampling(temperature=temperature, seed=len(self.sequences))
         request = Request(
-            prompt, most, sampling, frozenset({7}), priority=priority, tenant=tenant,
+            prompt, most, sampling, frozenset({7}), priority=priority, tenant=tenant, ttl=300.0 * (scored == 2),
             prompt_logprobs=1 if scored == 0 else None,
         )  # fmt: skip
         for sequence in self.engine.add_choices(request, choices):

@@ -278,6 +278,32 @@ def test_evicted_before_it_was_written_is_written_then(tmp_path: Path) -> None:
     kept.end()
 
 
+def test_what_is_held_for_a_while_goes_last_from_memory(tmp_path: Path) -> None:
+    """Without a disk, too: an hour is asked for, and others pass through a small pool."""
+    base = make_runner(LLAMA, kv="fp32")
+    runner = Runner(base.model, base.layout, 14, base.backend, None, 2)
+    engine = Engine(runner)
+    now = [1000.0]
+    engine.keeper._now = runner.manager.tree._clock = lambda: now[0]
+
+    def ask(prompt: list[int], ttl: float = 0.0) -> Sequence:
+        sequence = engine.add(Request(tuple(prompt), 2, ttl=ttl))
+        while not engine.idle:
+            engine.step()
+            engine.check()
+        return sequence
+
+    ask(PROMPT, ttl=3600)
+    for seed in range(5):
+        ask(tokens_of(random.Random(seed), 200))
+        now[0] += 600
+    assert ask(PROMPT).cached.prompt >= 384
+    now[0] += 3600
+    for seed in range(5):
+        ask(tokens_of(random.Random(seed), 400))
+    assert ask(PROMPT).cached.prompt == 0
+
+
 def test_two_engines_share_a_folder(left_behind: tuple[Path, Sequence], tmp_path: Path) -> None:
     one, two = Kept(tmp_path), Kept(tmp_path)
     cold = one.ask(PROMPT)

@@ -219,6 +219,11 @@ class CacheManager:
             lease.path.append(node)
         return fresh
 
+    def hold_until(self, lease: Lease, until: float) -> None:
+        """Others are evicted before the blocks of the lease's path until then: seconds of the epoch."""
+        for node in lease.path[1:]:
+            node.until = max(node.until, until)
+
     def commit(self, lease: Lease, tokens: int) -> None:
         """The first `tokens` reserved positions are written and become readable; the rest is given back.
 

@@ -5,12 +5,14 @@ is only partly filled, the *tail* of a sequence that ended, is a leaf. Each name
 is ever found in another's.
 
 The tree is one holder of every block in it. A node is *idle* when it is the only one; idle nodes may be evicted, those
-whose turn of use ended first going first. A lease that reads a node reads its parents too, and lets go of the last
-block first, so a node never becomes idle before its children, and the one that goes first is always a leaf."""
+whose turn of use ended first going first, but for nodes that are held for a while, which go last. A lease that reads a
+node reads its parents too, and lets go of the last block first, so a node never becomes idle before its children, and
+the one that goes first is always a leaf."""
 
+import time
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -24,13 +26,15 @@ Tokens = tuple[int, ...]
 @dataclass(eq=False, slots=True)
 class Node:
     """One block of the tree. `key`: see `keys`. `block`, `open`: its ids in the two pools; a root has neither.
-    `children` are full blocks, `tails` partly filled ones, both in the order of their tokens."""
+    `children` are full blocks, `tails` partly filled ones, both in the order of their tokens. `until`: others go first
+    until then, in seconds of the epoch; never later than its parent's."""
 
     key: bytes
     tokens: Tokens = ()
     parent: "Node | None" = None
     block: int = -1
     open: int | None = None
+    until: float = 0.0
     children: list["Node"] = field(default_factory=list)
     tails: list["Node"] = field(default_factory=list)
 
@@ -42,12 +46,18 @@ class PrefixTree:
     up to any of its tokens, because the tree also holds its open block."""
 
     def __init__(
-        self, pool: BlockPool, block_size: int, open_pool: BlockPool | None = None, identity: bytes = b""
+        self,
+        pool: BlockPool,
+        block_size: int,
+        open_pool: BlockPool | None = None,
+        identity: bytes = b"",
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._pool = pool
         self._open_pool = open_pool
         self._size = block_size
         self._identity = identity
+        self._clock = clock
         self._roots: dict[str, Node] = {}
         self._nodes: dict[int, Node] = {}  # by block
         # Least recently used first. The idle tails that hold an open block stand in both.
@@ -135,7 +145,9 @@ class PrefixTree:
 
     def evict(self) -> Node:
         """Forget the idle block that was not used for longest. Its block is free from now on, and not yet changed."""
-        return self._remove(next(iter(self._idle)))
+        now = self._clock()
+        # Almost always the first one: few are held, and for minutes.
+        return self._remove(next((node for node in self._idle if node.until <= now), next(iter(self._idle))))
 
     def evict_open(self) -> Node:
         """Forget, of the idle tails that hold an open block, the one not used for longest."""
@@ -168,6 +180,8 @@ class PrefixTree:
                         raise InvariantError(f"block {child.block} is not linked into the prefix tree as it should be")
                     if (len(child.tokens) == self._size) != full or not child.tokens:
                         raise InvariantError(f"block {child.block} holds {len(child.tokens)} tokens in a wrong place")
+                    if child.until > node.until and node.parent is not None:
+                        raise InvariantError(f"block {child.block} is held longer than block {node.block} before it")
                     if child in places and node in places and places[child] > places[node]:
                         raise InvariantError(f"block {node.block} would be evicted before what stands behind it")
                 reached += len(siblings)

@@ -55,6 +55,7 @@ class Keeper:
         assert lease is not None
         blocks = self._blocks_of(sequence)
         sequence.begun = self._now()
+        self._hold(sequence)
         if self.kept.tiers:
             held = [block_name(lease.root(index).key, node.key) for index, node in enumerate(lease.path[1:])]
             self.kept.pin([*held, *(block.name for block in blocks)], sequence.begun + sequence.request.ttl)
@@ -68,7 +69,9 @@ class Keeper:
             return
         start = len(lease.path) - 1
         if lease.length > start * size:
-            # Part of that block was found in memory; the whole of it, and what follows, is better.
+            # Part of that block was found in memory; the whole of it, and what follows, is better, if it is there.
+            if not self.kept.is_kept(blocks[0]):
+                return
             shared = lease.length - start * size
             self._manager.rollback(lease, start * size)
             sequence.count_cached(-shared, MEMORY)
@@ -110,9 +113,12 @@ class Keeper:
 
     def keep(self, sequence: Sequence, nodes: List[Node]) -> None:
         """These blocks of a sequence are new in the prefix tree: have them written."""
-        if not self.kept.tiers or not nodes:
-            return
         assert sequence.lease is not None
+        if not nodes:
+            return
+        self._hold(sequence)
+        if not self.kept.tiers:
+            return
         if not sequence.request.kept:
             for node in nodes:
                 self.kept.losses.add(self._id(node).name, Loss.UNKEPT)
@@ -154,8 +160,13 @@ class Keeper:
             raise
         manager.commit(lease, size)
         manager.publish(lease, sequence.tokens)
+        self._hold(sequence)
         sequence.count_cached(size, fetched.tier)
         return True
+
+    def _hold(self, sequence: Sequence) -> None:
+        if sequence.request.ttl and sequence.lease is not None:
+            self._manager.hold_until(sequence.lease, sequence.begun + sequence.request.ttl)
 
     def _blocks_of(self, sequence: Sequence) -> list[BlockId]:
         """The blocks of a sequence behind those of its lease, as far as they may be read from the cache."""
