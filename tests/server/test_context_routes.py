@@ -19,7 +19,7 @@ from live import live
 from tiny_model import open_serving
 
 TEXT = WORDS.read_text("utf-8")[:2000]
-TENANTS = {"key-a": Tenant("a"), "key-b": Tenant("b"), "key-c": Tenant("a")}
+TENANTS = {"key-a": Tenant("a"), "key-b": Tenant("b"), "key-c": Tenant("a"), "key-op": Tenant("op", operator=True)}
 
 
 @contextmanager
@@ -161,3 +161,24 @@ def test_what_is_public_is_shared_and_nothing_behind_it(tiny_model: Path, tmp_pa
         assert read(url, "key-b", secret)[0] > found + 100
         found, _ = read(url, "key-b", secret[::-1])
         assert 200 < found < whole - 100
+
+
+def test_a_server_over_damaged_files_answers_as_before_and_says_so(tiny_model: Path, tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": TEXT}, {"role": "user", "content": "Well?"}]
+    with keeping_server(tiny_model, tmp_path) as first:
+        expected = chat(first, messages=messages).json()["choices"]
+    files = sorted(tmp_path.rglob("*.kv"))
+    assert len(files) > 5
+    for number, path in enumerate(files):
+        data = bytearray(path.read_bytes())
+        data[number * 977 % len(data)] ^= 1
+        path.write_bytes(data[: len(data) - number % 2])
+    with keeping_server(tiny_model, tmp_path) as second:
+        found = chat(second, messages=messages).json()
+        assert found["choices"] == expected
+        assert found["kvist"]["reason"] in ("corrupt", "truncated", "version")
+        assert found["kvist"]["computed"] == found["usage"]["prompt_tokens"]
+        assert ask(second, "GET", "/metrics", key="key-op").text.count('kvist:kept_losses_total{reason="') > 5
+        assert chat(second, messages=messages).json()["choices"] == expected
+    with keeping_server(tiny_model, tmp_path) as third:  # what was computed again was written again
+        assert chat(third, messages=messages).json()["kvist"]["cached"]["disk"] > 0
