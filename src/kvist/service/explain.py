@@ -103,7 +103,7 @@ def explain(
         why=WHY[reason],
         nearest=nearest.id if nearest is not None and alike else None,
         common=shared if alike else None,
-        again=again if alike else (0 if reason == NEW and nearest is None else again),
+        again=again,
         again_seconds=cost if alike else None,
         difference=_difference(asked, nearest, shared, decode) if nearest is not None and alike else None,
         note=_note(sequence, len(prompt), block),
