@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi import Path as PathParameter
 from pydantic import BaseModel, Field
 
-from kvist.base.errors import KvistError
+from kvist.base.errors import KvistError, Overloaded, Stopping, TimedOut
 from kvist.server.errors import RESPONSES, ApiError
 from kvist.server.limits import tenant_of
 from kvist.service.contexts import CHAT, TEXT, Context
@@ -52,10 +52,10 @@ def router(serving: Serving) -> APIRouter:
         form = body.form or (TEXT if serving.template is None else CHAT)
         try:
             made = await shelf.make(tenant_of(request), body.name, form, body.text)
-        except KvistError as error:
-            if type(error).__name__ in ("KvistError", "ContextError", "TextError"):
-                raise ApiError(400, str(error)) from None
+        except (Overloaded, Stopping, TimedOut):  # these have answers of their own
             raise
+        except KvistError as error:
+            raise ApiError(400, str(error)) from None
         return shelf.facts(made)
 
     @routes.get("/v1/contexts")
