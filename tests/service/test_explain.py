@@ -15,7 +15,7 @@ from kvist.runtime.request import Request
 from kvist.runtime.sampler import Sampler
 from kvist.runtime.sequence import Sequence
 from kvist.service.explain import Explainer
-from kvist.service.explanation import CHANGED, CONTINUED, NEW, UNKNOWN, Explanation, Origin
+from kvist.service.explanation import CHANGED, CONTINUED, KEPT, NEW, UNKNOWN, Explanation, Origin
 from kvist.service.history import Asked, Grams, History, common
 from kvist.service.places import find_places
 from kvist.text.chat import ChatTemplate
@@ -243,6 +243,9 @@ def test_what_is_new_is_not_compared() -> None:
         assert (found.nearest, found.difference, found.again_seconds) == (None, None, None)
     # After a restart nothing is remembered, and the disk may know why.
     assert Desk().ask(long_prompt(), loss=Loss.NAMESPACE).reason == Loss.NAMESPACE
+    kept = Desk().ask(long_prompt(), cached=640)
+    assert kept.reason == KEPT
+    assert (kept.nearest, kept.again, kept.again_seconds) == (None, None, None)
 
 
 def test_tokens_paid_again_are_those_that_the_earlier_request_had() -> None:

@@ -12,6 +12,7 @@ from kvist.runtime.sequence import Sequence as Running
 from kvist.service.explanation import (
     CHANGED,
     CONTINUED,
+    KEPT,
     NEW,
     NOT_LOOKED_UP,
     UNKNOWN,
@@ -91,7 +92,7 @@ def explain(
     reason = _reason(asked, nearest, sequence, shared, block)
     times = sequence.times
     seconds = max(times.first - times.admitted, 0.0) if times.first else None
-    alike = nearest is not None and reason != NEW
+    alike = nearest is not None and reason not in (NEW, KEPT)
     cost = None if again is None or seconds is None or not computed else seconds * again / computed
     return Explanation(
         id=asked.id,
@@ -114,9 +115,9 @@ def _reason(asked: Asked, nearest: Asked | None, sequence: Running, shared: int 
     request, prompt = sequence.request, asked.tokens[: asked.prompt_tokens]
     if request.pooled or request.prompt_logprobs is not None:
         return NOT_LOOKED_UP
-    if nearest is None or shared is None:
-        return NEW if sequence.loss is None else sequence.loss
     cached = min(sequence.cached.prompt, len(prompt))
+    if nearest is None or shared is None:
+        return (KEPT if cached else NEW) if sequence.loss is None else sequence.loss
     # At least the last token is computed, and of what differs within a block perhaps the whole block.
     if cached + block < min(shared, len(prompt) - 1):
         return UNKNOWN if sequence.loss is None else sequence.loss
@@ -125,7 +126,7 @@ def _reason(asked: Asked, nearest: Asked | None, sequence: Running, shared: int 
         return CONTINUED
     alike = shared + int(Grams(prompt[shared:]).found_in(nearest.tokens).sum())
     if alike < _ALIKE * len(prompt) and shared < block:
-        return NEW if sequence.loss is None else sequence.loss
+        return (KEPT if cached >= block else NEW) if sequence.loss is None else sequence.loss
     return CHANGED
 
 

@@ -7,10 +7,12 @@ from typing import Any
 from kvist.cache.record import Loss
 from kvist.service.places import Place
 
-NEW, CONTINUED, CHANGED, UNKNOWN, NOT_LOOKED_UP = "new", "continued", "changed", "unknown", "not looked up"
+NEW, KEPT, CONTINUED, CHANGED = "new", "kept", "continued", "changed"
+UNKNOWN, NOT_LOOKED_UP = "unknown", "not looked up"
 
 WHY = {
     NEW: "no earlier request of yours that is remembered begins alike",
+    KEPT: "it begins as a request did that is not remembered any more, whose KV is still kept",
     CONTINUED: "it goes on where an earlier request ended; only what is new was computed",
     CHANGED: "the text is another from here on",
     UNKNOWN: "blocks that an earlier request computed were not found, and it is not known why",
