@@ -122,6 +122,8 @@ class DiskTier:
         """See `Tier.put`. The file is synced, renamed into place, and its folder synced, before it is found here."""
         _check(block)
         size = sum(memoryview(part).nbytes for part in record)
+        if self._used + size > self.budget and not 0 <= self._clock() - self._scanned <= _RESCAN:
+            self._scan()
         if not self._make_room(block, size, until):
             return False
         try:
@@ -184,8 +186,6 @@ class DiskTier:
         size -= 0 if known is None or full else known.size  # which it replaces
         limit = self.limits.get(namespace, math.inf)
         with self._lock:
-            if (self._used + size > self.budget or full) and not 0 <= self._clock() - self._scanned <= _RESCAN:
-                self._scan()
             if (excess := self._used_of[namespace] + size - limit) > 0:
                 own = [name for name in self._entries if name[:32] == namespace]
                 self._give_up(own, max(excess, limit // _SLACK), until)
@@ -244,13 +244,16 @@ class DiskTier:
 
     def _scan(self) -> None:
         """Learn from the files what is there, and delete what crashes left behind."""
+        self._scanned = self._clock()
+        found = dict(self._files(sweep=True))  # takes a while, in which others go on
         with self._lock:
-            self._scanned = self._clock()
-            pinned = {block for block, entry in self._entries.items() if math.isinf(entry.until)}
-            self._entries, self._used = {}, 0
-            self._used_of.clear()
-            for block, entry in self._files(sweep=True):
-                self._add(block, _Entry(entry.size, math.inf if block in pinned else entry.until))
+            for block in [block for block in self._entries if block not in found]:
+                self._forget(block)
+                self._notice(block)  # it was written meanwhile, or is gone
+            for block, entry in found.items():
+                known = self._entries.get(block)
+                self._forget(block)
+                self._add(block, entry if known is None else _Entry(entry.size, max(entry.until, known.until)))
             for block, entry in list(self._entries.items()):
                 if self._is_expired(entry):
                     self._drop(block, expired=True)
