@@ -90,6 +90,8 @@ class History:
         asked = (self.of(tenant, session) if session is not None else []) or self.of(tenant)
         latest = asked[::-1]
         ordered = sorted(latest, key=lambda one: common(one.tokens, tokens), reverse=True)
+        if ordered and 2 * common(ordered[0].tokens, tokens) >= len(tokens):
+            return ordered[0]  # whatever the others have further on, they part earlier
         candidates = list(dict.fromkeys([*ordered[:_CANDIDATES], *latest[:_CANDIDATES]]))
         grams = Grams(tokens)
         scores = [(common(one.tokens, tokens), int(grams.found_in(one.tokens).sum()), one) for one in candidates]
