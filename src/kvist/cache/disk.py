@@ -30,6 +30,8 @@ _TEMPORARY = ".tmp-"
 _STALE = 3600.0  # seconds after which a temporary file belongs to a process that has died
 _RESCAN = 60.0  # seconds after which what other processes did is looked at again, before anything is given up
 _PINNED = 365 * 86_400.0  # seconds from now: the time of a file that is pinned, as other processes see it
+_LAST = 2.0**33  # seconds of the epoch: what comes later is no time of a file
+_FULL = errno.ENOSPC, errno.EDQUOT
 _SLACK = 50  # one part in so many of the budget is given up at once, so that not every block has to look for room
 _NO_FOLLOW = os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -78,8 +80,10 @@ class DiskTier:
         self._scan()
 
     def close(self) -> None:
-        """Give up the folder. Nothing may be asked any more."""
-        os.close(self._root)
+        """Give up the folder. What a thread that is still at work asks from then on fails."""
+        root, self._root = self._root, -1
+        if root >= 0:
+            os.close(root)
 
     @property
     def used(self) -> int:
@@ -94,12 +98,13 @@ class DiskTier:
         """Also finds what another process has written meanwhile."""
         with self._lock:
             entry = self._entries.get(block) or self._notice(block)
-            if entry is None:
-                return False
-            if self._is_expired(entry):
-                self._drop(block, expired=True)
-                return False
-            return True
+            if entry is not None and self._is_expired(entry):
+                self._forget(block)
+                entry = self._notice(block)  # another process may have used it since
+                if entry is not None and self._is_expired(entry):
+                    self._drop(block, expired=True)
+                    return False
+            return entry is not None
 
     def get(self, block: str, size: int) -> Buffer | None:
         """See `Tier.get`."""
@@ -108,11 +113,15 @@ class DiskTier:
         try:
             with self._open_folder(block) as folder:
                 descriptor = os.open(_file(block), os.O_RDONLY | os.O_NONBLOCK | _NO_FOLLOW, dir_fd=folder)
-                with open(descriptor, "rb", buffering=0) as file:
-                    return _read(file.fileno(), size)
+                try:
+                    return _read(descriptor, size)
+                finally:
+                    os.close(descriptor)
         except FileNotFoundError:  # another process has deleted it
             with self._lock:
-                self._forget(block)
+                if block in self._entries:
+                    self._forget(block)
+                    self.lost(block, False)
             return None
         except OSError as error:
             self.remove(block)
@@ -129,15 +138,18 @@ class DiskTier:
         try:
             self._write(block, record, until)
         except OSError as error:
-            if error.errno != errno.ENOSPC or not self._make_room(block, size, until, full=True):
+            if error.errno not in _FULL or not self._make_room(block, size, until, full=True):
                 raise TierError(f"cannot write to {self.folder}: {error.strerror or error}") from None
             try:
                 self._write(block, record, until)
             except OSError as again:
                 raise TierError(f"cannot write to {self.folder}: {again.strerror or again}") from None
         with self._lock:
+            known = self._entries.get(block)
             self._forget(block)
             self._add(block, _Entry(size, until))
+        if known is not None and known.until > until:  # held by somebody already
+            self.pin([block], known.until)
         return True
 
     def pin(self, blocks: Sequence[str], until: float) -> None:
@@ -150,7 +162,7 @@ class DiskTier:
                 if entry is None or entry.until >= time:
                     continue
                 entry.until = time
-            shown = min(time, self._clock() + _PINNED)
+            shown = self._shown(time)
             with contextlib.suppress(OSError), self._open_folder(block) as folder:
                 os.utime(_file(block), (shown, shown), dir_fd=folder, follow_symlinks=False)
 
@@ -182,17 +194,18 @@ class DiskTier:
         """Whether `size` more bytes fit the budgets, others that are older than `until` being given up for them.
         `full`: the disk is, so as much has to go, whatever the budgets."""
         namespace = block[:32]
-        known = self._entries.get(block)
-        size -= 0 if known is None or full else known.size  # which it replaces
         limit = self.limits.get(namespace, math.inf)
         with self._lock:
+            known = self._entries.get(block)
+            size -= 0 if known is None or full else known.size  # which it replaces
+            others = [name for name in self._entries if name != block]
             if (excess := self._used_of[namespace] + size - limit) > 0:
-                own = [name for name in self._entries if name[:32] == namespace]
+                own = [name for name in others if name[:32] == namespace]
                 self._give_up(own, max(excess, limit // _SLACK), until)
             freed = 0
             if (excess := size if full else self._used + size - self.budget) > 0:
                 slack = 0 if full else self.budget // _SLACK
-                freed = self._give_up(list(self._entries), max(excess, slack), until)
+                freed = self._give_up([name for name in others if name in self._entries], max(excess, slack), until)
             if full:
                 return freed >= size
             return self._used + size <= self.budget and self._used_of[namespace] + size <= limit
@@ -203,11 +216,22 @@ class DiskTier:
         freed = 0
         for block in sorted(blocks, key=lambda name: self._entries[name].until):
             entry = self._entries[block]
-            if freed >= excess or entry.until > until or math.isinf(entry.until):
+            if freed >= excess:
                 break
+            if self._is_held(entry, until):
+                continue
             freed += entry.size
             self._drop(block, expired=self._is_expired(entry))
         return freed
+
+    def _is_held(self, entry: _Entry, until: float) -> bool:
+        """Whether it is younger than `until`. What no clock that is right can have asked for is not: it was written
+        while the clock was wrong, and would stay until that time comes."""
+        return math.isinf(entry.until) or until < entry.until <= self._clock() + 2 * _PINNED
+
+    def _shown(self, until: float) -> float:
+        """What a file's time of modification says of it."""
+        return max(0.0, min(until, self._clock() + _PINNED, _LAST))
 
     def _is_expired(self, entry: _Entry) -> bool:
         return self._clock() - entry.until > self._max_age
@@ -232,72 +256,92 @@ class DiskTier:
     # ---- files
 
     def _notice(self, block: str) -> _Entry | None:
-        """A block that another process has written."""
+        """A block that another process has written; no file that takes more than all blocks may."""
         try:
             with self._open_folder(block) as folder:
                 found = os.stat(_file(block), dir_fd=folder, follow_symlinks=False)
         except OSError:
             return None
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(found.st_mode) or found.st_size > self.budget:
             return None
         return self._add(block, _Entry(found.st_size, found.st_mtime))
 
     def _scan(self) -> None:
         """Learn from the files what is there, and delete what crashes left behind."""
-        self._scanned = self._clock()
+        first, self._scanned = math.isinf(self._scanned), self._clock()
         found = dict(self._files(sweep=True))  # takes a while, in which others go on
         with self._lock:
             for block in [block for block in self._entries if block not in found]:
                 self._forget(block)
                 self._notice(block)  # it was written meanwhile, or is gone
             for block, entry in found.items():
-                known = self._entries.get(block)
-                self._forget(block)
-                self._add(block, entry if known is None else _Entry(entry.size, max(entry.until, known.until)))
+                if (known := self._entries.get(block)) is not None:
+                    self._forget(block)
+                    self._add(block, _Entry(entry.size, max(entry.until, known.until)))
+                elif first:
+                    self._add(block, entry)
+                else:
+                    self._notice(block)  # unless it was given up meanwhile
             for block, entry in list(self._entries.items()):
-                if self._is_expired(entry):
-                    self._drop(block, expired=True)
+                if (expired := self._is_expired(entry)) or entry.size > self.budget:
+                    self._drop(block, expired)
 
     def _files(self, sweep: bool = False) -> Iterator[tuple[str, _Entry]]:
-        for folder in _listed(self.folder):
-            if not _FOLDER.fullmatch(folder.name) or not folder.is_dir(follow_symlinks=False):
-                continue
-            for file in _listed(folder.path):
-                try:
-                    found = file.stat(follow_symlinks=False)
-                except OSError:
-                    continue
-                if not stat.S_ISREG(found.st_mode):
-                    continue
-                if _FILE.fullmatch(file.name):
-                    yield f"{folder.name}/{file.name[:64]}", _Entry(found.st_size, found.st_mtime)
-                elif sweep and file.name.startswith(_TEMPORARY) and self._clock() - found.st_mtime > _STALE:
-                    with contextlib.suppress(OSError):
-                        os.unlink(file.path)
+        for name in self._names():
+            # The descriptor stays open, as what is said of an entry is looked up behind it.
+            with contextlib.suppress(OSError), self._opened(name) as folder:
+                for file in _listed(folder):
+                    try:
+                        found = file.stat(follow_symlinks=False)
+                    except OSError:
+                        continue
+                    if not stat.S_ISREG(found.st_mode):
+                        continue
+                    if _FILE.fullmatch(file.name):
+                        yield f"{name}/{file.name[:64]}", _Entry(found.st_size, found.st_mtime)
+                    # Its time of modification may be set already: to when the block was used, long ago.
+                    elif sweep and file.name.startswith(_TEMPORARY) and self._clock() - found.st_ctime > _STALE:
+                        with contextlib.suppress(OSError):
+                            os.unlink(file.name, dir_fd=folder)
+
+    def _names(self) -> list[str]:
+        """Those of the folders of namespaces."""
+        with contextlib.suppress(OSError), self._opened(".") as root:
+            return [folder.name for folder in _listed(root) if _FOLDER.fullmatch(folder.name)]
+        return []
 
     def _write(self, block: str, record: Sequence[Buffer], until: float) -> None:
         with contextlib.suppress(FileExistsError):
             os.mkdir(block[:32], 0o700, dir_fd=self._root)
+            os.fsync(self._root)
         with self._open_folder(block) as folder:
             temporary = f"{_TEMPORARY}{os.getpid()}-{threading.get_ident()}"
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_FOLLOW, 0o600, dir_fd=folder)
             try:
                 with open(descriptor, "wb", buffering=0) as file:
                     _write_all(file.fileno(), record)
-                    os.utime(file.fileno(), (until, until))
+                    os.utime(file.fileno(), (self._shown(until),) * 2)
                     os.fsync(file.fileno())
                 os.rename(temporary, _file(block), src_dir_fd=folder, dst_dir_fd=folder)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary, dir_fd=folder)
                 raise
-            os.fsync(folder)
+            try:
+                os.fsync(folder)
+            except OSError:
+                self.remove(block)
+                raise
 
-    @contextlib.contextmanager
-    def _open_folder(self, block: str) -> Iterator[int]:
+    def _open_folder(self, block: str) -> contextlib.AbstractContextManager[int]:
         """A descriptor of the folder of a block. Raises `OSError`."""
         _check(block)
-        descriptor = os.open(block[:32], os.O_RDONLY | os.O_DIRECTORY | _NO_FOLLOW, dir_fd=self._root)
+        return self._opened(block[:32])
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[int]:
+        """A descriptor of a folder in the folder. Raises `OSError`."""
+        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | _NO_FOLLOW, dir_fd=self._root)
         try:
             yield descriptor
         finally:
@@ -313,13 +357,10 @@ def _file(block: str) -> str:
     return f"{block[33:]}.kv"
 
 
-def _listed(path: "str | Path") -> "list[os.DirEntry[str]]":
-    """The entries of a folder; none when it cannot be read."""
-    try:
-        with os.scandir(path) as found:
-            return list(found)
-    except OSError:
-        return []
+def _listed(folder: int) -> "list[os.DirEntry[str]]":
+    """The entries of a folder, by its descriptor. Raises `OSError`."""
+    with os.scandir(folder) as found:
+        return list(found)
 
 
 def _read(descriptor: int, size: int) -> bytearray:

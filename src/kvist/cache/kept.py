@@ -4,6 +4,7 @@ The engine's thread hands over copies of blocks and never waits for a tier; a th
 thread reads what sequences are about to need, checks every byte of it, and hands it over in order. Whatever goes wrong
 with a tier is counted, told once in a while, and otherwise as if the tier had nothing."""
 
+import contextlib
 import logging
 import threading
 import time
@@ -21,6 +22,7 @@ READ, WRITE = ACTS = ("read", "write")  # what a tier may fail at
 STALL = 5.0  # seconds after which a block that does not come is computed instead
 _AHEAD = 32 << 20  # bytes that are read ahead for one sequence
 _REMEMBERED = 1 << 16  # losses
+_PINS = 1 << 10  # that wait while a tier is stuck; the oldest are forgotten, which only makes blocks seem older
 _PAUSE = 10.0  # seconds in which a tier that failed is left alone
 _QUIET = 30.0  # seconds between two lines in the log about one kind of failure
 
@@ -185,14 +187,14 @@ class KeptCache:
         return all(written)
 
     def close(self) -> None:
-        """End the threads. What was not written by then is not written."""
+        """End the threads. What was not written by then is not written. One that is stuck in a tier is left behind."""
         with self._wake:
             self._closed = True
             self._wake.notify_all()
         for writer in self._writers:
             writer.close()
         if self.tiers:
-            self._reader.join()
+            self._reader.join(STALL)
 
     # ---- the reader's thread
 
@@ -241,7 +243,7 @@ class KeptCache:
                 self.losses.add(block.name, error.loss)
                 continue
             except Exception as error:  # whatever a tier does, what it has is computed again
-                health.failed(str(error) if isinstance(error, TierError) else f"{type(error).__name__}: {error}")
+                health.failed(error)
                 self.losses.add(block.name, Loss.UNREADABLE)
                 continue
             if payload is None:
@@ -260,7 +262,8 @@ class KeptCache:
         try:
             return read_payload(record, block, self._payload)
         except BadRecord:
-            tier.remove(block.name)
+            with contextlib.suppress(Exception):  # why it is of no use matters more
+                tier.remove(block.name)
             raise
 
 
@@ -279,11 +282,11 @@ class _Health:
     def is_well(self) -> bool:
         return time.monotonic() >= self._until
 
-    def failed(self, message: str) -> None:
+    def failed(self, error: Exception) -> None:
         """It could not do what was asked."""
         self._until = time.monotonic() + _PAUSE
         self._counters.failures[self._name, self._act] += 1
-        self.complain(message)
+        self.complain(str(error) if isinstance(error, TierError) else f"{type(error).__name__}: {error}")
 
     def complain(self, message: str) -> None:
         """Say it in the log, not too often."""
@@ -305,7 +308,7 @@ class _Writer:
         self._health = health
         self._most = max(2, staging // kept.payload)
         self._queue: OrderedDict[str, tuple[BlockId, Buffer, float]] = OrderedDict()
-        self._pins: deque[tuple[Sequence[str], float]] = deque()
+        self._pins: deque[tuple[Sequence[str], float]] = deque(maxlen=_PINS)
         self._busy = False
         self._closed = False
         self._wake = threading.Condition()
@@ -327,6 +330,10 @@ class _Writer:
 
     def add_pin(self, blocks: Sequence[str], until: float) -> None:
         with self._wake:
+            for place, block in enumerate(blocks):
+                later = until + (len(blocks) - place) * 1e-6  # as tiers do, so that a block goes before its parent
+                if (todo := self._queue.get(block)) is not None and todo[2] < later:
+                    self._queue[block] = todo[0], todo[1], later
             self._pins.append((blocks, until))
             self._wake.notify_all()
 
@@ -338,7 +345,7 @@ class _Writer:
         with self._wake:
             self._closed = True
             self._wake.notify_all()
-        self._thread.join()
+        self._thread.join(STALL)
 
     def _run(self) -> None:
         while True:
@@ -347,16 +354,19 @@ class _Writer:
                 if self._closed:
                     return
                 self._busy = True
+                # What is in use is told first: what is written next must not push out the blocks that it stands behind.
+                pins = self._pins.popleft() if self._pins else None
                 # A block stays in the queue until it is written, so that it is always found in one of the two.
-                todo = next(iter(self._queue.values()), None)
-                pins = self._pins.popleft() if todo is None else None
+                todo = next(iter(self._queue.values()), None) if pins is None else None
             try:
                 if todo is not None:
                     self._write(*todo)
-                elif pins is not None:
+                elif pins is not None and self._write_health.is_well:
                     self._tier.pin(*pins)
             except Exception as error:  # whatever a tier does, the others go on
-                self._write_health.failed(f"{type(error).__name__}: {error}")
+                self._write_health.failed(error)
+                if todo is not None:
+                    self._kept.losses.add(todo[0].name, Loss.UNWRITTEN)
             with self._wake:
                 self._busy = False
                 if todo is not None and self._queue.get(todo[0].name) is todo:
@@ -372,12 +382,7 @@ class _Writer:
             self._tier.pin([block.name], until)
             return
         head = header(block, payload)
-        try:
-            kept = self._tier.put(block.name, (head, payload), until)
-        except TierError as error:
-            self._write_health.failed(str(error))
-            kept = False
-        if kept:
+        if self._tier.put(block.name, (head, payload), until):
             counters.written[name] += 1
             counters.written_bytes[name] += len(head) + memoryview(payload).nbytes
         else:
