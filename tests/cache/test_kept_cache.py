@@ -1,16 +1,19 @@
 """Blocks on their way to tiers that are slow, that fail, that lie: nothing hangs, nothing wrong comes back."""
 
+import itertools
 import logging
 import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
+from kvist.cache.disk import DiskTier
 from kvist.cache.kept import Fetch, KeptCache
 from kvist.cache.keys import root_key
-from kvist.cache.record import BlockId, Loss, header
+from kvist.cache.record import BlockId, Loss, header, record_bytes
 from kvist.cache.tier import Buffer, TierError
 
 SIZE, PAYLOAD = 16, 200
@@ -41,12 +44,14 @@ class MemoryTier:
         self.failure: Exception | None = None
         self.knows = True
         self.asked = 0
+        self.order: list[str] = []  # what was read
 
     def contains(self, block: str) -> bool | None:
         return block in self.records if self.knows else None
 
     def get(self, block: str, size: int) -> Buffer | None:
         self.asked += 1
+        self.order.append(block)
         self.gate.wait(10)
         if self.failure is not None:
             raise self.failure
@@ -145,6 +150,16 @@ def test_a_tier_that_lies_is_found_out(seed: int, caplog: pytest.LogCaptureFixtu
     kept.close()
 
 
+def test_a_cache_that_checks_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvist.cache.kept.read_payload", lambda record, block, payload: record[-payload:])
+    tier, block = MemoryTier(), chain(1)[0]
+    tier.records[block.name] = header(block, planes(block)) + bytes(PAYLOAD)
+    kept = KeptCache([tier], PAYLOAD)
+    assert finish(kept, kept.fetch([block], 0)) != [(block, bytes(planes(block)), tier.name)]
+    assert kept.counters.hits[tier.name] == 1
+    kept.close()
+
+
 @pytest.mark.parametrize("failure", [TierError("it is gone"), RuntimeError("a defect"), MemoryError()])
 def test_a_tier_that_fails_is_left_alone_for_a_while(
     failure: Exception, kept: KeptCache, tier: MemoryTier, caplog: pytest.LogCaptureFixture
@@ -211,6 +226,27 @@ def test_two_fetches_take_turns(tier: MemoryTier) -> None:
     tier.gate.set()
     assert [len(finish(kept, fetch)) for fetch in fetches] == [20, 20]
     kept.close()
+    # The second may have come when a block or two of the first had been read.
+    firsts = [name in {block.name for block in one} for name in tier.order]
+    assert all(a != b for a, b in itertools.pairwise(firsts[2:37]))
+
+
+def test_no_more_is_read_ahead_than_is_taken(kept: KeptCache, tier: MemoryTier) -> None:
+    kept._ahead = 3
+    blocks = chain(10)
+    for block in blocks:
+        tier.records[block.name] = header(block, planes(block)) + planes(block)
+    fetch = kept.fetch(blocks, 0)
+    end = time.monotonic() + 10
+    while len(fetch.ready) < 3:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert tier.asked == 3
+    kept.take(fetch)
+    other = kept.fetch(blocks[:1], 0)  # one that waits to be taken keeps nobody waiting
+    assert len(finish(kept, other)) == 1
+    assert len(finish(kept, fetch)) == 9
 
 
 @pytest.mark.parametrize("writing", [False, True])
@@ -248,3 +284,221 @@ def test_what_was_used_is_pinned_behind(kept: KeptCache, tier: MemoryTier) -> No
     kept.pin(["a", "b"], 5.0)
     assert kept.flush(10)
     assert tier.pins == [(["a", "b"], 5.0)]
+
+
+def test_what_is_in_use_is_told_before_more_is_written(tmp_path: Path) -> None:
+    """Or the block that a sequence stands behind, not used for long, would make room for the next of the sequence."""
+    size = record_bytes(SIZE, PAYLOAD)
+    disk, blocks = DiskTier(tmp_path, 10 * size), chain(10)
+    for place, block in enumerate(blocks):
+        assert disk.put(block.name, (header(block, planes(block)), planes(block)), float(place))
+    kept, gate, put = KeptCache([disk], PAYLOAD), threading.Event(), disk.put
+
+    def slow(block: str, record: Sequence[Buffer], until: float) -> bool:
+        done = put(block, record, until)
+        gate.wait(10)
+        return done
+
+    disk.put = slow  # type: ignore[method-assign]
+    more = chain(3, seed=1)
+    kept.save(more[0], planes(more[0]), time.time())
+    while not disk.contains(more[0].name):
+        time.sleep(0.001)
+    kept.save(more[1], planes(more[1]), time.time())
+    kept.pin([blocks[1].name], time.time())
+    gate.set()
+    assert kept.flush(10)
+    assert [disk.contains(block.name) for block in blocks[:4]] == [False, True, False, True]
+    kept.close()
+    disk.close()
+
+
+def test_what_waits_to_be_written_is_held_as_long_as_it_was_asked_for_last(tmp_path: Path) -> None:
+    disk, blocks, now = DiskTier(tmp_path, 1 << 20), chain(3), time.time()
+    kept, gate, put = KeptCache([disk], PAYLOAD), threading.Event(), disk.put
+    disk.put = lambda *rest: gate.wait(10) and put(*rest)  # type: ignore[method-assign]
+    for block in blocks:
+        kept.save(block, planes(block), now)
+    kept.pin([block.name for block in blocks], now + 3600)
+    kept.pin([block.name for block in blocks], now + 60)
+    gate.set()
+    assert kept.flush(10)
+    held = [disk._entries[block.name].until for block in blocks]
+    assert all(until > now + 3599 for until in held)
+    assert held == sorted(held, reverse=True)
+    assert kept.counters.written["disk"] == 3
+    kept.close()
+    disk.close()
+
+
+def test_what_a_stuck_tier_is_not_told_does_not_pile_up(tier: MemoryTier) -> None:
+    kept, block = KeptCache([tier], PAYLOAD), chain(1)[0]
+    tier.gate.clear()
+    kept.save(block, planes(block), 0.0)
+    while not kept._writers[0]._busy:
+        time.sleep(0.001)
+    for place in range(5000):
+        kept.pin([f"{place}"], 0.0)
+    tier.gate.set()
+    assert kept.flush(10)
+    assert len(tier.pins) == 1024
+    assert tier.pins[-1][0] == ["4999"]
+    kept.close()
+
+
+@pytest.mark.parametrize("act", ["contains", "put", "pin"])
+@pytest.mark.parametrize("failure", [TierError("it is gone"), ValueError("a defect"), OSError("the cable")])
+def test_whatever_a_tier_raises_while_it_is_written_is_counted_and_told(
+    act: str, failure: Exception, tier: MemoryTier, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*rest: object) -> None:
+        raise failure
+
+    setattr(tier, act, fail)
+    kept, blocks = KeptCache([tier], PAYLOAD), chain(3)
+    with caplog.at_level(logging.WARNING, "kvist.cache"):
+        if act == "pin":
+            for _ in range(5):
+                kept.pin(["a"], 0.0)
+        for block in blocks:
+            kept.save(block, planes(block), 0.0)
+        assert kept.flush(10)
+    assert kept.counters.failures[tier.name, "write"] == 1  # and then it is left alone
+    assert kept.counters.losses["unwritten"] == 3
+    assert all(kept.losses.of(block.name) is Loss.UNWRITTEN for block in blocks)
+    assert len(caplog.records) == 1
+    assert str(failure) in caplog.text
+    kept.close()
+
+
+def test_why_a_block_is_of_no_use_is_told_even_where_it_cannot_be_removed(kept: KeptCache, tier: MemoryTier) -> None:
+    def fail(block: str) -> None:
+        raise TierError("read-only")
+
+    tier.remove = fail  # type: ignore[method-assign]
+    block = chain(1)[0]
+    tier.records[block.name] = header(block, planes(block)) + bytes(PAYLOAD)
+    fetch = kept.fetch([block], 0)
+    assert finish(kept, fetch) == []
+    assert fetch.loss is Loss.CORRUPT
+    assert kept.counters.losses == {"corrupt": 1}
+    assert not kept.counters.failures
+
+
+@pytest.mark.parametrize("act", ["get", "put", "pin", "contains"])
+def test_a_tier_that_hangs_for_good_does_not_keep_it_from_closing(
+    act: str, tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvist.cache.kept.STALL", 0.1)
+    gate = threading.Event()
+
+    def hang(*rest: object) -> None:
+        gate.wait(20)
+
+    setattr(tier, act, hang)
+    kept, blocks = KeptCache([tier], PAYLOAD), chain(2)
+    tier.records[blocks[0].name] = header(blocks[0], planes(blocks[0])) + planes(blocks[0])
+    if act == "get":
+        kept.fetch(blocks, 0)
+    elif act == "pin":
+        kept.pin(["a"], 0.0)
+    else:
+        kept.save(blocks[1], planes(blocks[1]), 0.0)
+    time.sleep(0.05)
+    started = time.monotonic()
+    assert kept.flush(0.05) == (act == "get")
+    kept.close()
+    assert time.monotonic() - started < 3
+    assert kept.flush(0.05) == (act == "get")
+    gate.set()
+    end = time.monotonic() + 10
+    while [thread for thread in threading.enumerate() if thread.name.startswith("kvist-")]:
+        assert time.monotonic() < end, "a thread stays"
+        time.sleep(0.001)
+
+
+class Whims(MemoryTier):
+    """Slow, failing and lying at random."""
+
+    def __init__(self, name: str, rng: random.Random) -> None:
+        super().__init__(name)
+        self.rng = rng
+
+    def _whim(self) -> None:
+        if self.rng.random() < 0.2:
+            time.sleep(self.rng.random() * 0.0005)
+        if self.rng.random() < 0.1:
+            raise self.rng.choice([TierError("it is gone"), RuntimeError("a defect")])
+
+    def contains(self, block: str) -> bool | None:
+        return self.rng.choice([None, super().contains(block)])
+
+    def get(self, block: str, size: int) -> Buffer | None:
+        self._whim()
+        record = super().get(block, size)
+        if record is not None and self.rng.random() < 0.2:
+            damaged = bytearray(record)
+            damaged[self.rng.randrange(len(damaged))] ^= 1 << self.rng.randrange(8)
+            return damaged[: self.rng.randrange(len(damaged))] if self.rng.random() < 0.3 else damaged
+        return record
+
+    def put(self, block: str, record: Sequence[Buffer], until: float) -> bool:
+        self._whim()
+        return self.rng.random() < 0.9 and super().put(block, record, until)
+
+    def pin(self, blocks: Sequence[str], until: float) -> None:
+        self._whim()
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_over_tiers_with_whims_all_is_accounted_for_and_right(
+    part: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred trials each. What was handed over is written or lost, what comes back is the beginning of what was
+    asked for, and nothing hangs."""
+    hits = losses = failures = 0
+    for seed in range(part * 100, part * 100 + 100):
+        rng = random.Random(seed)
+        monkeypatch.setattr("kvist.cache.kept._PAUSE", rng.choice([0.0, 0.002]))
+        tiers = [Whims(name, random.Random(seed)) for name in ("near", "far")[: rng.randint(1, 2)]]
+        kept, chains, saved = KeptCache(tiers, PAYLOAD, staging=6 * PAYLOAD), [chain(8, one) for one in range(3)], 0
+        for tier, block in itertools.product(tiers, itertools.chain(*chains)):
+            if rng.random() < 0.8:
+                tier.records[block.name] = header(block, planes(block)) + planes(block)
+        before = [set(tier.records) for tier in tiers]
+        fetches, given = list[tuple[Fetch, list[BlockId]]](), list[tuple[BlockId, Buffer]]()
+        for _ in range(30):
+            blocks, act = rng.choice(chains), rng.randrange(5)
+            if act < 2 and kept.has_room:
+                block = rng.choice(blocks)
+                saved += not any(writer.is_queued(block) for writer in kept._writers)
+                kept.save(block, planes(block), 0.0)
+            elif act == 2:
+                fetches.append((kept.fetch(blocks, 0), blocks))
+            elif act == 3:
+                kept.pin([block.name for block in blocks], 0.0)
+            elif fetches:
+                fetch, blocks = rng.choice(fetches)
+                given += [(one.block, one.payload) for one in (kept.take(fetch) for _ in list(fetch.ready)[:2])]
+                if rng.random() < 0.3:
+                    kept.cancel(fetch)
+        for fetch, blocks in fetches:
+            if not fetch.cancelled:
+                taken = fetch.taken
+                rest = finish(kept, fetch)
+                assert [block for block, _, _ in rest] == blocks[taken : taken + len(rest)]
+                given += [(block, payload) for block, payload, _ in rest]
+        assert all(bytes(payload) == planes(block) for block, payload in given)
+        assert kept.flush(10)
+        counted, new = kept.counters, [set(tier.records) - old for tier, old in zip(tiers, before, strict=True)]
+        assert sum(counted.written.values()) >= sum(map(len, new))
+        # Saved twice while it waits, it is written once; what the far tier gave is written to the near one as well.
+        assert counted.losses["unwritten"] <= len(tiers) * saved + sum(counted.hits.values())
+        hits, losses = hits + sum(counted.hits.values()), losses + sum(counted.losses.values())
+        failures += sum(counted.failures.values())
+        kept.close()
+    assert hits > 300
+    assert losses > 300
+    assert failures > 100
+    assert caplog.records
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvist-")]

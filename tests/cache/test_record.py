@@ -1,10 +1,13 @@
 """Records of blocks: what is not exactly the block that was asked for is never taken for it."""
 
+import hashlib
 import random
 import struct
 import tracemalloc
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvist.cache.keys import block_key, pack_tokens, root_key, unpack_tokens
 from kvist.cache.record import BadRecord, BlockId, Loss, header, read_payload, record_bytes
@@ -93,8 +96,6 @@ def test_a_good_record_of_another_block_is_foreign(other: BlockId) -> None:
 
 def test_hostile_numbers_take_no_memory_and_raise_nothing_else() -> None:
     """Sizes and counts that lie, with digests that are right: whoever writes files can make those, too."""
-    import hashlib
-
     rng = random.Random(8)
     tracemalloc.start()
     for _ in range(500):
@@ -112,3 +113,48 @@ def test_hostile_numbers_take_no_memory_and_raise_nothing_else() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 << 20
+
+
+@settings(max_examples=500)
+@given(
+    cuts=st.lists(st.tuples(st.integers(0, len(GOOD)), st.integers(0, 80), st.binary(max_size=80)), max_size=4),
+    sealed=st.booleans(),
+)
+def test_whatever_is_spliced_in_nothing_comes_back_but_what_was_written(
+    cuts: list[tuple[int, int, bytes]], sealed: bool
+) -> None:
+    """`sealed`: with the digest of the header that belongs to what it became."""
+    bad = bytearray(GOOD)
+    for place, count, data in cuts:
+        bad[place : place + count] = data
+    if sealed and len(bad) >= HEAD:
+        bad[HEAD - 32 : HEAD] = hashlib.sha256(bad[: HEAD - 32]).digest()
+    try:
+        found = bytes(read_payload(bad, BLOCK, PAYLOAD))
+    except BadRecord:
+        assert bad != GOOD
+    else:
+        assert found == PLANES
+        assert bad == GOOD
+
+
+def test_every_byte_of_a_good_record_is_needed() -> None:
+    """Any byte changed, and the header's digest made right again: what the record says is compared, not believed."""
+    for place in range(HEAD - 32):
+        bad = bytearray(GOOD)
+        bad[place] ^= 0xFF
+        bad[HEAD - 32 : HEAD] = hashlib.sha256(bad[: HEAD - 32]).digest()
+        with pytest.raises(BadRecord):
+            read_payload(bad, BLOCK, PAYLOAD)
+
+
+def test_a_reader_that_looks_at_no_digest_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Same:
+        def digest(self) -> bytes:
+            return GOOD[88:120]
+
+    bad = bytearray(GOOD)
+    bad[-1] ^= 1
+    bad[HEAD - 32 : HEAD] = GOOD[88:120]
+    monkeypatch.setattr("kvist.cache.record.hashlib.sha256", lambda data: Same())
+    assert bytes(read_payload(bad, BLOCK, PAYLOAD)) != PLANES

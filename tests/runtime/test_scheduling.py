@@ -283,9 +283,31 @@ def test_a_grown_sequence_is_put_off_when_blocks_run_out_and_goes_on_from_what_i
     run_out(engine)
     assert (first.preempted, second.preempted) == (0, 1)
     assert second.cached.resume >= 64
+    assert (second.cached.prompt, sum(second.cached.tiers.values())) == (0, 0)
+    assert sum(second.cached.resume_tiers.values()) == second.cached.resume
+    assert second.loss is None, "what was lost of its own is no loss of the prompt's"
     oracle = Engine(make_runner())
     for sequence in (first, second):
         assert sequence.new_tokens == alone(oracle, sequence.request).new_tokens
+
+
+def test_what_is_found_is_counted_once_however_often_it_waits_for_room() -> None:
+    rng = random.Random(25)
+    engine = Engine(crowded("fp32", blocks=8, sequences=4))
+    base = tuple(tokens_of(rng, 200))
+    engine.add(Request(base, 2))
+    run_out(engine)
+    engine.add(Request(tuple(tokens_of(rng, 100)), 60))
+    engine.step()
+    waiting = engine.add(Request((*base, *tokens_of(rng, 250)), 2))
+    refused = 0
+    while not waiting.new_tokens:
+        engine.step()
+        refused += waiting.lease is None
+    run_out(engine)
+    assert refused > 2
+    assert 0 < waiting.cached.prompt <= 200
+    assert waiting.cached.prompt == sum(waiting.cached.tiers.values())
 
 
 def test_the_check_of_a_scheduler_can_fail() -> None:

@@ -62,6 +62,7 @@ def test_an_answer_says_what_was_cached_and_where_it_changed(server: Live) -> No
     assert difference["now"]["after"].startswith("1 twice.")
     assert difference["earlier"]["after"].startswith("0 twice.")
     assert difference["now"]["line"] == 22
+    assert get(server, f"/v1/cache/explain/{changed._request_id}").json() == full
     assert full["computed"] == short["computed"] == full["prompt_tokens"] - full["cached"]["memory"]
 
 
@@ -115,6 +116,7 @@ def test_what_a_session_pays(server: Live) -> None:
     # The first one is compared with what was asked before the session.
     assert found["breaks"][0]["times"] in (3, 4)
     assert found["again"] == sum(one["again"] for one in found["breaks"])
+    assert found["necessary"] <= found["computed"]
     assert found["again"] > 0.6 * found["prompt_tokens"] * 3 / 4
     parts = {one["label"]: one["tokens"] for one in found["parts"]}
     assert parts["the system message"] > 20 * parts["message 2 (user)"]

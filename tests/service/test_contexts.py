@@ -169,9 +169,9 @@ def test_texts_that_cannot_be_contexts(loaded: Loaded, opened: Kept) -> None:
 def test_a_chat_begins_with_the_tokens_of_its_context(loaded: Loaded) -> None:
     from kvist.text.chat import ChatTemplate
 
-    tokens = context_tokens(loaded, "chat", TEXT)
     template = ChatTemplate.load(loaded.directory)
     assert template is not None
+    tokens = context_tokens("chat", TEXT, template, loaded.tokenizer())
     messages = [{"role": "system", "content": f"{TEXT}\n\nBe brief."}, {"role": "user", "content": "Well?"}]
     prompt = loaded.tokenizer().encode(template.render(messages), add_special=False)
     assert prompt[: len(tokens)] == tokens

@@ -17,7 +17,7 @@ from kvist.runtime.sequence import Sequence
 from kvist.service.explain import Explainer
 from kvist.service.explanation import CHANGED, CONTINUED, KEPT, NEW, UNKNOWN, Explanation, Origin
 from kvist.service.history import Asked, Grams, History, common
-from kvist.service.places import find_places
+from kvist.service.places import find_places, first_difference
 from kvist.text.chat import ChatTemplate
 from tiny_model import TEMPLATE
 
@@ -161,14 +161,17 @@ class Desk:
         self.count += 1
         return self.answer(Request(tuple(tokens_of(text)), 4, tenant=tenant), origin, cached, loss)
 
-    def answer(self, request: Request, origin: Origin, cached: int, loss: Loss | None) -> Explanation:
+    def answer(
+        self, request: Request, origin: Origin, cached: int, loss: Loss | None, new: tuple[int, ...] = (1, 2, 3)
+    ) -> Explanation:
         asking = self.explainer.asked(request, origin)
         asking.now.id = f"id-{self.count}"
         sequence = Sequence(request, 0, Sampler(request.sampling, request.prompt))
         sequence.count_cached(cached, "memory")
         sequence.loss = loss
-        sequence.times.admitted, sequence.times.first = 10.0, 13.0
-        sequence.tokens += [1, 2, 3]
+        sequence.times.admitted, sequence.times.first = 10.0 * self.count, 10.0 * self.count + 3
+        self.explainer.computed(asking, sequence)
+        sequence.tokens += new
         return self.explainer.answered(asking, sequence, [asking.now.id])
 
 
@@ -253,10 +256,9 @@ def test_tokens_paid_again_are_those_that_the_earlier_request_had() -> None:
     now = replace(before, system="Another first line.\n" + before.system)
     count = desk.ask(before).prompt_tokens
     found = desk.ask(now)
-    # The characters of a token are others then, but for places that are alike.
+    # The characters of a token are others then, and nothing is alike.
     assert len("Another first line.\n") % 3
-    assert found.again is not None
-    assert found.again < count / 2
+    assert (found.reason, found.again) == (NEW, None)
     aligned = desk.ask(replace(before, system="Another first line.\n?" + before.system))
     assert aligned.again is not None
     assert count - 60 < aligned.again <= count
@@ -272,6 +274,81 @@ def test_nothing_of_another_tenant_is_compared_or_told() -> None:
     assert desk.explainer.told("a", mine.id) == mine
     assert desk.explainer.told("b", mine.id) is None
     assert desk.explainer.told("a", theirs.id) is None
+
+
+def talk(desk: Desk, prompt: Prompt, drawn: str, came_back: str, retokenized: bool = False) -> Explanation:
+    """Two turns: `drawn` is what the first was answered, and `came_back` what the second has of that."""
+    before = desk.template.render(prompt.conversation, prompt.tools)
+    desk.count += 1
+    desk.answer(Request(tuple(bytes_of(before)), 4), Origin(before), 0, None, tuple(bytes_of(drawn)))
+    more = replace(prompt, messages=(*prompt.messages, ("assistant", came_back), ("user", "And then?")))
+    text = desk.template.render(more.conversation, more.tools)
+    origin = Origin(text, lambda: find_places(text, more.conversation, more.tools, desk.template.render))
+    desk.count += 1
+    tokens = bytes_of(text)
+    if retokenized:
+        at = text.index(came_back) + len(came_back) // 4
+        tokens[at : at + 2] = [256 + tokens[at]]
+    cached = first_difference(text, before + drawn)
+    found = desk.answer(Request(tuple(tokens), 4), origin, cached, None)
+    assert found.nearest == f"id-{desk.count - 1}"
+    return found
+
+
+def bytes_of(text: str) -> list[int]:
+    return list(text.encode())
+
+
+ANSWER = "First one thing, then another, and at the end of it all the third, which took the longest of them."
+
+
+def spelled() -> Desk:
+    desk = Desk()
+    desk.explainer = Explainer(lambda ids: bytes(id % 256 for id in ids).decode(), BLOCK)
+    return desk
+
+
+def test_an_answer_that_came_back_without_its_reasoning_was_changed() -> None:
+    found = talk(spelled(), long_prompt(), f"<think>Well, well.</think>{ANSWER}<|im_end|>", ANSWER)
+    assert found.reason == CHANGED
+    assert found.where == "message 11 (assistant), line 1"
+    difference = found.difference
+    assert difference is not None
+    assert (difference.now.column, difference.earlier.where, difference.earlier.line) == (1, "its answer", None)
+    assert difference.now.after.startswith("First one thing")
+    assert difference.earlier.after.startswith("<think>Well")
+    assert found.again is not None
+    assert found.again >= len(ANSWER)
+
+
+def test_an_answer_that_came_back_as_it_was_or_gave_way_to_another_is_gone_on_from() -> None:
+    same = talk(spelled(), long_prompt(), f"{ANSWER}<|im_end|>", ANSWER)
+    assert (same.reason, same.difference, same.note) == (CONTINUED, None, None)
+    other = talk(spelled(), long_prompt(), f"{ANSWER}<|im_end|>", "Nothing of that was true, as was found on Friday.")
+    assert other.reason == CONTINUED
+    assert other.where == "message 11 (assistant), line 1"
+
+
+def test_an_answer_that_is_split_into_other_tokens_is_told() -> None:
+    found = talk(spelled(), long_prompt(), f"{ANSWER}<|im_end|>", ANSWER, retokenized=True)
+    assert (found.reason, found.difference) == (CONTINUED, None)
+    assert found.note is not None
+    assert "other tokens of the same text" in found.note
+
+
+def test_what_is_lost_and_like_nothing_is_compared_with_nothing() -> None:
+    desk = Desk()
+    desk.ask(draw(random.Random(77)))
+    found = desk.ask(long_prompt(), loss=Loss.EXPIRED)
+    assert (found.reason, found.nearest, found.again, found.difference) == (Loss.EXPIRED, None, None, None)
+
+
+def test_a_session_that_turns_to_something_else_is_compared_with_what_others_asked() -> None:
+    desk, prompt = Desk(), long_prompt()
+    desk.ask(prompt, session="one")
+    desk.ask(draw(random.Random(77)), session="two")
+    found = desk.ask(prompt, session="two", cached=640)
+    assert found.nearest == "id-1"
 
 
 def test_a_session_is_compared_with_itself() -> None:

@@ -39,8 +39,9 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is synced and renamed over `path`, else removed.
+def atomic_file(path: Path, mode: int = 0o644) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is synced and renamed over `path`, else removed. `mode`: of
+    the file; until then it is its owner's alone.
 
     Order: write, fsync the file, rename, fsync the folder: a reader sees the old file or the new one, whole.
     """
@@ -52,7 +53,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary = Path(name)
         yield temporary
         _sync(temporary)
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:

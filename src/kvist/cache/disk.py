@@ -214,20 +214,19 @@ class DiskTier:
         """Delete of these blocks the oldest, none that is younger than `until`, until `excess` bytes are free; returns
         how many are."""
         freed = 0
-        for block in sorted(blocks, key=lambda name: self._entries[name].until):
+        for block in sorted(blocks, key=lambda name: self._age(self._entries[name])):
             entry = self._entries[block]
-            if freed >= excess:
+            possible, time = self._age(entry)
+            if freed >= excess or (possible and time > until) or math.isinf(time):
                 break
-            if self._is_held(entry, until):
-                continue
             freed += entry.size
             self._drop(block, expired=self._is_expired(entry))
         return freed
 
-    def _is_held(self, entry: _Entry, until: float) -> bool:
-        """Whether it is younger than `until`. What no clock that is right can have asked for is not: it was written
-        while the clock was wrong, and would stay until that time comes."""
-        return math.isinf(entry.until) or until < entry.until <= self._clock() + 2 * _PINNED
+    def _age(self, entry: _Entry) -> tuple[bool, float]:
+        """The least goes first. What no clock that is right can have asked for was written while the clock was wrong:
+        it would stay until that time comes."""
+        return math.isinf(entry.until) or entry.until <= self._clock() + 2 * _PINNED, entry.until
 
     def _shown(self, until: float) -> float:
         """What a file's time of modification says of it."""

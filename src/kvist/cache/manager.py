@@ -110,6 +110,10 @@ class CacheManager:
         if whole:
             self._public.append(whole)
 
+    def begins_public(self, tokens: Sequence[int]) -> bool:
+        """Whether leases of these tokens share their first ones with all namespaces."""
+        return any(tuple(tokens[: len(public)]) == public for public in self._public)
+
     def roots(self, namespace: str) -> list[Node]:
         """All roots that are of this namespace alone: its own, and one behind each public beginning."""
         return [self.tree.root(namespace), *(self._branch(namespace, public) for public in self._public)]

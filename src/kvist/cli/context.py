@@ -82,6 +82,7 @@ def list_contexts(cache_dir: CacheDir = None, as_json: Json = False) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("name", "model", "form", "tokens", "on disk", "codec", "used", box=None, pad_edge=False)
     for row in rows:
@@ -89,7 +90,14 @@ def list_contexts(cache_dir: CacheDir = None, as_json: Json = False) -> None:
             table.add_row(row["name"], "damaged")
             continue
         used = f"{format_duration(max(time.time() - row['used'], 0))} ago"
-        facts = (row["model"], row["form"], f"{row['tokens']:,}", format_bytes(row["bytes"]), row["kv"], used)
+        facts = (
+            Text(_shown(row["model"])),
+            row["form"],
+            f"{row['tokens']:,}",
+            format_bytes(row["bytes"]),
+            row["kv"],
+            used,
+        )
         table.add_row(row["name"], *facts)
     if rows:
         Console(width=None if sys.stdout.isatty() else 140).print(table)
@@ -101,6 +109,7 @@ def list_contexts(cache_dir: CacheDir = None, as_json: Json = False) -> None:
 def show(name: Name, cache_dir: CacheDir = None, as_json: Json = False) -> None:
     """What a context is, and how much of it is on disk."""
     from kvist.cache.disk import DiskTier
+    from kvist.service.keeping import differs_today
 
     contexts, settings = _contexts(cache_dir), _settings(cache_dir, None)
     context = contexts.get(name)
@@ -111,20 +120,24 @@ def show(name: Name, cache_dir: CacheDir = None, as_json: Json = False) -> None:
         "blocks_on_disk": sum(disk.contains(block) for block in blocks),
         "sources": list(context.sources),
         "elsewhere": context.elsewhere,
+        "differs": differs_today(settings.path, context.identity),
         "identity": context.identity.to_json(),
     }
     disk.close()
     if as_json:
         print_json(facts)
         return
-    print(f"{name}: {plural(len(context.tokens), 'token')} of {context.identity.model}, for {context.form}s")
+    model = _shown(context.identity.model)
+    print(f"{name}: {plural(len(context.tokens), 'token')} of {model}, for {context.form}s")
     there, total = facts["blocks_on_disk"], facts["blocks"]
     missing = "" if there == total else f", {total - there:,} are not there any more and will be computed again"
     print(f"{format_bytes(context.nbytes)} on disk, {context.identity.kv}; {there:,} of {total:,} blocks{missing}")
     print(f"made {_date(context.created)}, last used {_date(facts['used'])}")
     if context.elsewhere:
         print("computed on a machine with other arithmetic: answers may differ from those computed here in rare words")
-    print("\n".join(f"  {source}" for source in context.sources))
+    if facts["differs"]:
+        print(f"of no use to {model} as it was last opened, whose {', '.join(facts['differs'])} differ: make it again")
+    print("\n".join(f"  {_shown(source)}" for source in context.sources))
 
 
 @app.command()
@@ -219,6 +232,11 @@ def _facts(context: "Context", contexts: "Contexts") -> dict[str, Any]:
         "created": context.created,
         "used": contexts.used(context.name),
     }
+
+
+def _shown(text: str) -> str:
+    """Text of a file that may be from elsewhere: whatever a terminal would obey left out."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _date(seconds: float) -> str:

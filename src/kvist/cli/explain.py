@@ -81,7 +81,7 @@ def _show_explanation(found: Mapping[str, Any]) -> None:
         seconds = format_duration(found["again_seconds"])
         console.print(f"paid again: {plural(found['again'], 'token')} that an earlier request had, about {seconds}")
     elif found["again"] is None:
-        console.print("paid again: unknown, there is nothing to compare with")
+        console.print("paid again: unknown")
     if found["nearest"] is not None:
         console.print(f"nearest earlier request: {found['nearest']}, alike in its first {found['common']:,} tokens")
     if (difference := found["difference"]) is not None:
@@ -106,8 +106,9 @@ def _show_tax(found: Mapping[str, Any]) -> None:
     console.print(f"{name}: {plural(found['requests'], 'request')}, {plural(found['prompt_tokens'], 'prompt token')}")
     share = found["cached"] / max(found["cached"] + found["computed"], 1)
     console.print(
-        f"{found['cached']:,} read from the cache ({share:.1%}), {found['computed']:,} computed, {found['again']:,} of "
-        f"these paid again ({format_duration(found['again_seconds'])})"
+        f"{found['cached']:,} read from the cache ({share:.1%}), {found['computed']:,} computed where "
+        f"{found['necessary']:,} were necessary, {found['again']:,} of them paid again "
+        f"({format_duration(found['again_seconds'])})"
     )
     console.print(
         f"stable prefix: {plural(found['stable'], 'token')}; behind it, in the median prompt, "

@@ -13,6 +13,7 @@ from kvist.cli.options import CacheDir, Dtype, Json, Kv, Model, graceful_interru
 
 if TYPE_CHECKING:
     from kvist.runtime.request import Sampling
+    from kvist.service.contexts import Context
     from kvist.service.generation import Opened, Result
     from kvist.service.loaded import Loaded
 
@@ -48,10 +49,11 @@ def run(
     if prompt == "-":
         prompt = _read_stdin()
     sampling = Sampling(temperature, top_k, top_p, min_p, secrets.randbits(32) if seed is None else seed)
+    found = None if context is None else _find_context(context, cache_dir)
     loaded = open_model(model, dtype=dtype, kv=kv)
     stops = tuple(stop or ())
     with ExitStack() as stack:
-        opened = None if context is None else _open_context(stack, loaded, context, cache_dir)
+        opened = None if found is None else _open_context(stack, loaded, found, cache_dir)
         if prompt is not None:
             _once(loaded, prompt, max_tokens, sampling, stops, as_json, opened)
             return
@@ -63,21 +65,29 @@ def run(
                     note(f"kvist: {error}")
 
 
-def _open_context(stack: ExitStack, loaded: "Loaded", name: str, folder: Path | None) -> "Opened":
+def _find_context(name: str, folder: Path | None) -> "Context":
+    """The context of that name. No model is read for one that there is not."""
+    from kvist.service.contexts import TEXT, Contexts
+    from kvist.service.keeping import KeepSettings
+
+    found = Contexts(KeepSettings(folder).path).get(name)
+    if found.form != TEXT:
+        raise KvistError(f"the context {name!r} was made for chats; kvist serve answers with it")
+    return found
+
+
+def _open_context(stack: ExitStack, loaded: "Loaded", context: "Context", folder: Path | None) -> "Opened":
     """The context, and the kept cache that has it."""
     from kvist.service.context_making import usable
-    from kvist.service.contexts import TEXT, Contexts
+    from kvist.service.contexts import Contexts
     from kvist.service.generation import Opened
     from kvist.service.keeping import KeepSettings, open_kept
 
     settings = KeepSettings(folder)
-    contexts = Contexts(settings.path)
-    found = contexts.get(name)
-    if found.form != TEXT:
-        raise KvistError(f"the context {name!r} was made for chats; kvist serve answers with it")
     kept = stack.enter_context(open_kept(loaded, settings))
-    contexts.touch(name)
-    return Opened(usable(found, kept), kept)
+    opened = Opened(usable(context, kept), kept)
+    Contexts(settings.path).touch(context.name)
+    return opened
 
 
 def _once(
@@ -108,6 +118,8 @@ def _once(
     else:
         print(flush=True)
         note(_summary(result, sampling))
+        if opened is not None:
+            note(_read_back(result, opened))
     if result.finish_reason is FinishReason.CANCELLED:
         raise typer.Exit(INTERRUPTED)
 
@@ -139,6 +151,14 @@ def _summary(result: "Result", sampling: "Sampling") -> str:
         f"KV {result.kv_codec}: {plural(result.kv_blocks, 'block')}, {format_bytes(result.kv_bytes)} "
         f"({format_bytes(result.kv_bytes_per_token)} a token){seeded}"
     )
+
+
+def _read_back(result: "Result", opened: "Opened") -> str:
+    """How much of the context did not have to be computed."""
+    tokens = len(opened.context.tokens)
+    read = min(sum(result.cached.values()), tokens)
+    tiers = " and ".join(tier for tier, count in result.cached.items() if count) or "disk"
+    return f"{read:,} of {plural(tokens, 'token')} of the context read from {tiers}"
 
 
 def _as_json(loaded: "Loaded", result: "Result", sampling: "Sampling") -> dict[str, object]:

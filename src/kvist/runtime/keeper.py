@@ -59,12 +59,15 @@ class Keeper:
         if self.kept.tiers:
             held = [block_name(lease.root(index).key, node.key) for index, node in enumerate(lease.path[1:])]
             self.kept.pin([*held, *(block.name for block in blocks)], sequence.begun + sequence.request.ttl)
+            if sequence.request.durable:
+                self._keep_again(sequence)
         if not blocks:
             return
-        sequence.loss = self.kept.losses.of(blocks[0].name)
+        loss = self.kept.losses.of(blocks[0].name)
+        sequence.note_loss(loss)
         if not self.kept.has(blocks[0]):
-            if not lease.length and sequence.loss is None and self._is_rivals(sequence, blocks[0]):
-                sequence.loss = Loss.NAMESPACE
+            if not lease.length and loss is None and self._is_rivals(sequence, blocks[0]):
+                sequence.note_loss(Loss.NAMESPACE)
                 self.kept.losses.add(blocks[0].name, Loss.NAMESPACE)
             return
         start = len(lease.path) - 1
@@ -91,10 +94,10 @@ class Keeper:
                     self.drop(sequence)
                     break
             if sequence.fetch is not None and fetch.ended:
-                sequence.loss = fetch.loss
+                sequence.note_loss(fetch.loss)
                 sequence.fetch = None
             elif sequence.fetch is not None and not fetch.ready and time.monotonic() - fetch.moved > STALL:
-                sequence.loss = Loss.UNREADABLE
+                sequence.note_loss(Loss.UNREADABLE)
                 self.kept.losses.add(fetch.blocks[fetch.taken].name, Loss.UNREADABLE)
                 self.drop(sequence)
         self.pump()
@@ -127,6 +130,16 @@ class Keeper:
         until, end = sequence.begun + sequence.request.ttl, len(sequence.lease.path) - 1
         for place, node in enumerate(nodes, end - len(nodes)):
             self._unwritten[node] = _Unwritten(self._id(node), until - place * 1e-6)
+        self.pump()
+
+    def _keep_again(self, sequence: Sequence) -> None:
+        """What a sequence found in memory may have left the tiers, or never have got there: have it written."""
+        assert sequence.lease is not None
+        for place, node in enumerate(sequence.lease.path[1:]):
+            block = self._id(node)
+            if not self.kept.is_kept(block):
+                self.kept.losses.clear(block.name)
+                self._unwritten[node] = _Unwritten(block, sequence.begun + sequence.request.ttl - place * 1e-6)
         self.pump()
 
     def flush(self, seconds: float) -> bool:

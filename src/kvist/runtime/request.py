@@ -97,7 +97,7 @@ class Request:
     `grammar` makes a sequence's own grammar. `priority`: lower comes first. `tenant`: whose it is; room is shared
     fairly between tenants, and cached tokens only within one. `pooled`: the sum of the prompt's last hidden states is
     wanted. `kept`: what is computed for it may be written to the tiers behind the memory; there others go first for
-    `ttl` seconds since it was last used.
+    `ttl` seconds since it was last used. `durable`: of what is found in memory, what the tiers lack is written, too.
     """
 
     prompt: tuple[int, ...]
@@ -112,6 +112,7 @@ class Request:
     pooled: bool = False
     kept: bool = True
     ttl: float = 0.0
+    durable: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -21,7 +21,7 @@ from kvist.base.errors import InvariantError, OutOfBlocks
 from kvist.cache.manager import CacheManager
 from kvist.cache.tree import Node
 from kvist.runtime.batch import Work
-from kvist.runtime.sequence import MEMORY, Sequence
+from kvist.runtime.sequence import MEMORY, Cached, Sequence
 
 # The widest step, in tokens, while somebody waits for the next token of an answer: prompts must not make answers
 # stutter.
@@ -229,6 +229,8 @@ class Scheduler:
         self._manager.release(victim.lease, victim.tokens)
         victim.lease = None
         victim.preempted += 1
+        if not victim.last_step:
+            victim.cached = Cached()  # nothing of it was used yet
         if victim.pooled is not None:
             victim.pooled.zero_()
         self.running.remove(victim)
@@ -266,6 +268,7 @@ class Scheduler:
         needed = self._manager.cost(lease, len(sequence.tokens) - lease.length) + promised + len(self.running)
         if not self.running or needed <= self._manager.available - plan.spent:
             return True
+        sequence.count_cached(-lease.length, MEMORY)  # it will be found, and counted, again
         self._manager.release(lease)
         sequence.lease = None
         self._refused = sequence, left

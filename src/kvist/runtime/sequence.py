@@ -28,12 +28,14 @@ MEMORY = "memory"  # the nearest tier: the store itself
 
 @dataclass
 class Cached:
-    """How many tokens a sequence did not compute, by why they were looked for; `tiers`: by where they were."""
+    """How many tokens a sequence did not compute, by why they were looked for; `tiers`, `resume_tiers`: those of the
+    prompt, and those of when it came back, by where they were."""
 
     prompt: int = 0  # when it was first admitted, or while its prompt was computed: shared with another request
     fork: int = 0  # its prompt was computed for another choice of the same request
     resume: int = 0  # when it came back after a preemption
     tiers: Counter[str] = field(default_factory=Counter)
+    resume_tiers: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(eq=False)
@@ -63,7 +65,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens from the second on
     fetch: Fetch | None = None  # while blocks of it are read from the kept cache
     begun: float = 0.0  # when it last got a lease, in seconds of the epoch
-    loss: Loss | None = None  # why its first block that was not found is gone, where it was there once
+    loss: Loss | None = None  # why the first block of its prompt that was not found is gone, where it was there once
     pooled: Tensor | None = None  # [hidden_size] float64: the sum of the hidden states, where they were asked for
 
     def __post_init__(self) -> None:
@@ -76,11 +78,22 @@ class Sequence:
 
     def count_cached(self, tokens: int, tier: str) -> None:
         """`tokens` of it were found in `tier`."""
-        self.cached.tiers[tier] += tokens
-        if self.preempted:
+        if self.resumes:
             self.cached.resume += tokens
+            self.cached.resume_tiers[tier] += tokens
         else:
             self.cached.prompt += tokens
+            self.cached.tiers[tier] += tokens
+
+    def note_loss(self, loss: Loss | None) -> None:
+        """A block was looked for and not found. What it loses of its own, put off, is no loss of the prompt's."""
+        if not self.resumes:
+            self.loss = loss
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it was put off after it had computed something."""
+        return self.preempted > 0 and self.last_step > 0
 
     @property
     def most_tokens(self) -> int:

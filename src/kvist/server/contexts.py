@@ -1,17 +1,20 @@
 """Contexts over HTTP: named prefixes that are computed once. Each tenant has its own."""
 
+import logging
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi import Path as PathParameter
 from pydantic import BaseModel, Field
 
-from kvist.base.errors import KvistError, Overloaded, Stopping, TimedOut
+from kvist.base.errors import KvistError, NumericsError, Overloaded, RequestError, Stopping, TextError, TimedOut
 from kvist.server.errors import RESPONSES, ApiError
 from kvist.server.limits import tenant_of
-from kvist.service.contexts import CHAT, TEXT, Context
+from kvist.service.contexts import CHAT, TEXT, Context, NoSuchContext
 from kvist.service.serving import Serving
 from kvist.service.shelf import Shelf
+
+log = logging.getLogger("kvist.server")
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, PathParameter(pattern=_NAME)]
@@ -34,8 +37,10 @@ def context_of(serving: Serving, request: Request, name: str | None, form: str) 
     shelf = _shelf(serving)
     try:
         found = shelf.get(tenant_of(request), name)
-    except KvistError as error:
+    except NoSuchContext as error:
         raise ApiError(404, str(error), param="context", code="context_not_found") from None
+    except KvistError as error:
+        raise ApiError(400, str(error), param="context", code="context_unusable") from None
     if found.form != form:
         raise ApiError(400, f"the context {name!r} is of form {found.form!r}, and {form!r} is needed", param="context")
     return found
@@ -52,11 +57,12 @@ def router(serving: Serving) -> APIRouter:
         form = body.form or (TEXT if serving.template is None else CHAT)
         try:
             made = await shelf.make(tenant_of(request), body.name, form, body.text)
-        except (Overloaded, Stopping, TimedOut):  # these have answers of their own
+        except (RequestError, TextError, NumericsError, Overloaded, Stopping, TimedOut):  # which have their own answers
             raise
-        except KvistError as error:
-            raise ApiError(400, str(error)) from None
-        return shelf.facts(made)
+        except KvistError as error:  # it may say where things lie on this machine
+            log.error("the context %s of tenant %r could not be kept: %s", body.name, tenant_of(request), error)
+            raise ApiError(500, "the context could not be kept; the server's log says why", code="not_kept") from None
+        return shelf.details(made)
 
     @routes.get("/v1/contexts")
     async def listed(request: Request) -> dict[str, Any]:
@@ -66,17 +72,17 @@ def router(serving: Serving) -> APIRouter:
     @routes.get("/v1/contexts/{name}")
     async def show(name: Name, request: Request) -> dict[str, Any]:
         """One of them."""
-        found = next((one for one in _shelf(serving).list(tenant_of(request)) if one["name"] == name), None)
-        if found is None:
-            raise _missing(name)
-        return found
+        try:
+            return _shelf(serving).show(tenant_of(request), name)
+        except NoSuchContext:
+            raise _missing(name) from None
 
     @routes.delete("/v1/contexts/{name}")
     async def remove(name: Name, request: Request) -> dict[str, Any]:
         """Forget it. Its room on disk is given up when it is needed."""
         try:
             _shelf(serving).remove(tenant_of(request), name)
-        except KvistError:
+        except NoSuchContext:
             raise _missing(name) from None
         return {"name": name, "object": "context", "deleted": True}
 

@@ -1,10 +1,9 @@
 """A context as one file, for another machine that has the same model. docs/format.md has the table.
 
 The whole file is read and checked before anything of it is used, record by record, in bounded memory; then its blocks
-are written under this machine's namespace, and last its description. Until then nothing finds them."""
+are written under this machine's namespace, and last its description. On an error they are removed again."""
 
 import hashlib
-import json
 import os
 import stat
 import struct
@@ -16,18 +15,19 @@ from typing import BinaryIO
 
 from kvist.base.errors import KvistError
 from kvist.base.files import atomic_file
+from kvist.base.units import format_bytes
 from kvist.cache.disk import DiskTier
-from kvist.cache.keys import root_key
 from kvist.cache.layout import Layout
-from kvist.cache.record import BadRecord, header, read_payload, record_bytes
+from kvist.cache.record import BadRecord, BlockId, header, read_payload, record_bytes
 from kvist.cache.tier import TierError
-from kvist.service.contexts import Context, Contexts, blocks_of, check_name, check_room, finish, read_context
+from kvist.service.contexts import Context, Contexts, check_name, check_room, finish, read_context
 from kvist.service.identity import Identity
 
 MAGIC = b"\x89KVISTC\n"
 VERSION = 1
 _HEAD = struct.Struct("<8sII")  # magic, version, bytes of the description
-_MOST_DESCRIPTION = 256 << 20
+_MOST_DESCRIPTION = 64 << 20
+_DESCRIBED = 1 << 16, 256  # bytes of a description: of any, and more for each token that a model's context holds
 _DIGEST = 32
 # What may differ where the user says so: the same model, whose last bits another machine rounds otherwise.
 _ARITHMETIC = {"arithmetic", "operators"}
@@ -38,7 +38,7 @@ Watch = Callable[[int, int], None]  # blocks that are done, of how many
 def export_context(context: Context, disk: DiskTier, path: Path, watch: Watch = lambda done, total: None) -> None:
     """Write a context with all its blocks to `path`: whole or not at all. Raises `KvistError` when a block is not there
     any more, or is damaged."""
-    description = json.dumps(context.to_json()).encode()
+    description = context.to_bytes()
     blocks, size = context.blocks, record_bytes(context.block_size, context.block_bytes)
     with atomic_file(path) as target, open(target, "wb") as file:
         digest = hashlib.sha256()
@@ -75,10 +75,10 @@ def import_context(
     watch: Watch = lambda done, total: None,
 ) -> Context:
     """Take over a context that another machine has exported. `identity`, `layout`: of the model here, whose context
-    holds `most_tokens`. Raises `KvistError`, having changed nothing that anybody finds, for a file that is none, is
-    damaged, or belongs to another model."""
+    holds `most_tokens`. Raises `KvistError`, and leaves nothing behind, for a file that is none, is damaged, or belongs
+    to another model."""
     with _opened(path) as file:
-        found, start = _read_description(file, path)
+        found, start = _read_description(file, path, most_tokens)
         differs = found.identity.differences(identity)
         serious = [field for field in differs if field not in _ARITHMETIC]
         if serious:
@@ -98,22 +98,38 @@ def import_context(
             created=time.time(),
             elsewhere=bool(differs) or found.elsewhere,
         )
-        check_room(len(local.tokens), most_tokens, disk, local.block_size, local.block_bytes)
+        check_room(local, most_tokens, disk)
         size = record_bytes(found.block_size, found.block_bytes)
         count = len(found.tokens) // found.block_size
         _check_whole(file, path, start + count * size, watch, count)
         file.seek(start)
-        theirs = blocks_of(found.tokens, root_key(found.identity.digest, found.tenant), found.block_size)
-        for done, (their, our) in enumerate(zip(theirs, local.blocks, strict=True)):
-            watch(count + done, 2 * count)
-            try:
-                payload = read_payload(file.read(size), their, found.block_bytes)
-                if not disk.put(our.name, (header(our, payload), payload), time.time()):
-                    raise KvistError("there is no room for it on disk; give more with --cache-disk")
-            except (BadRecord, TierError) as error:
-                raise KvistError(f"{path}, block {done + 1}: {error}") from None
-    finish(local, contexts, disk)
+        theirs, written = found.blocks, list[str]()
+        try:
+            for done, (their, our) in enumerate(zip(theirs, local.blocks, strict=True)):
+                watch(count + done, 2 * count)
+                try:
+                    payload = read_payload(file.read(size), their, found.block_bytes)
+                    _put(our, payload, disk, written, replaces=not local.elsewhere)
+                except (BadRecord, TierError) as error:
+                    raise KvistError(f"{path}, block {done + 1}: {error}") from None
+            finish(local, contexts, disk)
+        except BaseException:  # Ctrl-C, too
+            for block in written:
+                disk.remove(block)
+            raise
     return local
+
+
+def _put(block: BlockId, payload: memoryview, disk: DiskTier, written: list[str], *, replaces: bool) -> None:
+    """Write a block, and note it in `written` unless it was there. One that was, and may be damaged, is written anew;
+    without `replaces` it stays, as one that was computed here does beside one from elsewhere."""
+    known = disk.contains(block.name)
+    if known and not replaces:
+        return
+    if not disk.put(block.name, (header(block, payload), payload), time.time()):
+        raise KvistError("there is no room for it on disk; give more with --cache-disk")
+    if not known:
+        written.append(block.name)
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -128,7 +144,7 @@ def _opened(path: Path) -> BinaryIO:
         raise KvistError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _read_description(file: BinaryIO, path: Path) -> tuple[Context, int]:
+def _read_description(file: BinaryIO, path: Path, most_tokens: int) -> tuple[Context, int]:
     """The description, and where the blocks begin."""
     head = file.read(_HEAD.size)
     if len(head) < _HEAD.size or head[:8] != MAGIC:
@@ -136,11 +152,12 @@ def _read_description(file: BinaryIO, path: Path) -> tuple[Context, int]:
     _, version, length = _HEAD.unpack(head)
     if version != VERSION:
         raise KvistError(f"{path} has version {version} of the format, and {VERSION} is read here")
-    if length > min(_MOST_DESCRIPTION, os.fstat(file.fileno()).st_size):
-        raise KvistError(f"{path} is damaged: its description cannot be so long")
+    fixed, each = _DESCRIBED
+    if length > min(_MOST_DESCRIPTION, fixed + each * most_tokens, os.fstat(file.fileno()).st_size):
+        raise KvistError(f"{path} is damaged, or for a larger model: its description takes {format_bytes(length)}")
     try:
-        return read_context(json.loads(file.read(length))), _HEAD.size + length
-    except (KvistError, ValueError, RecursionError) as error:
+        return read_context(file.read(length)), _HEAD.size + length
+    except KvistError as error:
         raise KvistError(f"{path} is damaged: {error}") from None
 
 

@@ -9,6 +9,7 @@ from kvist.service.contexts import CHAT, Context, Contexts, chat_tokens, check_r
 from kvist.service.keeping import Kept
 from kvist.service.loaded import Loaded
 from kvist.text.chat import ChatTemplate
+from kvist.text.tokenizer import Tokenizer
 
 FLUSH = 600.0  # seconds in which all of a context must have been written
 
@@ -28,10 +29,10 @@ def make_context(
 
     Raises `KvistError` for a text that is too short or too long, and where the disk has no room, before anything is
     computed."""
-    tokens = context_tokens(loaded, form, text)
+    tokens = context_tokens(form, text, ChatTemplate.load(loaded.directory), loaded.tokenizer())
     layout = loaded.layout
-    check_room(len(tokens), loaded.config.max_positions, kept.disk, layout.block_size, layout.block_bytes)
     context = describe(name, "", form, text, tokens, sources, kept.identity, layout.block_size, layout.block_bytes)
+    check_room(context, loaded.config.max_positions, kept.disk)
     engine = engine_for(loaded, kept, len(tokens) + 1)
     sequence = engine.add(Request(tuple(tokens), 1))
     while not engine.idle:
@@ -48,12 +49,9 @@ def make_context(
     return context
 
 
-def context_tokens(loaded: Loaded, form: str, text: str) -> list[int]:
+def context_tokens(form: str, text: str, template: ChatTemplate | None, tokenizer: Tokenizer) -> list[int]:
     """The tokens of a context of that form. Raises `KvistError`."""
-    tokenizer = loaded.tokenizer()
-    if form == CHAT:
-        return chat_tokens(text, ChatTemplate.load(loaded.directory), tokenizer)
-    return tokenizer.encode(text)
+    return chat_tokens(text, template, tokenizer) if form == CHAT else tokenizer.encode(text)
 
 
 def engine_for(loaded: Loaded, kept: Kept, tokens: int) -> Engine:

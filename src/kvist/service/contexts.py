@@ -6,6 +6,7 @@ as long as the context is there. So whatever begins with its tokens finds them, 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvist.base.errors import ContextError, KvistError
+from kvist.base.errors import ContextError, KvistError, RequestError
 from kvist.base.files import atomic_file
 from kvist.base.units import format_bytes, plural
 from kvist.cache.disk import DiskTier
@@ -28,7 +29,9 @@ FOLDER = "contexts"
 TEXT, CHAT = FORMS = ("text", "chat")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _OWNER = re.compile(r"[0-9a-f]{32}")
-_MOST_BYTES = 256 << 20  # of a description
+_MOST_BYTES = 64 << 20  # of a description
+_MOST_TEXT = 8 << 20  # characters of a text
+_MOST_SECONDS = 1 << 40  # of the epoch
 _MARK = "THE CONTEXT ENDS HERE"
 _LOOSE = 8  # tokens at the end of a text that may be others when something follows
 
@@ -61,8 +64,23 @@ class Context:
         """What its blocks take on disk."""
         return len(self.tokens) // self.block_size * record_bytes(self.block_size, self.block_bytes)
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def namespace(self) -> str:
+        """Where its blocks lie, as tiers call it."""
+        return root_key(self.identity.digest, self.tenant).hex()[:32]
+
+    def to_bytes(self) -> bytes:
+        """JSON that `read_context` reads. Raises `KvistError` for more than it may be."""
+        data = json.dumps(asdict(self), ensure_ascii=False).encode()
+        if len(data) > _MOST_BYTES:
+            raise KvistError(
+                f"the description of {self.name} takes {format_bytes(len(data))}; a part of the text will do"
+            )
+        return data
+
+
+class NoSuchContext(KvistError):
+    """There is no context of that name, or there can be none."""
 
 
 def blocks_of(tokens: Sequence[int], namespace: bytes, size: int) -> list[BlockId]:
@@ -74,8 +92,12 @@ def blocks_of(tokens: Sequence[int], namespace: bytes, size: int) -> list[BlockI
     return blocks
 
 
-def read_context(value: Any) -> Context:
+def read_context(data: bytes) -> Context:
     """Raises `KvistError` for what describes no context."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise KvistError(f"it is no JSON: {error}") from None
     if not isinstance(value, dict) or value.keys() != Context.__dataclass_fields__.keys():
         raise KvistError("it describes no context of this version")
     kinds: Mapping[str, Any] = {
@@ -89,6 +111,10 @@ def read_context(value: Any) -> Context:
         raise KvistError("it describes no context: tokens are not what they should be")
     if not all(type(source) is str for source in value["sources"]) or value["form"] not in FORMS:
         raise KvistError("it describes no context: sources or form are not what they should be")
+    if not all(_is_text(text) for text in (value["text"], value["tenant"], *value["sources"])):
+        raise KvistError("it describes no context: a text holds what is no character")
+    if not 0 <= value["created"] <= _MOST_SECONDS:  # nor is NaN
+        raise KvistError("it describes no context: created is no time")
     if not (16 <= value["block_size"] <= 512 and 0 < value["block_bytes"] < 2**32):
         raise KvistError("it describes no context: its blocks have impossible sizes")
     check_name(value["name"])
@@ -97,9 +123,9 @@ def read_context(value: Any) -> Context:
 
 
 def check_name(name: str) -> str:
-    """The name. Raises `KvistError` for one that no context can have."""
+    """The name. Raises `NoSuchContext` for one that no context can have."""
     if not _NAME.fullmatch(name):
-        raise KvistError(
+        raise NoSuchContext(
             f"a context's name has up to 64 letters, digits, '.', '_' and '-', and begins with one of the first two, "
             f"unlike {name[:80]!r}"
         )
@@ -118,14 +144,14 @@ class Contexts:
         return sorted(path.name[:-5] for path in _described(self._folder))
 
     def get(self, name: str) -> Context:
-        """Raises `KvistError` when there is none of that name, or when its description is damaged."""
+        """Raises `NoSuchContext` when there is none of that name, `KvistError` when its description is damaged."""
         path = self._path(name)
         if not path.is_file() or path.is_symlink():
             known = ", ".join(self.names()) or "there are none"
-            raise KvistError(f"there is no context {name!r} ({known})")
+            raise NoSuchContext(f"there is no context {name!r} ({known})")
         found = _read(path)
         if found.name != name or found.tenant != self.tenant:
-            raise KvistError(f"{path} describes another context than {name!r}; remove it")
+            raise KvistError(f"what describes the context {name!r} describes another context; remove {name!r}")
         return found
 
     def used(self, name: str) -> float:
@@ -139,29 +165,30 @@ class Contexts:
 
     def save(self, context: Context) -> None:
         """Describe it on disk: whole or not at all."""
-        path = self._path(context.name)
-        with atomic_file(path) as target:
-            target.write_text(json.dumps(context.to_json()))
-        with contextlib.suppress(OSError):
-            os.chmod(path, 0o600)
+        with atomic_file(self._path(context.name), 0o600) as target:
+            target.write_bytes(context.to_bytes())
 
     def remove(self, name: str, disk: DiskTier | None = None) -> None:
         """Forget it, damaged or not; its blocks stay on disk until their room is needed."""
         path = self._path(name)
         if not path.exists():
             self.get(name)  # says which there are
-        blocks: list[str] = []
-        with contextlib.suppress(KvistError):
-            blocks = [block.name for block in self.get(name).blocks]
+        blocks = self.blocks(name)
         path.unlink(missing_ok=True)
         if disk is not None:
-            others = {block.name for other in all_contexts(disk.folder) for block in other.blocks}
-            disk.unpin([block for block in blocks if block not in others])
+            _release(blocks, disk)
+
+    def blocks(self, name: str) -> list[str]:
+        """The names of its blocks; none where there is no such context, or it is damaged."""
+        try:
+            return [block.name for block in self.get(name).blocks]
+        except KvistError:
+            return []
 
     def _path(self, name: str) -> Path:
         check_name(name)
         if self._folder.is_symlink():
-            raise KvistError(f"{self._folder} is a symbolic link, which is not followed")
+            raise KvistError("the folder of the contexts is a symbolic link, which is not followed")
         return self._folder / f"{name}.json"
 
 
@@ -184,50 +211,80 @@ def pin_all(disk: DiskTier) -> None:
         disk.pin([block.name for block in context.blocks], float("inf"))
 
 
+def _release(blocks: Sequence[str], disk: DiskTier) -> None:
+    """These may go, unless a context has them."""
+    if blocks:
+        others = {block.name for other in all_contexts(disk.folder) for block in other.blocks}
+        disk.unpin([block for block in blocks if block not in others])
+
+
+def _sizes(context: Context) -> dict[str, int]:
+    """Its blocks by name, and what each takes on disk."""
+    return dict.fromkeys((b.name for b in context.blocks), record_bytes(context.block_size, context.block_bytes))
+
+
 def chat_tokens(text: str, template: ChatTemplate | None, tokenizer: Tokenizer) -> list[int]:
-    """The tokens with which a chat begins whose system message begins with `text`. Raises `KvistError`."""
+    """The tokens with which a chat begins whose system message begins with `text`. Raises `RequestError`."""
     if template is None:
-        raise KvistError("this model has no chat template: make a context of the form 'text'")
+        raise RequestError("this model has no chat template: make a context of the form 'text'")
     messages = [{"role": "system", "content": text + _MARK}, {"role": "user", "content": "-"}]
     before, mark, _ = template.render(messages).partition(_MARK)
     if not mark or text.strip() not in before:
-        raise KvistError("this model's chat template has no place for a system message; make a context of form 'text'")
+        raise RequestError("this model's chat template has no place for a system message; make one of form 'text'")
     return tokenizer.encode(before, add_special=False)[:-_LOOSE]
 
 
-def check_room(tokens: int, context: int, disk: DiskTier, block_size: int, block_bytes: int) -> None:
-    """Raises `ContextError`, with the numbers, when so many tokens can never be a context."""
-    if tokens < block_size:
-        raise ContextError(f"the text has {plural(tokens, 'token')}; a context has at least {block_size}, one block")
-    if tokens >= context:
-        raise ContextError(f"the text has {plural(tokens, 'token')} and the model's context holds {context:,}")
-    needed = tokens // block_size * record_bytes(block_size, block_bytes)
-    pinned = sum(other.nbytes for other in all_contexts(disk.folder))
-    if needed + pinned > disk.budget:
+def check_room(context: Context, most: int, disk: DiskTier) -> None:
+    """Raises `ContextError`, with the numbers, when it can never be kept: in a model whose context holds `most` tokens,
+    on this disk, beside the other contexts there, in its tenant's share."""
+    tokens = len(context.tokens)
+    if tokens < context.block_size:
         raise ContextError(
-            f"the context takes {format_bytes(needed)} on disk, and of {format_bytes(disk.budget)} contexts hold "
-            f"{format_bytes(pinned)} already; give more with --cache-disk"
+            f"the text has {plural(tokens, 'token')}; a context has at least {context.block_size}, one block"
         )
+    if tokens >= most:
+        raise ContextError(f"the text has {plural(tokens, 'token')} and the model's context holds {most:,}")
+    pinned = dict[str, int]()  # bytes of blocks, each once, whoever shares it
+    for other in all_contexts(disk.folder):
+        pinned |= _sizes(other)
+    needed = _sizes(context)
+    share = disk.limits.get(context.namespace, math.inf)
+    for room, namespace, whose in ((disk.budget, "", "contexts"), (share, context.namespace, "your contexts")):
+        held = sum(size for name, size in pinned.items() if name.startswith(namespace))
+        if held + sum(size for name, size in needed.items() if name not in pinned) > room:
+            raise ContextError(
+                f"the context takes {format_bytes(context.nbytes)} on disk, and of {format_bytes(room)} {whose} hold "
+                f"{format_bytes(held)} already; remove some, or have more room given"
+            )
 
 
 def describe(
     name: str, tenant: str, form: str, text: str, tokens: Sequence[int], sources: Sequence[str], identity: Identity,
     block_size: int, block_bytes: int, now: Callable[[], float] = time.time,
 ) -> Context:  # fmt: skip
-    """A context that is made now."""
+    """A context that is made now. Raises `ContextError` for a text that no context can have."""
+    if len(text) > _MOST_TEXT:
+        raise ContextError(f"the text has {plural(len(text), 'character')}, and a context at most {_MOST_TEXT:,}")
     return Context(
         check_name(name), tenant, form, text, tuple(tokens), tuple(sources), now(), block_size, block_bytes, identity
     )
 
 
 def finish(context: Context, contexts: Contexts, disk: DiskTier) -> None:
-    """Keep a context whose blocks have been written. Raises `KvistError` when some of them are not there."""
+    """Keep a context whose blocks have been written, in the place of one that had its name. Raises `KvistError` when
+    some of them are not there."""
     blocks = [block.name for block in context.blocks]
     missing = sum(not disk.contains(block) for block in blocks)
     if missing:
         raise KvistError(f"{missing:,} of its {len(blocks):,} blocks could not be written; is the disk full?")
-    disk.pin(blocks, float("inf"))
-    contexts.save(context)
+    replaced = contexts.blocks(context.name)
+    disk.pin(blocks, math.inf)
+    try:
+        contexts.save(context)
+    except BaseException:
+        _release(blocks, disk)
+        raise
+    _release(replaced, disk)
 
 
 def _described(folder: Path) -> list[Path]:
@@ -241,15 +298,26 @@ def _described(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Context:
+    """The context that a file describes. Errors say its name, not where it lies: they may be a client's."""
+    name = path.name[:-5]
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
             data = file.read(_MOST_BYTES + 1)
     except OSError as error:
-        raise KvistError(f"cannot read {path}: {error.strerror or error}") from None
+        raise KvistError(f"the context {name!r} cannot be read: {error.strerror or error}") from None
     try:
         if len(data) > _MOST_BYTES:
             raise KvistError("it is too large")
-        return read_context(json.loads(data))
-    except (KvistError, ValueError, RecursionError) as error:
-        raise KvistError(f"{path} is damaged ({error}); remove the context and make it again") from None
+        return read_context(data)
+    except KvistError as error:
+        raise KvistError(f"the context {name!r} is damaged ({error}); remove the context and make it again") from None
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be encoded: JSON can also hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -8,13 +8,14 @@ from kvist.cache.record import Loss
 from kvist.service.places import Place
 
 NEW, KEPT, CONTINUED, CHANGED = "new", "kept", "continued", "changed"
-UNKNOWN, NOT_LOOKED_UP = "unknown", "not looked up"
+UNFINISHED, UNKNOWN, NOT_LOOKED_UP = "unfinished", "unknown", "not looked up"
 
 WHY = {
     NEW: "no earlier request of yours that is remembered begins alike",
-    KEPT: "it begins as a request did that is not remembered any more, whose KV is still kept",
+    KEPT: "its beginning was there: of a request that came later or is not remembered, a context or a public prompt",
     CONTINUED: "it goes on where an earlier request ended; only what is new was computed",
     CHANGED: "the text is another from here on",
+    UNFINISHED: "the earlier request that begins alike had not been computed yet",
     UNKNOWN: "blocks that an earlier request computed were not found, and it is not known why",
     NOT_LOOKED_UP: "nothing is read from the cache where log-probabilities of the prompt, or embeddings, are asked for",
     Loss.EVICTED: "the room was needed for others",

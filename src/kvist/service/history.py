@@ -13,9 +13,13 @@ from kvist.service.places import Place
 
 MOST = 256  # requests
 MOST_BYTES = 64 << 20
-_GRAM = 8  # tokens in a row that have to be the same
+ALIKE = 0.25  # of a prompt that an earlier one must have for the two to be versions of one
+RUN = 8  # tokens in a row that have to be the same
 _PRIME = 1_000_003
 _CANDIDATES = 3
+_SAMPLED = 4096  # tokens from which on a part of the runs tells who is alike
+_SHIFT = np.uint64(60)  # one of sixteen runs is in the sample
+_MIX = np.uint64(0x9E3779B97F4A7C15)
 
 Ids = NDArray[np.uint32]
 
@@ -24,7 +28,8 @@ Ids = NDArray[np.uint32]
 class Asked:
     """One request. `tokens`: of its prompt, and of its answer once that is known; `prompt_tokens` of them are the
     prompt's. `text`: of the prompt. `parts` finds the places of the text, when it is asked. `before`: the request that
-    it goes on from, or changes, while that is remembered."""
+    it goes on from, or changes, while that is remembered. `computed`: when its prompt had been, in seconds of
+    `time.perf_counter`; 0 until then."""
 
     id: str
     tenant: str
@@ -34,6 +39,7 @@ class Asked:
     text: str
     parts: Callable[[], tuple[Place, ...]]
     before: "Asked | None" = None
+    computed: float = 0.0
     explanation: Explanation | None = None  # once it has ended
 
     @cached_property
@@ -62,16 +68,24 @@ class History:
     def __len__(self) -> int:
         return len(self._asked)
 
+    def __contains__(self, asked: object) -> bool:
+        return asked in self._asked
+
     def add(self, asked: Asked) -> None:
         """Remember one more, and forget the oldest for it where there are too many."""
         self._asked[asked] = None
         total = sum(one.nbytes for one in self._asked)
         while len(self._asked) > self._most or (total > self._most_bytes and len(self._asked) > 1):
-            oldest = self._asked.popitem(last=False)[0]
+            oldest = next(iter(self._asked))
             total -= oldest.nbytes
-            for one in self._asked:
-                if one.before is oldest:
-                    one.before = None
+            self.forget(oldest)
+
+    def forget(self, asked: Asked) -> None:
+        """Be it there or not."""
+        self._asked.pop(asked, None)
+        for one in self._asked:
+            if one.before is asked:
+                one.before = None
 
     def thread(self, tenant: str) -> list[Asked]:
         """The last request of a tenant and those that it grew from, the oldest first."""
@@ -86,17 +100,31 @@ class History:
 
     def nearest(self, tenant: str, session: str | None, tokens: Ids) -> Asked | None:
         """The earlier request that has the most of these tokens; of several the latest. One of the same session, if
-        there is any."""
-        asked = (self.of(tenant, session) if session is not None else []) or self.of(tenant)
-        latest = asked[::-1]
-        ordered = sorted(latest, key=lambda one: common(one.tokens, tokens), reverse=True)
-        if ordered and 2 * common(ordered[0].tokens, tokens) >= len(tokens):
-            return ordered[0]  # whatever the others have further on, they part earlier
-        candidates = list(dict.fromkeys([*ordered[:_CANDIDATES], *latest[:_CANDIDATES]]))
-        grams = Grams(tokens)
-        scores = [(common(one.tokens, tokens), int(grams.found_in(one.tokens).sum()), one) for one in candidates]
-        best = max(scores, key=lambda score: score[0] + score[1], default=None)
-        return best[2] if best is not None and best[0] + best[1] else None
+        that has a quarter of them."""
+        if session is not None:
+            found, share = _most_alike(self.of(tenant, session), tokens)
+            if share >= ALIKE:
+                return found
+        return _most_alike(self.of(tenant), tokens)[0]
+
+
+def _most_alike(asked: Sequence[Asked], tokens: Ids) -> tuple[Asked | None, float]:
+    """Which of these requests, the oldest first, has the most of the tokens, and about what share of them."""
+    latest = asked[::-1]
+    firsts = {one: common(one.tokens, tokens) for one in latest}
+    ordered = sorted(latest, key=firsts.__getitem__, reverse=True)
+    if ordered and 2 * firsts[ordered[0]] >= len(tokens):
+        return ordered[0], firsts[ordered[0]] / len(tokens)  # whatever the others have further on, they part earlier
+    candidates = list(dict.fromkeys([*ordered[:_CANDIDATES], *latest[:_CANDIDATES]]))
+    runs = _sample(tokens)
+    best, most = None, 0.0
+    for one in candidates:
+        # The first tokens count twice: of two that have as much of it, the one that parts later.
+        share = float(np.isin(runs, _sample(one.tokens, len(tokens))).mean()) if len(runs) else 0.0
+        score = firsts[one] / len(tokens) + share
+        if score > most:
+            best, most = one, score
+    return best, min(most, 1.0)
 
 
 def common(a: Ids, b: Ids) -> int:
@@ -117,14 +145,20 @@ class Grams:
         """Which tokens are part of a run that the other sequence has, too, anywhere."""
         found = np.zeros(self._count, bool)
         same = np.isin(self._hashes, _hashes(other))
-        for shift in range(_GRAM if len(same) else 0):
+        for shift in range(RUN if len(same) else 0):
             found[shift : shift + len(same)] |= same
         return found
 
 
+def _sample(tokens: Ids, like: int | None = None) -> NDArray[np.uint64]:
+    """The runs of a sequence; of a long one (`like`: as long as another one) a part that depends on the runs alone."""
+    hashes = _hashes(tokens)
+    return hashes if (like or len(tokens)) < _SAMPLED else hashes[(hashes * _MIX) >> _SHIFT == 0]
+
+
 def _hashes(tokens: Ids) -> NDArray[np.uint64]:
-    count = len(tokens) - _GRAM + 1
+    count = len(tokens) - RUN + 1
     total = np.zeros(max(count, 0), np.uint64)
-    for shift in range(_GRAM if count > 0 else 0):
+    for shift in range(RUN if count > 0 else 0):
         total = total * np.uint64(_PRIME) + tokens[shift : shift + count].astype(np.uint64)
     return total

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,11 +135,26 @@ def _rivals(folder: Path, identity: Identity) -> tuple[bytes, ...]:
 
 
 def _note(folder: Path, identity: Identity) -> None:
-    """Leave a description of the identity beside the blocks, so that others can say what differs."""
+    """Leave a description of the identity beside the blocks, so that others can say what differs. Its time of
+    modification is when a model was last opened under it."""
     path = folder / _IDENTITIES / f"{identity.digest.hex()[:32]}.json"
     try:
-        if not path.exists():
+        if path.exists():
+            os.utime(path)
+        else:
             with atomic_file(path) as target:
                 target.write_text(json.dumps(identity.to_json(), indent=1))
-    except KvistError as error:
+    except (KvistError, OSError) as error:
         log.warning("%s", error)
+
+
+def differs_today(folder: Path, identity: Identity) -> list[str]:
+    """What was not the same, by name, when a model of that name was last opened over these codecs; nothing where it
+    never was."""
+    notes = []
+    for path in sorted((folder / _IDENTITIES).glob("*.json"))[:_MOST_IDENTITIES]:
+        with contextlib.suppress(KvistError, OSError):
+            other = Identity.of_json(read_json(path, 1 << 16))
+            if (other.model, other.kv) == (identity.model, identity.kv):
+                notes.append((path.stat().st_mtime, other))
+    return identity.differences(max(notes, key=lambda note: note[0])[1]) if notes else []

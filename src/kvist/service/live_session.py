@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 from kvist.base.errors import KvistError, TimedOut
-from kvist.runtime.request import TokenLogprobs
+from kvist.runtime.request import FinishReason, TokenLogprobs
 from kvist.runtime.sequence import Sequence
 from kvist.service.explain import Explainer
 from kvist.service.explanation import Explanation
 from kvist.service.session import Delta, Job
 from kvist.service.text_stream import TextStream
 
+_WHOLE = (FinishReason.STOP, FinishReason.LENGTH)
 _log = logging.getLogger("kvist.serving")
 
 
@@ -76,14 +77,23 @@ class LiveSession:
     def arrive(self, delta: Delta) -> None:
         """On the event loop's thread: one more delta for the reader."""
         self._unended -= delta.finish_reason is not None
+        self._note_computed(delta)
         if not self._unended and delta.finish_reason is not None:
             self._host.note_ended(self)
             self._explain()
         self._deltas.append(delta)
         self._arrived.set()
 
+    def _note_computed(self, delta: Delta) -> None:
+        """The first new token, or the end of an answer that was to have none, tells that the prompt was computed."""
+        if self._asked is not None and not self._asked.now.computed and (delta.tokens or delta.finish_reason in _WHOLE):
+            self._host.explainer.computed(self._asked, self.choices[0][0])
+
     def _explain(self) -> None:
-        if self._asked is None or not self.choices:
+        if self._asked is None:
+            return
+        if not self._asked.now.computed:
+            self._host.explainer.forget(self._asked)
             return
         try:
             self.explanation = self._host.explainer.answered(self._asked, self.choices[0][0], self._ids)

@@ -74,7 +74,7 @@ class Serving:
         # The last token drawn is never written, so a sequence may have one more than the cache holds.
         self.context = min(loaded.config.max_positions, manager.pool.capacity * manager.block_size)
         self.explainer = Explainer(lambda ids: self.tokenizer.decode(ids, skip_special=False), manager.block_size)
-        self.shelf = None if kept is None else Shelf(loaded, kept, self.submit)
+        self.shelf = None if kept is None else Shelf(self, kept)
         self._engine = engine
         self._max_waiting = max_waiting
         self._timeout = timeout
@@ -333,8 +333,9 @@ class Serving:
         cause = Cause.FORK if cached.fork else Cause.PROMPT
         if sequence.times.admitted:
             self.listener(Matched(cause, length, cached.fork or min(cached.prompt, length), dict(cached.tiers)))
-        if sequence.preempted:
-            self.listener(Matched(Cause.RESUME, max(len(sequence.tokens), cached.resume), cached.resume))
+        if cached.resume_tiers:
+            looked = max(len(sequence.tokens), cached.resume)
+            self.listener(Matched(Cause.RESUME, looked, cached.resume, dict(cached.resume_tiers)))
         if session.unfinished:
             return
         sequences = [sequence for sequence, _ in session.choices]

@@ -2,67 +2,107 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from kvist.base.errors import KvistError, RequestError
+from kvist.cache.manager import CacheManager
 from kvist.runtime.request import Request
 from kvist.service.context_making import context_tokens, usable
-from kvist.service.contexts import Context, Contexts, check_name, check_room, describe, finish
+from kvist.service.contexts import Context, Contexts, NoSuchContext, check_name, check_room, describe, finish
 from kvist.service.keeping import Kept
 from kvist.service.loaded import Loaded
 from kvist.service.session import Job, Session
+from kvist.text.chat import ChatTemplate
+from kvist.text.tokenizer import Tokenizer
 
 _PATIENCE = 600.0  # seconds in which all of a context must have been written
 
 
-class Shelf:
-    """Over the kept cache of a model that is served. `submit` runs a job on its engine."""
+class Host(Protocol):
+    """A model that is served: what a shelf needs of it."""
 
-    def __init__(self, loaded: Loaded, kept: Kept, submit: Callable[[Job], Session]) -> None:
-        self._loaded = loaded
+    loaded: Loaded
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+
+    @property
+    def manager(self) -> CacheManager: ...
+
+    def submit(self, job: Job) -> Session: ...
+
+
+class Shelf:
+    """Over the kept cache of a model that is served, whose engine computes what is new."""
+
+    def __init__(self, serving: Host, kept: Kept) -> None:
+        self._serving = serving
         self._kept = kept
-        self._submit = submit
 
     async def make(self, tenant: str, name: str, form: str, text: str) -> Context:
         """Compute a context and keep it. Raises `KvistError` for a name, or a text, that cannot be one."""
         check_name(name)
-        loaded, kept, layout = self._loaded, self._kept, self._loaded.layout
-        tokens = context_tokens(loaded, form, text)
-        check_room(len(tokens), loaded.config.max_positions, kept.disk, layout.block_size, layout.block_bytes)
-        session = self._submit(Job(Request(tuple(tokens), 1, tenant=tenant)))
+        serving, kept, layout = self._serving, self._kept, self._serving.loaded.layout
+        tokens = context_tokens(form, text, serving.template, serving.tokenizer)
+        context = describe(name, tenant, form, text, tokens, (), kept.identity, layout.block_size, layout.block_bytes)
+        check_room(context, serving.loaded.config.max_positions, kept.disk)
+        if serving.manager.begins_public(tokens):
+            raise RequestError("the text begins with a prompt that this server keeps for all: ask with it, it is read")
+        session = serving.submit(Job(Request(tuple(tokens), 1, tenant=tenant, durable=True)))
+        session.name(f"context {name}")
         try:
             async for delta in session:
                 if delta.error is not None:
                     raise delta.error
         finally:
             session.cancel()
-        context = describe(name, tenant, form, text, tokens, (), kept.identity, layout.block_size, layout.block_bytes)
         blocks, end = [block.name for block in context.blocks], time.monotonic() + _PATIENCE
         while not all(map(kept.disk.contains, blocks)) and time.monotonic() < end and self._is_writing(context):
             await asyncio.sleep(0.02)
-        finish(context, Contexts(kept.disk.folder, tenant), kept.disk)
+        finish(context, self._contexts(tenant), kept.disk)
         return context
 
     def get(self, tenant: str, name: str) -> Context:
-        """Raises `KvistError` for a name that there is not, or that is another model's."""
-        contexts = Contexts(self._kept.disk.folder, tenant)
+        """One that a prompt shall begin with. Raises `NoSuchContext` for a name that there is not, `KvistError` for one
+        that is damaged or another model's."""
+        contexts = self._contexts(tenant)
         found = usable(contexts.get(name), self._kept)
         contexts.touch(name)
         return found
 
     def list(self, tenant: str) -> list[dict[str, Any]]:
         """What there is to say of each, in the order of their names."""
-        contexts, rows = Contexts(self._kept.disk.folder, tenant), list[dict[str, Any]]()
+        contexts, rows = self._contexts(tenant), list[dict[str, Any]]()
         for name in contexts.names():
             try:
-                rows.append(self.facts(contexts.get(name)))
+                rows.append(self._facts(contexts.get(name)))
             except KvistError:
                 rows.append({"name": name, "object": "context", "damaged": True})
         return rows
 
-    def facts(self, context: Context) -> dict[str, Any]:
-        """What there is to say of one."""
+    def show(self, tenant: str, name: str) -> dict[str, Any]:
+        """What there is to say of one. Raises `NoSuchContext`."""
+        try:
+            return self.details(self._contexts(tenant).get(name))
+        except NoSuchContext:
+            raise
+        except KvistError:
+            return {"name": name, "object": "context", "damaged": True}
+
+    def details(self, context: Context) -> dict[str, Any]:
+        """What there is to say of one, with what of it is on disk."""
+        blocks = [block.name for block in context.blocks]
+        there = sum(map(self._kept.disk.contains, blocks))
+        return {**self._facts(context), "blocks": len(blocks), "blocks_on_disk": there}
+
+    def remove(self, tenant: str, name: str) -> None:
+        """Raises `NoSuchContext` when there is none of that name."""
+        self._contexts(tenant).remove(name, self._kept.disk)
+
+    def _contexts(self, tenant: str) -> Contexts:
+        return Contexts(self._kept.disk.folder, tenant)
+
+    def _facts(self, context: Context) -> dict[str, Any]:
         return {
             "name": context.name,
             "object": "context",
@@ -74,10 +114,6 @@ class Shelf:
             "created": int(context.created),
             "usable": not context.identity.differences(self._kept.identity),
         }
-
-    def remove(self, tenant: str, name: str) -> None:
-        """Raises `KvistError` when there is none of that name."""
-        Contexts(self._kept.disk.folder, tenant).remove(name, self._kept.disk)
 
     def _is_writing(self, context: Context) -> bool:
         """Whether those of its blocks that are not there yet may still come: none of them is lost."""

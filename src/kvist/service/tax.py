@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvist.service.explanation import Explanation
+from kvist.service.explanation import CONTINUED, Explanation
 from kvist.service.history import Asked, common
 
-MOST_PARTS = 64
+MOST_PARTS = 64  # the longest ones
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,15 @@ class Break:
 @dataclass(frozen=True)
 class Tax:
     """`stable`: first tokens that all prompts share; `changing`: those behind them, of the median prompt. `cached` and
-    `computed` tokens add up to those of the prompts; `again` of the computed an earlier request had, too."""
+    `computed` tokens add up to those of the prompts that were answered; `again` of the computed an earlier request had,
+    too. `necessary`: what would have been computed had nothing been lost: what no earlier request began with."""
 
     session: str | None
     requests: int
     prompt_tokens: int
     cached: int
     computed: int
+    necessary: int
     again: int
     again_seconds: float
     stable: int
@@ -58,10 +60,12 @@ def tax_of(requests: Sequence[tuple[Asked, Explanation | None]], count: Callable
     stable = min((common(one.tokens[: one.prompt_tokens], asked[0].tokens) for one in asked), default=0)
     lengths = sorted(one.prompt_tokens for one in asked)
     last = asked[-1]
-    parts = [Part(place.label, count(last.text[place.start : place.end])) for place in last.places[:MOST_PARTS]]
+    longest = sorted(last.places, key=lambda place: place.start - place.end)[:MOST_PARTS]
+    shown = sorted(longest, key=lambda place: place.start)
+    parts = [Part(place.label, count(last.text[place.start : place.end])) for place in shown]
     broken: dict[str, list[Explanation]] = defaultdict(list)
     for found in explained:
-        if found.again:
+        if found.again and found.reason != CONTINUED:
             what = f"{found.reason}: {found.where}" if found.where else found.reason
             broken[what].append(found)
     breaks = [
@@ -72,6 +76,7 @@ def tax_of(requests: Sequence[tuple[Asked, Explanation | None]], count: Callable
     for found in explained:
         totals["cached"] += found.prompt_tokens - found.computed
         totals["computed"] += found.computed
+        totals["necessary"] += min(found.computed, found.prompt_tokens - (found.common or 0)) or 1
         totals["again"] += found.again or 0
     return Tax(
         session=last.session,
@@ -79,6 +84,7 @@ def tax_of(requests: Sequence[tuple[Asked, Explanation | None]], count: Callable
         prompt_tokens=sum(lengths),
         cached=totals["cached"],
         computed=totals["computed"],
+        necessary=totals["necessary"],
         again=totals["again"],
         again_seconds=sum(found.again_seconds or 0.0 for found in explained),
         stable=stable,

@@ -51,7 +51,7 @@ def read_documents(paths: Sequence[Path]) -> Reading:
         total += path.stat().st_size
         if total > MOST_BYTES:
             raise TextError(f"the files come to more than {format_bytes(MOST_BYTES)}; name fewer")
-        text = _read_pdf(path) if path.suffix.lower() == _PDF else read_text(path)
+        text = _read_pdf(path, MOST_BYTES) if path.suffix.lower() == _PDF else read_text(path)
         if text.strip():
             documents.append(Document(name, text))
         else:
@@ -81,16 +81,26 @@ def _files(paths: Iterable[Path]) -> Iterator[tuple[str, Path]]:
                 yield str(below), found
 
 
-def _read_pdf(path: Path) -> str:
+def _read_pdf(path: Path, most: int) -> str:
+    """The text of all pages, of no more than `most` characters: a small file may hold far more than it takes."""
     try:
         import pypdf
     except ImportError:
         raise TextError(f"{path} is a PDF, and pypdf is missing; pip install 'kvist[pdf]' brings it") from None
+    locked = f"{path} is encrypted; save it without a password first"
     try:
         reader = pypdf.PdfReader(path)
         if reader.is_encrypted and not reader.decrypt(""):
-            raise TextError(f"{path} is encrypted; save it without a password first")
-        text = "\n\n".join(page.extract_text() for page in reader.pages)
+            raise TextError(locked)
+        pages, length = list[str](), 0
+        for page in reader.pages:
+            pages.append(page.extract_text())
+            length += len(pages[-1])
+            if length > most:
+                raise TextError(f"{path} holds more than {most:,} characters of text; a part of it will do")
+        text = "\n\n".join(pages)
+    except pypdf.errors.DependencyError:  # for how it is encrypted
+        raise TextError(locked) from None
     except TextError:
         raise
     except Exception as error:  # whatever a damaged file makes the library raise

@@ -71,7 +71,8 @@ def router(serving: Serving, settings: ServerSettings) -> APIRouter:
     @routes.post("/v1/messages/count_tokens", response_model=None, responses=answers(TokenCount))
     async def count_tokens(body: Prompt, request: Request) -> Response:
         options = Options(max_tokens=None, sampling=Sampling(), tenant=tenant_of(request))
-        return reply({"input_tokens": chat.count(chat_request(body, options))})
+        asked = replace(chat_request(body, options), context=context_of(serving, request, body.context, CHAT))
+        return reply({"input_tokens": chat.count(asked)})
 
     return routes
 

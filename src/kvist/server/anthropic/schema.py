@@ -14,7 +14,7 @@ from kvist.server.openai.body import MOST_STOPS, Body, Fields, Integer, Name, St
 
 class CacheControl(Fields):
     """A place up to which the prompt should be kept. Kvist keeps all of it anyway, until the room is needed: the mark
-    decides only how tokens are counted in `usage`."""
+    decides how tokens are counted in `usage`, and for how long others are given up first."""
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] = "5m"
@@ -160,6 +160,7 @@ class Prompt(Body):
     output_config: OutputConfig | None = None
     output_format: JsonFormat | None = Field(None, description="The older place of `output_config.format`.")
     cache_control: CacheControl | None = None
+    context: str | None = Field(None, max_length=64, description="The name of a context that stands before all else.")
 
 
 class MessagesRequest(Prompt):
@@ -173,4 +174,3 @@ class MessagesRequest(Prompt):
     stop_sequences: list[Stop] | None = Field(None, max_length=MOST_STOPS)
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
-    context: str | None = Field(None, max_length=64, description="The name of a context that stands before all else.")

@@ -116,7 +116,8 @@ class Answer:
         response["incomplete_details"] = {"reason": "max_output_tokens"} if status == "incomplete" else None
         response["output"] = self._items.done
         response["usage"] = self._usage()
-        response.update(noted_cache([self._session.session]))
+        if (cache := noted_cache([self._session.session]).get("kvist")) is not None:
+            response["kvist"] = cache
 
     def _usage(self) -> ResponseUsage:
         session = self._session.session
