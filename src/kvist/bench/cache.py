@@ -112,12 +112,12 @@ class _CacheBench:
 
     def _add(self, what: str, engine: str, context: int, values: Sequence[float], unit: str) -> None:
         samples = Samples(tuple(values))
-        weights, kv = str(next(self._loaded.model.parameters()).dtype), self._loaded.layout.kv
+        weights, kv = self._loaded.model.weights, self._loaded.layout.kv
         row = Row(
             what,
             engine,
             self._shape,
-            weights.removeprefix("torch."),
+            weights,
             kv,
             context,
             1,

@@ -84,7 +84,7 @@ class _Bench:
         tokens = sum(depth + PREFILL for depth in self._depths)
         # Room for all depths side by side; a sequence more than they are, for the one that measures encoding.
         self._runners = {kv: _runner(loaded.with_kv(kv), tokens, len(self._depths) + 1) for kv in kvs}
-        self._weights = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+        self._weights = loaded.model.weights
         self._steps: dict[tuple[str, int], Samples] = {}
 
     def sequences(self) -> list[_Depth]:

@@ -271,7 +271,7 @@ def measure_writing(shape: str, loaded: Loaded, folder: Path, tokens: int, round
         plain, behind = (_engine(loaded, _PROMPT + tokens, STREAMS, which) for which in (None, kept))
         without, writing, read = interleave([lambda: decode(plain), lambda: decode(behind), memory.read], rounds)
         written = kept.cache.counters.written["disk"], kept.cache.counters.written_bytes["disk"]
-    weights = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+    weights = loaded.model.weights
     for engine, seconds in (("memory", without), ("memory and disk", writing)):
         rate = seconds.map(lambda s: STREAMS * tokens / s)
         kv, context = loaded.layout.kv, _PROMPT + tokens

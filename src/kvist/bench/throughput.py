@@ -52,7 +52,7 @@ def measure(
     with served(loaded, most * (PROMPT + tokens + loaded.layout.block_size), most) as server:
         serving = [lambda count=count: asyncio.run(together(server.url, count)) for count in streams]
         alone, *times, read = interleave([run, *serving, memory.read], rounds)
-    weights = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+    weights = loaded.model.weights
     report.machine.setdefault("read_gb_s", read.map(memory.gb_s).median)
 
     def add(engine: str, count: int, samples: Samples) -> Samples:

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvist.cache.view import LayerView
 from kvist.models.config import ModelConfig
+from kvist.models.linear import Embedding, Linear, PackedOperators, weights_of
 
 
 class Activations(Protocol):
@@ -48,10 +48,10 @@ class Decoder(nn.Module, ABC):
         """`blocks` and the last `norm` are the family's; the embedding and the head are everybody's."""
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
-        self.head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size)
 
     @abstractmethod
     def forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerView]) -> Tensor:
@@ -63,12 +63,32 @@ class Decoder(nn.Module, ABC):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[R, hidden_size]` → `[R, vocab_size]` float32."""
-        return F.linear(hidden, self.head_weight()).float()
+        return (self.embed.unembed(hidden) if self.head is None else self.head(hidden)).float()
 
-    def head_weight(self) -> Tensor:
-        """`[vocab_size, hidden_size]`: the embedding itself where the two are tied."""
+    def head_weight(self) -> Tensor | None:
+        """`[vocab_size, hidden_size]`: the embedding itself where the two are tied; None where it is packed."""
         return self.embed.weight if self.head is None else self.head.weight
 
     def linears(self) -> list[Product]:
-        """Every matrix product of a step but the head's: what the width probe tests."""
-        return [(m.weight, m.bias) for m in self.blocks.modules() if isinstance(m, nn.Linear)]
+        """Every matrix product of a step but the head's, packed ones left out: what the width probe tests."""
+        linears = [part for part in self.blocks.modules() if isinstance(part, Linear)]
+        return [(part.weight, part.bias) for part in linears if part.weight is not None]
+
+    def head_products(self) -> list[Product]:
+        """The head's, unless it is packed."""
+        weight = self.head_weight()
+        return [] if weight is None else [(weight, None)]
+
+    def pack(self, bits: int, operators: PackedOperators) -> None:
+        """Make room for all matrices packed into numbers of `bits` bits, and have the rest in float32."""
+        self.float()
+        for weight in weights_of(self):
+            weight.pack(bits, operators)
+
+    @property
+    def weights(self) -> str:
+        """The type of its matrices, as people write it: "bfloat16", or "int8"."""
+        if self.embed.form is not None:
+            return f"int{self.embed.form.bits}"
+        assert self.embed.weight is not None
+        return str(self.embed.weight.dtype).removeprefix("torch.")

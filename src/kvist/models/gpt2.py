@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from kvist.cache.view import LayerView
 from kvist.models.config import Activation, ModelConfig
 from kvist.models.decoder import Activations, Decoder, Slot
+from kvist.models.linear import Linear
 
 
 class Attention(nn.Module):
@@ -16,8 +17,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True)
+        self.out = Linear(config.hidden_size, config.hidden_size, bias=True)
 
     def forward(self, x: Tensor, layer: LayerView) -> Tensor:
         """`x` `[T, hidden]` → `[T, hidden]`."""
@@ -34,8 +35,8 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up = Linear(config.hidden_size, config.intermediate_size, bias=True)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=True)
         self._tanh = config.activation is Activation.GELU_TANH
         self._activations = activations
 

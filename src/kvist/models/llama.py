@@ -8,6 +8,7 @@ from kvist.cache.view import LayerView
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Activations, Decoder, Slot
 from kvist.models.layers import RMSNorm, RopeTable, Rotation
+from kvist.models.linear import Linear
 
 
 class Attention(nn.Module):
@@ -18,8 +19,8 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.scale = config.head_dim**-0.5
         rows = (config.heads + 2 * config.kv_heads) * config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
-        self.out = nn.Linear(config.heads * config.head_dim, config.hidden_size, bias=config.out_bias)
+        self.qkv = Linear(config.hidden_size, rows, config.qkv_bias)
+        self.out = Linear(config.heads * config.head_dim, config.hidden_size, config.out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
@@ -41,13 +42,43 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        paired = not config.mlp_bias  # the fused operator has none
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias, paired)
+        self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
         self._activations = activations
 
     def forward(self, x: Tensor, rotation: Rotation, layer: LayerView) -> Tensor:
+        """`x` `[T, hidden]` → `[T, hidden]`. With packed weights in two fused operators, one on each side of the
+        attention."""
+        if self.gate_up.is_packed and self.gate_up.bias is None:
+            return self._packed(x, rotation, layer)
         x = x + self.attention(self.attention_norm(x), rotation, layer)
         return x + self.down(self._activations.silu_mul(self.gate_up(self.mlp_norm(x))))
+
+
+    def _packed(self, x: Tensor, rotation: Rotation, layer: LayerView) -> Tensor:
+        a, operators = self.attention, self.gate_up.operators
+        q_norm, k_norm = (None if norm is None else norm.weight for norm in (a.q_norm, a.k_norm))
+        qkv = operators.packed_project(
+            x,
+            self.attention_norm.weight,
+            self.attention_norm.eps,
+            *a.qkv.operand,
+            a.qkv.bias,
+            [a.heads, a.kv_heads, a.head_dim],
+            q_norm,
+            k_norm,
+            rotation.cos,
+            rotation.sin,
+        )
+        q, k, v = qkv.unflatten(-1, (-1, a.head_dim)).split((a.heads, a.kv_heads, a.kv_heads), dim=1)
+        layer.write(k, v)
+        attended = layer.attend(q, a.scale).flatten(1)
+        norm, eps = self.mlp_norm.weight, self.mlp_norm.eps
+        weights = *self.gate_up.operand, *self.down.operand
+        return operators.packed_ending(
+            x, attended, *a.out.operand, a.out.bias, None, norm, eps, *weights, None, False
+        )
 
 
 class Llama(Decoder):

@@ -1,8 +1,10 @@
 """From a checkpoint directory to a decoder in memory, one tensor at a time; and back to Hugging Face's names."""
 
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from kvist.base.files import read_json
 from kvist.models.config import ModelConfig, read_config
 from kvist.models.decoder import Activations, Decoder, Slot
 from kvist.models.gpt2 import GPT2
+from kvist.models.linear import PackedOperators, PackedRows, Weight, weights_of
 from kvist.models.llama import Llama
 from kvist.weights.checkpoint import Checkpoint
 
@@ -20,6 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Tensors that checkpoints carry and no decoder needs: masks and frequencies that are computed, not learned.
 _DERIVED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 _HEAD = "lm_head.weight"
+_HASHED_ROWS = 4096  # at once
 
 
 def load_config(directory: Path) -> ModelConfig:
@@ -28,9 +32,20 @@ def load_config(directory: Path) -> ModelConfig:
     return read_config(read_json(path), str(path))
 
 
+class Operators(Activations, PackedOperators, Protocol):
+    """What decoders are run with: a backend."""
+
+
 def build(config: ModelConfig, activations: Activations, dtype: torch.dtype) -> Decoder:
     """A decoder whose parameters are allocated and not yet filled."""
     return _allocate(_describe(config, activations, dtype))
+
+
+def build_packed(config: ModelConfig, operators: Operators, bits: int) -> Decoder:
+    """A decoder of packed weights that are all zero yet; what is not packed is not yet filled."""
+    model = _describe(config, operators, torch.float32)
+    model.pack(bits, operators)
+    return _allocate(model)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -50,20 +65,47 @@ def load(directory: Path, config: ModelConfig, activations: Activations, dtype: 
     is allocated before the weight files' headers agree with `config`.
     """
     checkpoint = Checkpoint(directory)
-    model = _describe(config, activations, dtype or stored_dtype(checkpoint))
+    return _fill(_describe(config, activations, dtype or stored_dtype(checkpoint)), checkpoint)
+
+
+def load_packed(directory: Path, config: ModelConfig, operators: Operators, bits: int) -> Decoder:
+    """The decoder of `directory`, its matrices packed into numbers of `bits` bits as they are read. Peak memory is the
+    packed weights, and a read buffer with what packing it takes. Raises `WeightsError` as `load` does."""
+    model = _describe(config, operators, torch.float32)
+    model.pack(bits, operators)
+    return _fill(model, Checkpoint(directory))
+
+
+def _fill(model: Decoder, checkpoint: Checkpoint) -> Decoder:
+    """Allocate a decoder that is on the meta device, and read it."""
     slots = {_stored_name(checkpoint, slot): slot for slot in model.slots()}
-    _check(checkpoint, slots, config)
-    parameters = dict(_allocate(model).named_parameters())
-    checkpoint.copy_into({name: _target(parameters, slot) for name, slot in slots.items()})
-    if config.tied and _HEAD in checkpoint.names():
-        _check_tied(checkpoint, model)
+    _check(checkpoint, slots, model.config)
+    _allocate(model)
+    places = _places(model)
+    direct, turned = {}, {}
+    for name, slot in slots.items():
+        place = _target(places, slot)
+        (turned if slot.transposed and isinstance(place, PackedRows) else direct)[name] = place
+    checkpoint.copy_into(direct)
+    for name, place in turned.items():  # an output's numbers lie apart, and are packed together
+        whole = torch.empty(place.shape[::-1])
+        checkpoint.copy_into({name: whole})
+        place.copy_(whole.T)
+    if model.config.tied and _HEAD in checkpoint.names():
+        _check_tied(checkpoint, next(name for name, slot in slots.items() if slot.parameter == "embed.weight"))
     return model
 
 
 def export(model: Decoder) -> dict[str, Tensor]:
     """The parameters under their Hugging Face names and shapes, contiguous: what `weights.save` writes."""
-    parameters = dict(model.named_parameters())
-    return {slot.name: _target(parameters, slot).contiguous() for slot in model.slots()}
+    places = _places(model)
+    found: dict[str, Tensor] = {}
+    for slot in model.slots():
+        place = _target(places, slot)
+        if isinstance(place, PackedRows):
+            raise WeightsError("packed weights are not written as a checkpoint: load the model without --weights")
+        found[slot.name] = place.contiguous()
+    return found
 
 
 def randomize(model: Decoder, seed: int, std: float = 0.02) -> Decoder:
@@ -85,13 +127,29 @@ def _describe(config: ModelConfig, activations: Activations, dtype: torch.dtype)
 
 
 def _allocate(model: Decoder) -> Decoder:
-    return model.to_empty(device="cpu").requires_grad_(False).eval()
+    model.to_empty(device="cpu").requires_grad_(False).eval()
+    for weight in weights_of(model):
+        if weight.codes is not None:
+            weight.codes.zero_()  # of a strip that is not full, the rest is zero
+    return model
 
 
-def _target(parameters: Mapping[str, Tensor], slot: Slot) -> Tensor:
-    """The view of a parameter that holds one tensor of a checkpoint, in the checkpoint's shape."""
-    rows = slot.shape[1] if slot.transposed else slot.shape[0]
-    view = parameters[slot.parameter].detach()[slot.start : slot.start + rows]
+def _places(model: Decoder) -> dict[str, Tensor | PackedRows]:
+    """Where the numbers of each parameter go, by its name, packed ones under the name that they had."""
+    places: dict[str, Tensor | PackedRows] = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, Weight) and module.form is not None:
+            places[f"{name}.weight"] = PackedRows(module, 0, (module.form.rows, module.form.columns))
+    return places
+
+
+def _target(places: Mapping[str, Tensor | PackedRows], slot: Slot) -> Tensor | PackedRows:
+    """The rows of a parameter that hold one tensor of a checkpoint, in the checkpoint's shape unless they are
+    packed."""
+    place, rows = places[slot.parameter], slot.shape[1] if slot.transposed else slot.shape[0]
+    if isinstance(place, PackedRows):
+        return place[slot.start : slot.start + rows]
+    view = place.detach()[slot.start : slot.start + rows]
     return view.T if slot.transposed else view
 
 
@@ -124,12 +182,16 @@ def _check(checkpoint: Checkpoint, wanted: Mapping[str, Slot], config: ModelConf
             )
 
 
-def _check_tied(checkpoint: Checkpoint, model: Decoder) -> None:
+def _check_tied(checkpoint: Checkpoint, embedding: str) -> None:
     """A head that is stored beside the embedding it is tied to must be that embedding, or logits would change."""
-    weight = model.head_weight()
-    for _, head in checkpoint.stream([_HEAD]):
-        if tuple(head.shape) != tuple(weight.shape) or not torch.equal(head.to(weight.dtype), weight):
-            raise WeightsError(
-                f"{checkpoint.directory}: config.json ties the head to the embedding, yet {_HEAD!r} is stored and "
-                'differs; with "tie_word_embeddings": false it would be used'
-            )
+    digests = set()
+    for _, tensor in checkpoint.stream([_HEAD, embedding]):
+        digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())
+        for rows in tensor.split(_HASHED_ROWS):
+            digest.update(rows.float().contiguous().numpy().tobytes())
+        digests.add(digest.digest())
+    if len(digests) > 1:
+        raise WeightsError(
+            f"{checkpoint.directory}: config.json ties the head to the embedding, yet {_HEAD!r} is stored and "
+            'differs; with "tie_word_embeddings": false it would be used'
+        )

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from kvist.base.errors import BackendError
-from kvist.ops import packing, reference, schema
+from kvist.ops import packing, reference, reference_packed, schema
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class Backend:
     attend_coded: Callable[..., torch.Tensor]
     silu_mul: Callable[..., torch.Tensor]
     gelu: Callable[..., torch.Tensor]
+    packed_linear: Callable[..., torch.Tensor]
+    packed_rows: Callable[..., torch.Tensor]
+    packed_project: Callable[..., torch.Tensor]
+    packed_ending: Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,10 @@ def _backend(candidate: _Candidate) -> Backend:
         operators.attend_coded.default,
         operators.silu_mul.default,
         operators.gelu.default,
+        operators.packed_linear.default,
+        operators.packed_rows.default,
+        operators.packed_project.default,
+        operators.packed_ending.default,
     )
 
 

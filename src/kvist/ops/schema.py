@@ -9,6 +9,10 @@
 | `attend_coded` | attention over the coded blocks before each query's own, merged with what `attend_own` gave |
 | `silu_mul` | gate_up [..., 2I] → silu(gate) * up [..., I] |
 | `gelu` | exact GELU, or its tanh form |
+| `packed_linear` | x [T, K] float32, normed where there is a norm, times a packed weight |
+| `packed_rows` | rows of a packed weight [T, K] float32, by their numbers: an embedding |
+| `packed_project` | what stands before attention: norm, q, k and v in one product, norms of heads, rotary positions |
+| `packed_ending` | what stands behind it: product, residual, norm, gated MLP, residual |
 
 `attend(q, keys, values, tables, starts, lengths, scale)`: q [T, Hq, D] holds the queries of S sequences one after
 another; sequence s owns rows starts[s] to starts[s+1] (starts [S+1] int32), which are its newest tokens: it has
@@ -36,6 +40,20 @@ lack q.mean: its own keys are weighed as if they did, too.
 `seal(open, planes, coding, frame, keys, sources, targets)`: codes block sources[i] of the plane `open` (as `write`
 fills it) into block targets[i] of `planes` ([N] int64 each), as keys or as values; without a coding it is copied into
 the plane, rounded to its type.
+
+Packed weights (`kvist.ops.packed` says how a weight is packed) are a tensor of bytes and `PackedForm.flat`. Their rows
+are float32; each is cut into the weight's groups of columns, and a group into whole numbers from -127 to 127 and a
+scale. A group's sum is exact, whatever computes it; groups are added one after another in float32. So a row's bits
+depend on the row and the weight. Every tensor beside the packed ones is float32 and dense. `eps` is that of all norms;
+a norm that is None is left out.
+
+`packed_project(x, norm, eps, data, form, bias, heads, query_norm, key_norm, cos, sin)`: norm(x) times the weight, plus
+bias, [T, rows]. `heads`: query heads, KV heads, head dim; the first so many heads of a row are q, then k, each normed by
+its norm [D] and rotated by cos and sin [T, 1, R], dimension i with i + R / 2; what stands behind them (v) is left alone.
+
+`packed_ending(x, attended, out..., out_norm, norm, eps, gate_up..., down..., down_norm, gelu)`: h = x + out_norm(out *
+attended + out_bias), then h + down_norm(down * (gate(g) * u)) where g, u = gate_up * norm(h), the weight being paired and
+the gate SiLU, or GELU in its tanh form.
 """
 
 import torch
@@ -62,6 +80,17 @@ SCHEMAS = {
     ),
     "silu_mul": "(Tensor gate_up) -> Tensor",
     "gelu": "(Tensor x, bool tanh) -> Tensor",
+    "packed_linear": "(Tensor x, Tensor? norm, float eps, Tensor data, int[] form, Tensor? bias) -> Tensor",
+    "packed_rows": "(Tensor data, int[] form, Tensor ids) -> Tensor",
+    "packed_project": (
+        "(Tensor x, Tensor? norm, float eps, Tensor data, int[] form, Tensor? bias, int[] heads, Tensor? query_norm, "
+        "Tensor? key_norm, Tensor? cos, Tensor? sin) -> Tensor"
+    ),
+    "packed_ending": (
+        "(Tensor x, Tensor attended, Tensor out_data, int[] out_form, Tensor? out_bias, Tensor? out_norm, Tensor norm, "
+        "float eps, Tensor gate_up_data, int[] gate_up_form, Tensor down_data, int[] down_form, Tensor? down_norm, "
+        "bool gelu) -> Tensor"
+    ),
     "instruction_set": "() -> str",
 }
 REFERENCE, CPU, PORTABLE, AVX2 = "kvist_reference", "kvist_cpu", "kvist_portable", "kvist_avx2"
@@ -122,6 +151,51 @@ def _fake_gelu(x: Tensor, tanh: bool) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def _fake_packed_linear(
+    x: Tensor, norm: Tensor | None, eps: float, data: Tensor, form: list[int], bias: Tensor | None
+) -> Tensor:
+    return x.new_empty((x.shape[0], form[0]))
+
+
+def _fake_packed_rows(data: Tensor, form: list[int], ids: Tensor) -> Tensor:
+    return data.new_empty((ids.shape[0], form[1]), dtype=torch.float32)
+
+
+def _fake_packed_project(
+    x: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    data: Tensor,
+    form: list[int],
+    bias: Tensor | None,
+    heads: list[int],
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> Tensor:
+    return x.new_empty((x.shape[0], form[0]))
+
+
+def _fake_packed_ending(
+    x: Tensor,
+    attended: Tensor,
+    out_data: Tensor,
+    out_form: list[int],
+    out_bias: Tensor | None,
+    out_norm: Tensor | None,
+    norm: Tensor,
+    eps: float,
+    gate_up_data: Tensor,
+    gate_up_form: list[int],
+    down_data: Tensor,
+    down_form: list[int],
+    down_norm: Tensor | None,
+    gelu: bool,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _define(namespace: str) -> Library:
     library = Library(namespace, "DEF")
     for name, schema in SCHEMAS.items():
@@ -133,6 +207,10 @@ def _define(namespace: str) -> Library:
     torch.library.register_fake(f"{namespace}::attend_coded", _fake_attend_coded, lib=library)
     torch.library.register_fake(f"{namespace}::silu_mul", _fake_silu_mul, lib=library)
     torch.library.register_fake(f"{namespace}::gelu", _fake_gelu, lib=library)
+    torch.library.register_fake(f"{namespace}::packed_linear", _fake_packed_linear, lib=library)
+    torch.library.register_fake(f"{namespace}::packed_rows", _fake_packed_rows, lib=library)
+    torch.library.register_fake(f"{namespace}::packed_project", _fake_packed_project, lib=library)
+    torch.library.register_fake(f"{namespace}::packed_ending", _fake_packed_ending, lib=library)
     return library
 
 

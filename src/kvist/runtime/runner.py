@@ -45,7 +45,7 @@ class Runner:
         self.layout = layout
         self.backend = backend
         self.widths = probe(model.linears())
-        self.head_widths = probe([(model.head_weight(), None)], HEAD_LADDER)
+        self.head_widths = probe(model.head_products(), HEAD_LADDER)
         self.sequences = sequences
         open_pool = BlockPool(OPEN_BLOCKS * sequences + tails) if layout.open_bytes else None
         pool = BlockPool(blocks)

@@ -6,7 +6,8 @@ steps are padded to one of few widths, and each width is tested on this machine,
 weights: widths that differ from each other in a single bit are not used together.
 """
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -26,7 +27,7 @@ _PATTERN = 64  # distinct rows of a test weight, so that a large one is quickly 
 class Widths:
     """The widths that agree, ascending."""
 
-    agreeing: tuple[int, ...]
+    agreeing: Sequence[int]
 
     @property
     def most(self) -> int:
@@ -35,10 +36,10 @@ class Widths:
 
     def fit(self, rows: int) -> int:
         """The narrowest width that holds `rows` rows."""
-        for width in self.agreeing:
-            if width >= rows:
-                return width
-        raise ValueError(f"a step of {rows} rows is wider than {self.most}")
+        place = bisect_left(self.agreeing, rows)
+        if place == len(self.agreeing):
+            raise ValueError(f"a step of {rows} rows is wider than {self.most}")
+        return self.agreeing[place]
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ def probe(products: Iterable[tuple[Tensor, Tensor | None]], ladder: tuple[int, .
     """Of `ladder`, the most widths that agree on every product (weight `[out, in]`, bias `[out]` or none).
 
     Only shapes and dtypes are read of the products, so damaged weights change nothing. Raises `BackendError` when
-    rows differ even within one width.
+    rows differ even within one width. Where there is no product, every width does: ours do not depend on it.
     """
     shapes = dict.fromkeys(
         _Shape(len(weight), weight.shape[1], weight.dtype, bias is not None) for weight, bias in products
     )
+    if not shapes:
+        return Widths(range(1, ladder[-1] + 1))
     return Widths(_most_agreeing(tuple(shapes), ladder, torch.get_num_threads()))
 
 

@@ -16,6 +16,7 @@ from kvist.cache.choice import parse_choice
 from kvist.cache.codecs import DenseCodec
 from kvist.cache.layout import Layout, plan_layout
 from kvist.models.decoder import Decoder
+from kvist.models.linear import tensors_of
 from kvist.models.plain import PlainView
 from kvist.text.tokenizer import Tokenizer
 
@@ -62,7 +63,7 @@ def observe(model: Decoder, tokens: list[int], see: Callable[[int, Vectors], Non
 def model_digest(model: Decoder) -> str:
     """SHA-256 (hex) of the config and of numbers from all over every parameter: tells one model from another."""
     digest = hashlib.sha256(repr(model.config).encode())
-    for name, parameter in model.named_parameters():
+    for name, parameter in tensors_of(model).items():
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, len(flat) // _SAMPLE)][:_SAMPLE].float()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + sample.numpy().tobytes())

@@ -19,6 +19,7 @@ from kvist.base.errors import KvistError
 from kvist.base.files import atomic_file, cache_folder, read_json
 from kvist.cache import record
 from kvist.models.decoder import Decoder
+from kvist.models.linear import tensors_of
 from kvist.runtime.batch import Work
 from kvist.runtime.runner import Runner
 from kvist.service.loaded import Loaded
@@ -89,11 +90,11 @@ def identify(loaded: Loaded) -> Identity:
 
 
 def weights_digest(model: Decoder) -> str:
-    """SHA-256 (hex) of the names, types, shapes and bytes of all parameters."""
+    """SHA-256 (hex) of the names, types, shapes and bytes of all parameters and packed weights."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        data = parameter.detach().contiguous().flatten().view(torch.uint8).numpy()
+    for name, tensor in tensors_of(model).items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
         for start in range(0, len(data), _CHUNK):
             digest.update(data[start : start + _CHUNK].data)
     return digest.hexdigest()
@@ -104,8 +105,7 @@ def _known_weights(loaded: Loaded) -> str:
     stamp = loaded.stamp
     if not stamp:
         return weights_digest(loaded.model)
-    dtype = str(next(loaded.model.parameters()).dtype)
-    key = _digest(json.dumps([str(loaded.directory.resolve()), dtype, stamp]).encode())
+    key = _digest(json.dumps([str(loaded.directory.resolve()), loaded.model.weights, stamp]).encode())
     path = cache_folder() / "weights" / f"{key[:32]}.json"
     try:
         if path.exists() and read_json(path, 4096).get("key") == key:

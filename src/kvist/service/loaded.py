@@ -14,7 +14,7 @@ from kvist.cache.kept import KeptCache
 from kvist.cache.layout import BLOCK_SIZE, Layout, plan_layout
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Decoder
-from kvist.models.load import DTYPES, load, load_config, stored_dtype
+from kvist.models.load import DTYPES, load, load_config, load_packed, stored_dtype
 from kvist.ops.backend import Backend, select
 from kvist.runtime.engine import Engine
 from kvist.runtime.runner import Runner
@@ -28,6 +28,7 @@ from kvist.weights.hub import resolve
 BUNDLED = Path(__file__).parent.parent / "bundled"
 RECALL = BUNDLED / "recall"
 _FULL = {codec.dtype: codec for codec in (FP32, BF16, FP16)}
+PACKED = {"int8": 8, "int4": 4}  # bits of a weight
 _KV_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -77,25 +78,33 @@ class Loaded:
         return Engine(runner, kept=kept)
 
 
-def open_model(name: str | None, *, dtype: str | None = None, kv: str | None = None) -> Loaded:
+def open_model(
+    name: str | None, *, dtype: str | None = None, kv: str | None = None, weights: str | None = None
+) -> Loaded:
     """Load a directory or a hub id; without a name the bundled model.
 
     `dtype`: fp32, bf16 or fp16, by default as stored. `kv`: the cache's codecs, as `parse_choice` reads them, by
     default the one of the same type, which loses nothing; "auto" is what `kvist calibrate` proposed for this model. A
-    model whose codecs want to be calibrated is, at its first use. The environment's KVIST_OPS forces an operator
-    implementation (cpu, portable, reference).
+    model whose codecs want to be calibrated is, at its first use. `weights`: int8 or int4 packs the matrices as they
+    are read; `dtype` is then that of the cache. The environment's KVIST_OPS forces an operator implementation (cpu,
+    portable, reference).
     """
     directory = BUNDLED if name is None else resolve(name, progress=True)
     config = load_config(directory)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if weights is not None and weights not in PACKED:
+        raise ConfigError(f"there are no weights {weights!r}; choose one of {', '.join(PACKED)}")
     compute = DTYPES[dtype] if dtype else stored_dtype(Checkpoint(directory))
     kv = kv or _KV_OF[compute]
     if kv != AUTO:  # before anything large is read, so that a choice that cannot be is refused at once
         plan_layout(config.layer_specs(), parse_choice(kv), full=_FULL[compute])
     backend = select_backend(config, compute)
     stamp = stamp_of(directory)
-    model = load(directory, config, backend, compute)
+    if weights is None:
+        model = load(directory, config, backend, compute)
+    else:
+        model = load_packed(directory, config, backend, PACKED[weights])
     if stamp_of(directory) != stamp:
         raise WeightsError(f"the weight files in {directory} were changed while they were read; try again")
     layout = planned(model, directory, kv, _FULL[compute])

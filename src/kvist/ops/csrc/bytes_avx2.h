@@ -79,6 +79,14 @@ inline Ints dot_bytes(Ints acc, Bytes a, Bytes b) {
   return {dot_half(acc.half[0], a.half[0], b.half[0]), dot_half(acc.half[1], a.half[1], b.half[1])};
 }
 
+inline Bytes low_nibbles(Bytes x) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(x.half[0], mask), _mm256_and_si256(x.half[1], mask)};
+}
+inline Bytes high_nibbles(Bytes x) {
+  return low_nibbles({_mm256_srli_epi16(x.half[0], 4), _mm256_srli_epi16(x.half[1], 4)});
+}
+
 inline void store_low_bytes(uint8_t* to, Ints x) {
   const auto low_of = [](__m256i a) { return _mm256_srai_epi32(_mm256_slli_epi32(a, 24), 24); };
   const __m256i words = _mm256_packs_epi32(low_of(x.half[0]), low_of(x.half[1]));  // by four: 0, 2, 1, 3

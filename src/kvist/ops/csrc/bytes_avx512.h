@@ -59,13 +59,18 @@ inline Ints count_borders(Vec x, const Borders& borders) {
 // acc + the four products of each lane, a unsigned, b signed.
 inline Ints dot_bytes(Ints acc, Bytes a, Bytes b) {
 #if defined(__AVX512VNNI__)
-  return _mm512_dpbusd_epi32(acc, a, b);
+  // Written out: GCC 12 copies the sum around the intrinsic, and keeps it in memory.
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  return acc;
 #else
   const __m512i a0 = _mm512_and_si512(a, _mm512_set1_epi16(0xff)), a1 = _mm512_srli_epi16(a, 8);
   const __m512i b0 = _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8), b1 = _mm512_srai_epi16(b, 8);
   return _mm512_add_epi32(acc, _mm512_add_epi32(_mm512_madd_epi16(a0, b0), _mm512_madd_epi16(a1, b1)));
 #endif
 }
+
+inline Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+inline Bytes high_nibbles(Bytes x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
 
 inline void store_low_bytes(uint8_t* to, Ints x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x));

@@ -69,6 +69,9 @@ inline Ints dot_bytes(Ints acc, Bytes a, Bytes b) {
   });
 }
 
+inline Bytes low_nibbles(Bytes x) { return each_int([&](int i) { return x.part[i] & 0x0f0f0f0f; }); }
+inline Bytes high_nibbles(Bytes x) { return each_int([&](int i) { return x.part[i] >> 4 & 0x0f0f0f0f; }); }
+
 inline void store_low_bytes(uint8_t* to, Ints x) {
   KVIST_UNROLL for (int i = 0; i < kLanes; i++) to[i] = static_cast<uint8_t>(x.part[i / kWidth][i % kWidth]);
 }

@@ -1,0 +1,118 @@
+"""Matrix products and embeddings whose weight is of floating point, or packed into whole numbers.
+
+A packed weight takes the place of the parameter `weight`; what a decoder computes around it is then in float32.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvist.ops import packed
+from kvist.ops.packed import PackedForm
+
+
+class PackedOperators(Protocol):
+    """The operators of a backend over packed weights; `kvist.ops.schema` says what each does."""
+
+    packed_linear: Callable[..., Tensor]
+    packed_rows: Callable[..., Tensor]
+    packed_project: Callable[..., Tensor]
+    packed_ending: Callable[..., Tensor]
+
+
+class Weight(nn.Module):
+    """A matrix `weight` [rows, columns], or what it is packed into. `paired`: its first half of rows are gates, its
+    second half the ups that belong to them."""
+
+    def __init__(self, columns: int, rows: int, paired: bool = False) -> None:
+        super().__init__()
+        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(rows, columns))
+        self.codes: Tensor | None
+        self.register_buffer("codes", None)
+        self.form: PackedForm | None = None
+        self._paired = paired
+
+    def pack(self, bits: int, operators: PackedOperators) -> None:
+        """Make room for a packed weight, on the device of the parameter, which goes."""
+        assert self.weight is not None
+        rows, columns = self.weight.shape
+        self.form = PackedForm(rows, columns, bits, packed.group_for(columns, bits), self._paired)
+        self.codes = torch.zeros(self.form.shape, dtype=torch.uint8, device=self.weight.device)
+        self.weight = None
+        self.operators = operators
+
+    @property
+    def operand(self) -> tuple[Tensor, list[int]]:
+        """The packed weight as operators take it."""
+        assert self.codes is not None and self.form is not None
+        return self.codes, self.form.flat()
+
+    @property
+    def is_packed(self) -> bool:
+        return self.form is not None
+
+
+class Linear(Weight):
+    """`x` [T, columns] → weight x + bias [T, rows]."""
+
+    def __init__(self, columns: int, rows: int, bias: bool = False, paired: bool = False) -> None:
+        super().__init__(columns, rows, paired)
+        self.bias = nn.Parameter(torch.empty(rows)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight is not None:
+            return F.linear(x, self.weight, self.bias)
+        return self.operators.packed_linear(x, None, 0.0, *self.operand, self.bias)
+
+
+class Embedding(Weight):
+    """A row of the weight for each token; and, where the head is tied to it, the logits."""
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__(dim, size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`tokens` [T] int64 → [T, dim]."""
+        if self.weight is not None:
+            return F.embedding(tokens, self.weight)
+        return self.operators.packed_rows(*self.operand, tokens)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """`hidden` [R, dim] → [R, size]."""
+        if self.weight is not None:
+            return F.linear(hidden, self.weight)
+        return self.operators.packed_linear(hidden, None, 0.0, *self.operand, None)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """The place of some rows of a packed weight, filled as a tensor is: `place[first:last].copy_(rows)`."""
+
+    weight: Weight
+    start: int
+    shape: tuple[int, int]
+
+    def __getitem__(self, rows: slice) -> "PackedRows":
+        first, last, _ = rows.indices(self.shape[0])
+        return PackedRows(self.weight, self.start + first, (last - first, self.shape[1]))
+
+    def copy_(self, rows: Tensor) -> None:
+        codes, form = self.weight.codes, self.weight.form
+        assert codes is not None and form is not None
+        packed.put_rows(codes, form, self.start, rows)
+
+
+def weights_of(module: nn.Module) -> Iterator[Weight]:
+    """All weights within a module, in order."""
+    for part in module.modules():
+        if isinstance(part, Weight):
+            yield part
+
+
+def tensors_of(module: nn.Module) -> dict[str, Any]:
+    """Everything that decides what a module computes, by name: parameters and packed weights."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -1,0 +1,118 @@
+// The operators over packed weights, as bindings.cpp has the others.
+#include <torch/library.h>
+
+#include "checks.h"
+#include "fused.h"
+
+namespace kvist {
+namespace {
+
+using at::IntArrayRef;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kMaxSize = int64_t{1} << 24;
+
+// `form`: PackedForm.flat.
+Packed packed(const Tensor& data, IntArrayRef form) {
+  TORCH_CHECK_VALUE(form.size() == 5, "the form of a packed weight has five numbers, got ", form);
+  const Packed w{nullptr, form[0], form[1], form[2], form[3], form[4] != 0};
+  TORCH_CHECK_VALUE(w.rows >= 1 && w.rows <= kMaxSize && w.columns >= 1 && w.columns <= kMaxSize && w.group >= 32 &&
+                        w.group <= kMaxSize && w.group % 32 == 0 && (w.bits == 4 || w.bits == 8) &&
+                        (!w.paired || w.rows % 2 == 0),
+                    "there is no packed weight of the form ", form);
+  TORCH_CHECK_VALUE(data.scalar_type() == at::kByte && data.dim() == 2 && data.size(0) == w.strips() &&
+                        data.size(1) == w.strip_bytes() && data.is_contiguous(),
+                    "a packed weight of the form ", form, " is uint8 [", w.strips(), ", ", w.strip_bytes(), "], got ",
+                    data.scalar_type(), " ", data.sizes());
+  Packed result = w;
+  result.data = data.const_data_ptr<uint8_t>();
+  return result;
+}
+
+// Rows of float32 numbers, dense.
+const float* floats(const Tensor& x, IntArrayRef sizes, const char* name) {
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.sizes() == sizes && x.is_contiguous(), name,
+                    " must be dense float32 ", sizes, ", got ", x.scalar_type(), " ", x.sizes());
+  return x.const_data_ptr<float>();
+}
+const float* floats(const OptionalTensor& x, IntArrayRef sizes, const char* name) {
+  return x ? floats(*x, sizes, name) : nullptr;
+}
+
+Tensor result_of(const Tensor& x, int64_t columns) { return at::empty({x.size(0), columns}, x.options()); }
+
+Tensor packed_linear(const Tensor& x, const OptionalTensor& norm, double eps, const Tensor& data, IntArrayRef form,
+                     const OptionalTensor& bias) {
+  const Packed w = packed(data, form);
+  TORCH_CHECK_VALUE(x.dim() == 2 && !w.paired, "packed_linear takes x [T, columns] and a weight that is not paired");
+  const float* from = floats(x, {x.size(0), w.columns}, "x");
+  const Tensor out = result_of(x, w.rows);
+  linear({floats(norm, {w.columns}, "norm"), static_cast<float>(eps)}, w, floats(bias, {w.rows}, "bias"), from,
+         x.size(0), out.mutable_data_ptr<float>());
+  return out;
+}
+
+Tensor packed_rows(const Tensor& data, IntArrayRef form, const Tensor& ids) {
+  const Packed w = packed(data, form);
+  TORCH_CHECK_VALUE(!w.paired && ids.dim() == 1 && ids.scalar_type() == at::kLong && ids.is_contiguous(),
+                    "packed_rows takes ids [T] int64 and a weight that is not paired");
+  const Tensor out = at::empty({ids.size(0), w.columns}, data.options().dtype(at::kFloat));
+  const int64_t* id = ids.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < ids.size(0); i++) {
+    TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < w.rows, "ids must be in [0, ", w.rows, "), got ", id[i]);
+    unpack_row(w, id[i], out.mutable_data_ptr<float>() + i * w.columns);
+  }
+  return out;
+}
+
+Tensor packed_project(const Tensor& x, const OptionalTensor& norm, double eps, const Tensor& data, IntArrayRef form,
+                      const OptionalTensor& bias, IntArrayRef heads, const OptionalTensor& query_norm,
+                      const OptionalTensor& key_norm, const OptionalTensor& cos, const OptionalTensor& sin) {
+  const Packed w = packed(data, form);
+  TORCH_CHECK_VALUE(x.dim() == 2 && !w.paired, "packed_project takes x [T, columns] and a weight that is not paired");
+  TORCH_CHECK_VALUE(heads.size() == 3 && heads[0] >= 0 && heads[1] >= 0 && heads[2] >= 1 &&
+                        heads[0] + heads[1] <= w.rows / heads[2],
+                    "the weight's ", w.rows, " outputs do not hold the heads ", heads);
+  const int64_t rows = x.size(0), rotated = cos ? cos->size(-1) : 0;
+  TORCH_CHECK_VALUE(cos.has_value() == sin.has_value() && rotated % 2 == 0 && rotated <= heads[2],
+                    "cos and sin have an even number of at most ", heads[2], " dimensions, got ", rotated);
+  const float small = static_cast<float>(eps);
+  const Projection p{{floats(norm, {w.columns}, "norm"), small}, w, floats(bias, {w.rows}, "bias"), heads[0], heads[1],
+                     heads[2], {floats(query_norm, {heads[2]}, "query_norm"), small},
+                     {floats(key_norm, {heads[2]}, "key_norm"), small}, floats(cos, {rows, 1, rotated}, "cos"),
+                     floats(sin, {rows, 1, rotated}, "sin"), rotated};
+  const Tensor out = result_of(x, w.rows);
+  project(p, floats(x, {rows, w.columns}, "x"), rows, out.mutable_data_ptr<float>());
+  return out;
+}
+
+Tensor packed_ending(const Tensor& x, const Tensor& attended, const Tensor& out_data, IntArrayRef out_form,
+                     const OptionalTensor& out_bias, const OptionalTensor& out_norm, const Tensor& norm, double eps,
+                     const Tensor& gate_up_data, IntArrayRef gate_up_form, const Tensor& down_data,
+                     IntArrayRef down_form, const OptionalTensor& down_norm, bool gelu) {
+  const Packed out = packed(out_data, out_form), gate_up = packed(gate_up_data, gate_up_form),
+               down = packed(down_data, down_form);
+  const int64_t size = out.rows;
+  TORCH_CHECK_VALUE(!out.paired && gate_up.paired && !down.paired && gate_up.columns == size && down.rows == size &&
+                        down.columns == gate_up.outputs() && x.dim() == 2,
+                    "the weights of a layer do not belong together: ", out_form, ", ", gate_up_form, ", ", down_form);
+  const float small = static_cast<float>(eps);
+  const Ending e{out, floats(out_bias, {size}, "out_bias"), {floats(out_norm, {size}, "out_norm"), small},
+                 {floats(norm, {size}, "norm"), small}, gate_up, gelu ? Gate::kGeluTanh : Gate::kSilu, down,
+                 {floats(down_norm, {size}, "down_norm"), small}};
+  const Tensor result = result_of(x, size);
+  end_layer(e, floats(x, {x.size(0), size}, "x"), floats(attended, {x.size(0), out.columns}, "attended"), x.size(0),
+            result.mutable_data_ptr<float>());
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(KVIST_NAMESPACE, CPU, library) {
+  library.impl("packed_linear", &packed_linear);
+  library.impl("packed_rows", &packed_rows);
+  library.impl("packed_project", &packed_project);
+  library.impl("packed_ending", &packed_ending);
+}
+
+}  // namespace kvist
