@@ -1,6 +1,5 @@
 """The only tensors that hold KV."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -9,12 +8,11 @@ import torch
 from torch import Tensor
 
 from kvist.base.errors import KvistError
+from kvist.base.memory import zeros
 from kvist.base.units import format_bytes
 from kvist.cache.codecs import Plane
 from kvist.cache.layout import Layout
 from kvist.cache.manager import Copy
-
-_CACHE_LINE = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Store:
         self.layout = layout
         self.blocks = blocks
         try:
-            self._layers = [tuple(_zeros((blocks, *p.shape), p.dtype) for p in layer.planes) for layer in layout.layers]
+            self._layers = [tuple(zeros((blocks, *p.shape), p.dtype) for p in layer.planes) for layer in layout.layers]
             self.open_planes = _open_planes(layout, kept, passing)
         except MemoryError:
             raise KvistError(
@@ -123,15 +121,6 @@ def _open_planes(layout: Layout, kept: int, passing: int) -> list[OpenPlanes]:
     planes = []
     for streams, layers in shapes.items():
         count = passing + kept * len(layers)
-        keys, values = (_zeros((count, *plane.shape), plane.dtype) for plane in streams)
+        keys, values = (zeros((count, *plane.shape), plane.dtype) for plane in streams)
         planes.append(OpenPlanes(keys, values, tuple(layers), passing, kept))
     return planes
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    # numpy's zeros are calloc's: untouched pages cost nothing, and large arrays ask for huge pages. They begin
-    # wherever malloc's header ends, so a plane begins at the first cache line, or each vector would span two.
-    count = math.prod(shape) * dtype.itemsize
-    raw = np.zeros(count + _CACHE_LINE, np.uint8)
-    start = -raw.ctypes.data % _CACHE_LINE
-    return torch.from_numpy(raw[start : start + count]).view(dtype).view(shape)

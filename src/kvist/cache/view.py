@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 from torch import Tensor
@@ -12,9 +13,28 @@ from kvist.cache.spec import Role
 from kvist.cache.store import OpenPlanes, Store
 from kvist.ops.backend import Backend
 
+# What `packed_layer` takes of a layer's cache: step, open blocks, planes, coding and frame of keys and of values, and
+# the size of a block. See `kvist.ops.schema`.
+Operands = tuple[
+    list[Tensor],
+    list[Tensor],
+    list[Tensor],
+    list[int],
+    list[Tensor],
+    list[Tensor],
+    list[int],
+    list[Tensor],
+    int,
+]
+
 
 class LayerView(Protocol):
     """One layer's cache during one step of `T` rows, padding rows included."""
+
+    @property
+    def operands(self) -> Operands | None:
+        """For an operator that does a whole layer; None where `write` and `attend` are the only way."""
+        ...
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Store `k`, `v`: `[T, kv_heads, head_dim]`, one row per token of the step."""
@@ -57,6 +77,10 @@ class Step:
     lengths: Tensor
     open: OpenStep | None = None
 
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        return [self.slots, self.tables, self.starts, self.lengths]
+
 
 @dataclass(frozen=True)
 class PagedView:
@@ -66,6 +90,11 @@ class PagedView:
     values: Tensor
     step: Step
     backend: Backend
+    block_size: int
+
+    @property
+    def operands(self) -> Operands:
+        return self.step.tensors, [], [self.keys], [], [], [self.values], [], [], self.block_size
 
     def write(self, k: Tensor, v: Tensor) -> None:
         self.backend.write(self.keys, self.values, k, v, self.step.slots)
@@ -90,6 +119,17 @@ class OpenView:
     open: OpenStep
     block_size: int
     backend: Backend
+
+    @property
+    def operands(self) -> Operands | None:
+        keys, values = self.layout.streams
+        if not (keys.has_kernel and values.has_kernel):
+            return None
+        open = self.open
+        tensors = [open.slots, open.tables, open.starts, open.lengths, open.sources, open.targets]
+        planes = [self.planes.keys, self.planes.values, *tensors]
+        coded = self.keys, *keys.operands, self.values, *values.operands
+        return self.step.tensors, planes, *coded, self.block_size
 
     def write(self, k: Tensor, v: Tensor) -> None:
         open = self.open
@@ -124,7 +164,7 @@ def paged_views(store: Store, step: Step, backend: Backend) -> Sequence[LayerVie
         layer = layout.layers[store.owner(index)]
         planes = store.planes(index)
         if not layer.opens:
-            views.append(PagedView(planes[0], planes[1], step, backend))
+            views.append(PagedView(planes[0], planes[1], step, backend, layout.block_size))
             continue
         count = len(layer.streams[0].planes)
         keys, values = list(planes[:count]), list(planes[count:])

@@ -22,6 +22,7 @@ class PackedOperators(Protocol):
     packed_rows: Callable[..., Tensor]
     packed_project: Callable[..., Tensor]
     packed_ending: Callable[..., Tensor]
+    packed_layer: Callable[..., Tensor]
 
 
 class Weight(nn.Module):
@@ -48,7 +49,8 @@ class Weight(nn.Module):
     @property
     def operand(self) -> tuple[Tensor, list[int]]:
         """The packed weight as operators take it."""
-        assert self.codes is not None and self.form is not None
+        assert self.codes is not None
+        assert self.form is not None
         return self.codes, self.form.flat()
 
     @property
@@ -102,7 +104,8 @@ class PackedRows:
 
     def copy_(self, rows: Tensor) -> None:
         codes, form = self.weight.codes, self.weight.form
-        assert codes is not None and form is not None
+        assert codes is not None
+        assert form is not None
         packed.put_rows(codes, form, self.start, rows)
 
 

@@ -1,6 +1,8 @@
 """Llama, Mistral, Qwen2 and Qwen3: rotary positions, RMSNorm, gated SiLU, grouped KV heads."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -8,7 +10,7 @@ from kvist.cache.view import LayerView
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Activations, Decoder, Slot
 from kvist.models.layers import RMSNorm, RopeTable, Rotation
-from kvist.models.linear import Linear
+from kvist.models.linear import Linear, PackedOperators
 
 
 class Attention(nn.Module):
@@ -34,6 +36,20 @@ class Attention(nn.Module):
         return self.out(layer.attend(rotation.apply(q), self.scale).flatten(1))
 
 
+@dataclass(frozen=True)
+class _Operands:
+    """A layer's packed weights, norms and biases, in the order in which operators take them."""
+
+    weights: list[Tensor]
+    forms: list[list[int]]
+    extras: list[Tensor | None]
+    heads: list[int]
+
+    @cached_property
+    def flat(self) -> list[int]:
+        return [number for form in self.forms for number in form]
+
+
 class Block(nn.Module):
     """Pre-norm residual block."""
 
@@ -46,39 +62,47 @@ class Block(nn.Module):
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias, paired)
         self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
         self._activations = activations
+        self._operators: PackedOperators | None = None
 
     def forward(self, x: Tensor, rotation: Rotation, layer: LayerView) -> Tensor:
-        """`x` `[T, hidden]` → `[T, hidden]`. With packed weights in two fused operators, one on each side of the
-        attention."""
-        if self.gate_up.is_packed and self.gate_up.bias is None:
-            return self._packed(x, rotation, layer)
+        """`x` `[T, hidden]` → `[T, hidden]`. With packed weights in one fused operator, or in two where the cache has no
+        kernel for the attention between them."""
+        if self._operators is not None:
+            return self._packed(self._operators, x, rotation, layer)
         x = x + self.attention(self.attention_norm(x), rotation, layer)
         return x + self.down(self._activations.silu_mul(self.gate_up(self.mlp_norm(x))))
 
+    def fuse(self, operators: PackedOperators) -> None:
+        """From now on its packed weights are read by fused operators, where they can be."""
+        if self.gate_up.bias is None and self.down.bias is None:
+            self._operators = operators
 
-    def _packed(self, x: Tensor, rotation: Rotation, layer: LayerView) -> Tensor:
-        a, operators = self.attention, self.gate_up.operators
+    @cached_property
+    def _operands(self) -> _Operands:
+        """What the fused operators take of the layer, looked up once."""
+        a = self.attention
         q_norm, k_norm = (None if norm is None else norm.weight for norm in (a.q_norm, a.k_norm))
-        qkv = operators.packed_project(
-            x,
-            self.attention_norm.weight,
-            self.attention_norm.eps,
-            *a.qkv.operand,
-            a.qkv.bias,
-            [a.heads, a.kv_heads, a.head_dim],
-            q_norm,
-            k_norm,
-            rotation.cos,
-            rotation.sin,
-        )
-        q, k, v = qkv.unflatten(-1, (-1, a.head_dim)).split((a.heads, a.kv_heads, a.kv_heads), dim=1)
+        weights, forms = zip(*(weight.operand for weight in (a.qkv, a.out, self.gate_up, self.down)), strict=True)
+        norms = self.attention_norm.weight, self.mlp_norm.weight
+        extras = [norms[0], a.qkv.bias, q_norm, k_norm, a.out.bias, None, norms[1], None]
+        return _Operands(list(weights), list(forms), extras, [a.heads, a.kv_heads, a.head_dim])
+
+    def _packed(self, operators: PackedOperators, x: Tensor, rotation: Rotation, layer: LayerView) -> Tensor:
+        own, scale, eps = self._operands, self.attention.scale, self.mlp_norm.eps
+        norm, qkv_bias, q_norm, k_norm, out_bias, _, mlp_norm, _ = own.extras
+        if (cache := layer.operands) is not None:
+            angles = rotation.cos, rotation.sin
+            return operators.packed_layer(
+                x, own.weights, own.flat, own.extras, own.heads, eps, scale, False, *angles, *cache
+            )
+        qkv, out, gate_up, down = zip(own.weights, own.forms, strict=True)
+        heads = own.heads, q_norm, k_norm, rotation.cos, rotation.sin
+        rows = operators.packed_project(x, norm, eps, *qkv, qkv_bias, *heads).unflatten(-1, (-1, own.heads[2]))
+        q, k, v = rows.split((own.heads[0], own.heads[1], own.heads[1]), dim=1)
         layer.write(k, v)
-        attended = layer.attend(q, a.scale).flatten(1)
-        norm, eps = self.mlp_norm.weight, self.mlp_norm.eps
-        weights = *self.gate_up.operand, *self.down.operand
-        return operators.packed_ending(
-            x, attended, *a.out.operand, a.out.bias, None, norm, eps, *weights, None, False
-        )
+        attended = layer.attend(q, scale).flatten(1)
+        mlp = mlp_norm, eps, *gate_up, *down, None, False
+        return operators.packed_ending(x, attended, *out, out_bias, None, *mlp)
 
 
 class Llama(Decoder):
@@ -96,6 +120,11 @@ class Llama(Decoder):
         for block, layer in zip(self.blocks, layers, strict=True):
             x = block(x, rotation, layer)
         return self.norm(x)
+
+    def pack(self, bits: int, operators: PackedOperators) -> None:
+        super().pack(bits, operators)
+        for block in self.blocks:
+            block.fuse(operators)
 
     def slots(self) -> list[Slot]:
         config = self.config

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvist.base.errors import WeightsError
 from kvist.base.files import read_json
+from kvist.base.memory import CACHE_LINE, zeros
 from kvist.models.config import ModelConfig, read_config
 from kvist.models.decoder import Activations, Decoder, Slot
 from kvist.models.gpt2 import GPT2
@@ -127,10 +128,14 @@ def _describe(config: ModelConfig, activations: Activations, dtype: torch.dtype)
 
 
 def _allocate(model: Decoder) -> Decoder:
+    """Packed weights stand side by side in one piece of memory, in the order in which a step reads them."""
+    packed = [(weight, weight.form) for weight in weights_of(model) if weight.form is not None]
+    for weight, _ in packed:
+        weight.codes = None
     model.to_empty(device="cpu").requires_grad_(False).eval()
-    for weight in weights_of(model):
-        if weight.codes is not None:
-            weight.codes.zero_()  # of a strip that is not full, the rest is zero
+    sizes = [-(-form.nbytes // CACHE_LINE) * CACHE_LINE for _, form in packed]
+    for (weight, form), room in zip(packed, zeros([sum(sizes)], torch.uint8).split(sizes), strict=True):
+        weight.codes = room[: form.nbytes].view(form.shape)
     return model
 
 

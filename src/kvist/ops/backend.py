@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from kvist.base.errors import BackendError
-from kvist.ops import packing, reference, reference_packed, schema
+from kvist.ops import packing, reference, schema
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Backend:
     packed_rows: Callable[..., torch.Tensor]
     packed_project: Callable[..., torch.Tensor]
     packed_ending: Callable[..., torch.Tensor]
+    packed_layer: Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def _backend(candidate: _Candidate) -> Backend:
         operators.packed_rows.default,
         operators.packed_project.default,
         operators.packed_ending.default,
+        operators.packed_layer.default,
     )
 
 

@@ -174,5 +174,7 @@ def _codes(groups: Tensor, scales: Tensor, most: int) -> Tensor:
 def _rounded(scales: Tensor) -> Tensor:
     """As float16: not so small that it would be zero, nor infinite where the number is not."""
     info = torch.finfo(torch.float16)
-    tiny = torch.where(scales == 0, 0.0, torch.copysign(scales.abs().clamp(info.smallest_normal / 1024, info.max), scales))
+    tiny = torch.where(
+        scales == 0, 0.0, torch.copysign(scales.abs().clamp(info.smallest_normal / 1024, info.max), scales)
+    )
     return torch.where(scales.isfinite(), tiny, torch.nan).half()

@@ -90,6 +90,50 @@ def packed_ending(
     return hidden + (added if down_norm is None else _rms_norm(added, down_norm, eps))
 
 
+def packed_layer(
+    x: Tensor,
+    weights: list[Tensor],
+    forms: list[int],
+    extras: list[Tensor | None],
+    heads: list[int],
+    eps: float,
+    scale: float,
+    gelu: bool,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    step: list[Tensor],
+    open: list[Tensor],
+    key_planes: list[Tensor],
+    key_coding: list[int],
+    key_frame: list[Tensor],
+    value_planes: list[Tensor],
+    value_coding: list[int],
+    value_frame: list[Tensor],
+    block_size: int,
+) -> Tensor:
+    """A whole layer. Raises `ValueError` or `IndexError`."""
+    norm, qkv_bias, query_norm, key_norm, out_bias, out_norm, mlp_norm, down_norm = extras
+    qkv, out, gate_up, down = ((data, forms[5 * i : 5 * i + 5]) for i, data in enumerate(weights))
+    slots, tables, starts, lengths = step
+    projected = packed_project(x, norm, eps, *qkv, qkv_bias, heads, query_norm, key_norm, cos, sin)
+    q, k, v = projected.unflatten(1, (-1, heads[2])).split((heads[0], heads[1], heads[1]), dim=1)
+    if not open:
+        reference.write(key_planes[0], value_planes[0], k, v, slots)
+        attended = reference.attend(q, key_planes[0], value_planes[0], tables, starts, lengths, scale)
+    else:
+        open_keys, open_values, open_slots, *where, sources, targets = open
+        reference.write(open_keys, open_values, k, v, open_slots)
+        reference.seal(open_keys, key_planes, key_coding, key_frame, True, sources, targets)
+        reference.seal(open_values, value_planes, value_coding, value_frame, False, sources, targets)
+        own = reference.attend_own(q, open_keys, open_values, *where, scale)
+        coded = key_planes, key_coding, key_frame, value_planes, value_coding, value_frame
+        attended = reference.attend_coded(q, *own, *coded, tables, starts, lengths, block_size, scale)
+    if mlp_norm is None:
+        raise ValueError("a layer's MLP has a norm")
+    mlp = mlp_norm, eps, *gate_up, *down, down_norm, gelu
+    return packed_ending(x, attended.flatten(1), *out, out_bias, out_norm, *mlp)
+
+
 def code_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """x [T, K] float32 → whole numbers [T, groups, group] float64 and scales [T, groups] float32."""
     whole = torch.zeros(len(x), -(-x.shape[1] // group) * group)
@@ -129,3 +173,4 @@ LIBRARIES[REFERENCE].impl("packed_linear", packed_linear, "CompositeExplicitAuto
 LIBRARIES[REFERENCE].impl("packed_rows", packed_rows, "CompositeExplicitAutograd")
 LIBRARIES[REFERENCE].impl("packed_project", packed_project, "CompositeExplicitAutograd")
 LIBRARIES[REFERENCE].impl("packed_ending", packed_ending, "CompositeExplicitAutograd")
+LIBRARIES[REFERENCE].impl("packed_layer", packed_layer, "CompositeExplicitAutograd")

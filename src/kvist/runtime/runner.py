@@ -1,5 +1,6 @@
 """Carries out one step: reserve, run, commit. Owns the store and the only path by which it is written."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -87,12 +88,14 @@ class Runner:
         views = paged_views(self.store, batch.step, self.backend)
         hidden = self.model(batch.tokens, batch.positions, views)
         most = self.head_widths.most
-        parts = [torch.empty(0, self.model.config.vocab_size)]
+        parts = []
         for start in range(0, len(batch.logit_rows), most):
             rows = batch.logit_rows[start : start + most]
             parts.append(self.model.logits(hidden[pad_rows(rows, self.head_widths)])[: len(rows)])
-        logits = torch.cat(parts)
-        if not bool(torch.isfinite(logits).all()):
+        if not parts:
+            return hidden[: batch.rows], torch.empty(0, self.model.config.vocab_size)
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if not all(map(math.isfinite, logits.aminmax())):
             raise NumericsError(
                 "the model's logits are not finite numbers: its weights are damaged, or overflow in this dtype "
                 "(try --dtype fp32)"

@@ -8,10 +8,10 @@
 #include "attend.h"
 #include "checks.h"
 #include "elementwise.h"
+#include "operators.h"
 #include "write.h"
 
 namespace kvist {
-namespace {
 
 void write_tensors(const Tensor& keys, const Tensor& values, const Tensor& k, const Tensor& v, const Tensor& slots) {
   const Geometry g = geometry(keys, values);
@@ -55,6 +55,8 @@ std::tuple<Tensor, Tensor> attend_own_tensors(const Tensor& q, const Tensor& key
             lse.mutable_data_ptr<float>()});
   return {out, lse};
 }
+
+namespace {
 
 Tensor silu_mul_tensor(const Tensor& gate_up) {
   TORCH_CHECK_VALUE(gate_up.dim() >= 1 && gate_up.size(-1) % 2 == 0, "silu_mul takes [..., 2I], got ", gate_up.sizes());

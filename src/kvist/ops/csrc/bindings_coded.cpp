@@ -3,6 +3,7 @@
 
 #include "attend_coded.h"
 #include "checks.h"
+#include "operators.h"
 #include "seal.h"
 
 namespace kvist {
@@ -134,6 +135,8 @@ CheckedStream check_stream(TensorList planes, IntArrayRef coding, TensorList fra
   return stream;
 }
 
+}  // namespace
+
 Tensor attend_coded_tensors(const Tensor& q, const Tensor& own, const Tensor& lse, TensorList key_planes,
                             IntArrayRef key_coding, TensorList key_frame, TensorList value_planes,
                             IntArrayRef value_coding, TensorList value_frame, const Tensor& tables,
@@ -160,7 +163,7 @@ Tensor attend_coded_tensors(const Tensor& q, const Tensor& own, const Tensor& ls
   return out;
 }
 
-Tensor check_blocks(const Tensor& ids, const char* name, int64_t blocks) {
+static Tensor check_blocks(const Tensor& ids, const char* name, int64_t blocks) {
   TORCH_CHECK_VALUE(ids.dim() == 1 && ids.scalar_type() == at::kLong, name, " must be [N] int64, got ", ids.sizes(),
                     " ", ids.scalar_type());
   const Tensor dense = ids.contiguous();
@@ -187,8 +190,6 @@ void seal_tensors(const Tensor& open, TensorList planes, IntArrayRef coding, Ten
         stream.coded() ? &stream.coding : nullptr, stream.frame, static_cast<uint8_t*>(plane), scales, plane, to.type,
         source.const_data_ptr<int64_t>(), target.const_data_ptr<int64_t>(), source.size(0)});
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(KVIST_NAMESPACE, CPU, library) {
   library.impl("attend_coded", &attend_coded_tensors);

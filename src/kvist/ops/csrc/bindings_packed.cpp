@@ -3,11 +3,13 @@
 
 #include "checks.h"
 #include "fused.h"
+#include "operators.h"
 
 namespace kvist {
 namespace {
 
 using at::IntArrayRef;
+using at::TensorList;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kMaxSize = int64_t{1} << 24;
@@ -106,6 +108,49 @@ Tensor packed_ending(const Tensor& x, const Tensor& attended, const Tensor& out_
   return result;
 }
 
+// The parts of a layer, in the order in which they are given.
+enum Extra { kNorm, kQkvBias, kQueryNorm, kKeyNorm, kOutBias, kOutNorm, kMlpNorm, kDownNorm, kExtras };
+enum Step { kSlots, kTables, kStarts, kLengths, kSteps };
+enum Open { kOpenKeys, kOpenValues, kOpenSlots, kOpenTables, kOpenStarts, kOpenLengths, kSources, kTargets, kOpens };
+
+Tensor packed_layer(const Tensor& x, TensorList weights, IntArrayRef forms,
+                    const c10::List<OptionalTensor>& extras, IntArrayRef heads, double eps, double scale, bool gelu,
+                    const OptionalTensor& cos, const OptionalTensor& sin, TensorList step, TensorList open,
+                    TensorList key_planes, IntArrayRef key_coding, TensorList key_frame, TensorList value_planes,
+                    IntArrayRef value_coding, TensorList value_frame, int64_t block_size) {
+  TORCH_CHECK_VALUE(weights.size() == 4 && forms.size() == 20 && extras.size() == kExtras && heads.size() == 3 &&
+                        step.size() == kSteps && (open.empty() || open.size() == kOpens),
+                    "packed_layer takes 4 weights, 20 numbers of their forms, ", int{kExtras}, " extras, 3 numbers of "
+                    "heads, ", int{kSteps}, " tensors of the step and none or ", int{kOpens}, " of the open blocks");
+  const auto extra = [&](Extra which) -> OptionalTensor { return extras.get(which); };
+  const auto form = [&](int64_t which) { return forms.slice(5 * which, 5); };
+  TORCH_CHECK_VALUE(extra(kMlpNorm).has_value(), "a layer's MLP has a norm");
+  const Tensor qkv = packed_project(x, extra(kNorm), eps, weights[0], form(0), extra(kQkvBias), heads,
+                                    extra(kQueryNorm), extra(kKeyNorm), cos, sin);
+  TORCH_CHECK_VALUE(qkv.size(1) == (heads[0] + 2 * heads[1]) * heads[2], "the first weight of a layer gives q, k and v");
+  const Tensor by_head = qkv.unflatten(1, {-1, heads[2]}), q = by_head.narrow(1, 0, heads[0]),
+               k = by_head.narrow(1, heads[0], heads[1]), v = by_head.narrow(1, heads[0] + heads[1], heads[1]);
+  Tensor attended;
+  if (open.empty()) {
+    TORCH_CHECK_VALUE(key_planes.size() == 1 && value_planes.size() == 1, "without open blocks there are two planes");
+    write_tensors(key_planes[0], value_planes[0], k, v, step[kSlots]);
+    attended =
+        attend_tensors(q, key_planes[0], value_planes[0], step[kTables], step[kStarts], step[kLengths], scale);
+  } else {
+    write_tensors(open[kOpenKeys], open[kOpenValues], k, v, open[kOpenSlots]);
+    if (open[kSources].numel()) {
+      seal_tensors(open[kOpenKeys], key_planes, key_coding, key_frame, true, open[kSources], open[kTargets]);
+      seal_tensors(open[kOpenValues], value_planes, value_coding, value_frame, false, open[kSources], open[kTargets]);
+    }
+    const auto [own, lse] = attend_own_tensors(q, open[kOpenKeys], open[kOpenValues], open[kOpenTables],
+                                               open[kOpenStarts], open[kOpenLengths], scale);
+    attended = attend_coded_tensors(q, own, lse, key_planes, key_coding, key_frame, value_planes, value_coding,
+                                    value_frame, step[kTables], step[kStarts], step[kLengths], block_size, scale);
+  }
+  return packed_ending(x, attended.flatten(1), weights[1], form(1), extra(kOutBias), extra(kOutNorm),
+                       *extra(kMlpNorm), eps, weights[2], form(2), weights[3], form(3), extra(kDownNorm), gelu);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(KVIST_NAMESPACE, CPU, library) {
@@ -113,6 +158,7 @@ TORCH_LIBRARY_IMPL(KVIST_NAMESPACE, CPU, library) {
   library.impl("packed_rows", &packed_rows);
   library.impl("packed_project", &packed_project);
   library.impl("packed_ending", &packed_ending);
+  library.impl("packed_layer", &packed_layer);
 }
 
 }  // namespace kvist

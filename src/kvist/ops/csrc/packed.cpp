@@ -19,6 +19,7 @@ constexpr int kTileVectors8 = kSumVectors >= 24 ? 4 : 2;
 constexpr int kTileVectors4 = kSumVectors >= 24 ? 2 : 1;
 // So few rows wait for the codes, which arrive fastest when they are read as they lie.
 constexpr int64_t kFewRows = 2;
+constexpr int64_t kAhead = 4096;  // bytes that are asked for before they are needed
 
 // f with the number of a strip's vectors that a tile takes at once.
 template <class F>
@@ -54,6 +55,7 @@ inline void tile(const Packed& w, const uint8_t* strip, int first, const Coded& 
     for (int64_t k = 0; k < w.group; k += kStep, codes += kStrip * 4) {
       Bytes low[kColumns], high[kColumns];
       KVIST_UNROLL for (int c = 0; c < kColumns; c++) {
+        if constexpr (kRows <= kFewRows) prefetch(codes + kAhead + c * 64);
         if constexpr (kBits == 8) {
           low[c] = in_register(load_bytes(codes + c * 64));
         } else {
