@@ -13,8 +13,8 @@ CACHE_LINE = 64  # bytes
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Zeros that begin at a cache line. Raises `MemoryError`.
 
-    numpy's are calloc's: untouched pages cost nothing, and large arrays ask for huge pages. They begin wherever malloc's
-    header ends, so a vector would span two cache lines."""
+    numpy's are calloc's: untouched pages cost nothing, and large arrays ask for huge pages. They begin wherever
+    malloc's header ends, so a vector would span two cache lines."""
     count = math.prod(shape) * dtype.itemsize
     raw = np.zeros(count + CACHE_LINE, np.uint8)
     start = -raw.ctypes.data % CACHE_LINE

@@ -12,7 +12,7 @@ from kvist.cache.layout import OPEN_BLOCKS, Layout
 from kvist.cache.manager import CacheManager, Lease
 from kvist.cache.pool import BlockPool
 from kvist.cache.store import Store
-from kvist.cache.view import LayerView, paged_views
+from kvist.cache.view import LayerView, PagedViews
 from kvist.ops.backend import Backend
 from kvist.runtime.batch import Work, build_batch
 from kvist.runtime.runner import Runner
@@ -66,4 +66,4 @@ class FilledCache:
         """The layers' views of a step of `tokens` more tokens, which are then reserved and not yet committed."""
         self.manager.reserve(lease, tokens)
         batch = build_batch([Work(lease, [0] * tokens)], self.manager.block_size, Widths((tokens,)), self.passing)
-        return paged_views(self.store, batch.step, self.backend)
+        return PagedViews(self.store, batch.step, self.backend)

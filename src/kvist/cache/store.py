@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,8 +12,10 @@ from kvist.base.errors import KvistError
 from kvist.base.memory import zeros
 from kvist.base.units import format_bytes
 from kvist.cache.codecs import Plane
-from kvist.cache.layout import Layout
+from kvist.cache.layout import Layout, StreamLayout
 from kvist.cache.manager import Copy
+
+StoreOperands = tuple[list[Tensor], list[int], list[Tensor], list[Tensor], list[int], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,19 @@ class Store:
         own = sum(plane.nbytes for planes in self._layers for plane in planes)
         return own + sum(open.keys.nbytes + open.values.nbytes for open in self.open_planes)
 
+    @cached_property
+    def operands(self) -> StoreOperands | None:
+        """The planes, coding and frames of the keys of all layers, then those of the values, as operators take them
+        that do whole layers. None where layers differ, or have a codec without a kernel."""
+        layers = self.layout.layers
+        if any(len(layer.streams) != 2 or not all(s.has_kernel for s in layer.streams) for layer in layers):
+            return None
+        keys, values = (_side([layer.streams[side] for layer in layers], self._layers, side) for side in (0, 1))
+        one_open = len(self.open_planes) == 1 and len(self.open_planes[0].layers) == len(layers)
+        if keys is None or values is None or (self.open_planes and not one_open):
+            return None
+        return *keys, *values
+
     def planes(self, layer: int) -> tuple[Tensor, ...]:
         """The planes that `layer` reads: its own, or those of its source."""
         return self._layers[self.owner(layer)]
@@ -105,6 +121,18 @@ class Store:
             sources, targets = open.for_layers(open.passing + opened, 1).transpose(0, 1).flatten(1)
             open.keys[targets] = open.keys[sources]
             open.values[targets] = open.values[sources]
+
+
+def _side(
+    streams: Sequence[StreamLayout], layers: Sequence[tuple[Tensor, ...]], side: int
+) -> tuple[list[Tensor], list[int], list[Tensor]] | None:
+    """Planes, coding and frames of one stream of every layer; None where their codecs differ."""
+    codings = [stream.operands[0] for stream in streams]
+    if any(coding != codings[0] for coding in codings) or len({tuple(s.planes) for s in streams}) > 1:
+        return None
+    count = len(streams[0].planes)
+    planes = [plane for own in layers for plane in (own[:count] if side == 0 else own[len(own) - count :])]
+    return planes, codings[0], [tensor for stream in streams for tensor in stream.operands[1]]
 
 
 def _ids(copies: Iterable[Copy]) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -13,28 +13,9 @@ from kvist.cache.spec import Role
 from kvist.cache.store import OpenPlanes, Store
 from kvist.ops.backend import Backend
 
-# What `packed_layer` takes of a layer's cache: step, open blocks, planes, coding and frame of keys and of values, and
-# the size of a block. See `kvist.ops.schema`.
-Operands = tuple[
-    list[Tensor],
-    list[Tensor],
-    list[Tensor],
-    list[int],
-    list[Tensor],
-    list[Tensor],
-    list[int],
-    list[Tensor],
-    int,
-]
-
 
 class LayerView(Protocol):
     """One layer's cache during one step of `T` rows, padding rows included."""
-
-    @property
-    def operands(self) -> Operands | None:
-        """For an operator that does a whole layer; None where `write` and `attend` are the only way."""
-        ...
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Store `k`, `v`: `[T, kv_heads, head_dim]`, one row per token of the step."""
@@ -77,10 +58,6 @@ class Step:
     lengths: Tensor
     open: OpenStep | None = None
 
-    @cached_property
-    def tensors(self) -> list[Tensor]:
-        return [self.slots, self.tables, self.starts, self.lengths]
-
 
 @dataclass(frozen=True)
 class PagedView:
@@ -90,11 +67,6 @@ class PagedView:
     values: Tensor
     step: Step
     backend: Backend
-    block_size: int
-
-    @property
-    def operands(self) -> Operands:
-        return self.step.tensors, [], [self.keys], [], [], [self.values], [], [], self.block_size
 
     def write(self, k: Tensor, v: Tensor) -> None:
         self.backend.write(self.keys, self.values, k, v, self.step.slots)
@@ -119,17 +91,6 @@ class OpenView:
     open: OpenStep
     block_size: int
     backend: Backend
-
-    @property
-    def operands(self) -> Operands | None:
-        keys, values = self.layout.streams
-        if not (keys.has_kernel and values.has_kernel):
-            return None
-        open = self.open
-        tensors = [open.slots, open.tables, open.starts, open.lengths, open.sources, open.targets]
-        planes = [self.planes.keys, self.planes.values, *tensors]
-        coded = self.keys, *keys.operands, self.values, *values.operands
-        return self.step.tensors, planes, *coded, self.block_size
 
     def write(self, k: Tensor, v: Tensor) -> None:
         open = self.open
@@ -156,21 +117,65 @@ class OpenView:
         return attend_decoded(q, *own, (keys, self.keys), (values, self.values), sequences, scale)
 
 
-def paged_views(store: Store, step: Step, backend: Backend) -> Sequence[LayerView]:
-    """One view per layer of the model, in order."""
-    layout, views = store.layout, list[LayerView]()
-    opened = {} if step.open is None else _by_layer(store, step.open)
-    for index in range(len(layout.layers)):
-        layer = layout.layers[store.owner(index)]
-        planes = store.planes(index)
-        if not layer.opens:
-            views.append(PagedView(planes[0], planes[1], step, backend, layout.block_size))
-            continue
-        count = len(layer.streams[0].planes)
-        keys, values = list(planes[:count]), list(planes[count:])
-        open, where = opened[store.owner(index)]
-        views.append(OpenView(layer, keys, values, open, step, where, layout.block_size, backend))
-    return views
+# What `packed_layers` takes of a step and the cache, after the angles. See `kvist.ops.schema`.
+Operands = tuple[
+    list[Tensor],
+    list[Tensor],
+    list[Tensor],
+    list[int],
+    list[Tensor],
+    list[Tensor],
+    list[int],
+    list[Tensor],
+    int,
+]
+
+
+class PagedViews(Sequence[LayerView]):
+    """One view per layer of the model, in order, for one step. They are made when they are asked for."""
+
+    def __init__(self, store: Store, step: Step, backend: Backend) -> None:
+        self._store = store
+        self._step = step
+        self._backend = backend
+
+    def __len__(self) -> int:
+        return len(self._store.layout.layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._views[index]
+
+    @cached_property
+    def operands(self) -> Operands | None:
+        """All layers at once, for an operator that takes them so; None where they do not have the same codecs, or have
+        one without a kernel."""
+        store, step = self._store, self._step
+        if store.operands is None:
+            return None
+        tensors, opened = [step.slots, step.tables, step.starts, step.lengths], list[Tensor]()
+        if step.open is not None:
+            (planes,), open, size = store.open_planes, step.open, store.layout.block_size
+            slots, tables = planes.for_layers(open.slots, size), planes.for_layers(open.tables, 1)
+            sources = planes.for_layers(open.sources, 1)
+            opened = [planes.keys, planes.values, slots, tables, open.starts, open.lengths, sources, open.targets]
+        return tensors, opened, *store.operands, store.layout.block_size
+
+    @cached_property
+    def _views(self) -> Sequence[LayerView]:
+        store, step, backend = self._store, self._step, self._backend
+        layout, views = store.layout, list[LayerView]()
+        opened = {} if step.open is None else _by_layer(store, step.open)
+        for index in range(len(layout.layers)):
+            layer = layout.layers[store.owner(index)]
+            planes = store.planes(index)
+            if not layer.opens:
+                views.append(PagedView(planes[0], planes[1], step, backend))
+                continue
+            count = len(layer.streams[0].planes)
+            keys, values = list(planes[:count]), list(planes[count:])
+            open, where = opened[store.owner(index)]
+            views.append(OpenView(layer, keys, values, open, step, where, layout.block_size, backend))
+        return views
 
 
 def _by_layer(store: Store, step: OpenStep) -> dict[int, tuple[OpenPlanes, OpenStep]]:

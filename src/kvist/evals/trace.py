@@ -53,8 +53,6 @@ class StepTrace:
 class _RecordingView:
     """Passes everything on to the first layer's view and notes what goes through."""
 
-    operands = None
-
     def __init__(self, view: LayerView, rows: list[TensorRow]) -> None:
         self._view = view
         self._rows = rows

@@ -22,7 +22,7 @@ class PackedOperators(Protocol):
     packed_rows: Callable[..., Tensor]
     packed_project: Callable[..., Tensor]
     packed_ending: Callable[..., Tensor]
-    packed_layer: Callable[..., Tensor]
+    packed_layers: Callable[..., Tensor]
 
 
 class Weight(nn.Module):

@@ -1,16 +1,16 @@
 """Llama, Mistral, Qwen2 and Qwen3: rotary positions, RMSNorm, gated SiLU, grouped KV heads."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 
-from kvist.cache.view import LayerView
+from kvist.cache.view import LayerView, PagedViews
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Activations, Decoder, Slot
 from kvist.models.layers import RMSNorm, RopeTable, Rotation
-from kvist.models.linear import Linear, PackedOperators
+from kvist.models.linear import Linear
 
 
 class Attention(nn.Module):
@@ -36,20 +36,6 @@ class Attention(nn.Module):
         return self.out(layer.attend(rotation.apply(q), self.scale).flatten(1))
 
 
-@dataclass(frozen=True)
-class _Operands:
-    """A layer's packed weights, norms and biases, in the order in which operators take them."""
-
-    weights: list[Tensor]
-    forms: list[list[int]]
-    extras: list[Tensor | None]
-    heads: list[int]
-
-    @cached_property
-    def flat(self) -> list[int]:
-        return [number for form in self.forms for number in form]
-
-
 class Block(nn.Module):
     """Pre-norm residual block."""
 
@@ -62,47 +48,38 @@ class Block(nn.Module):
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias, paired)
         self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
         self._activations = activations
-        self._operators: PackedOperators | None = None
 
     def forward(self, x: Tensor, rotation: Rotation, layer: LayerView) -> Tensor:
-        """`x` `[T, hidden]` → `[T, hidden]`. With packed weights in one fused operator, or in two where the cache has no
-        kernel for the attention between them."""
-        if self._operators is not None:
-            return self._packed(self._operators, x, rotation, layer)
+        """`x` `[T, hidden]` → `[T, hidden]`. With packed weights in two fused operators, on either side of the
+        attention."""
+        if self.fuses:
+            return self._fused(x, rotation, layer)
         x = x + self.attention(self.attention_norm(x), rotation, layer)
         return x + self.down(self._activations.silu_mul(self.gate_up(self.mlp_norm(x))))
 
-    def fuse(self, operators: PackedOperators) -> None:
-        """From now on its packed weights are read by fused operators, where they can be."""
-        if self.gate_up.bias is None and self.down.bias is None:
-            self._operators = operators
+    @property
+    def fuses(self) -> bool:
+        """Whether the fused operators compute it: its matrices are packed, and the MLP has no biases."""
+        return self.gate_up.is_packed and self.gate_up.bias is None
 
-    @cached_property
-    def _operands(self) -> _Operands:
-        """What the fused operators take of the layer, looked up once."""
+    @property
+    def extras(self) -> list[Tensor | None]:
+        """Norms and biases in the order in which the operator `packed_layers` takes them."""
         a = self.attention
         q_norm, k_norm = (None if norm is None else norm.weight for norm in (a.q_norm, a.k_norm))
-        weights, forms = zip(*(weight.operand for weight in (a.qkv, a.out, self.gate_up, self.down)), strict=True)
-        norms = self.attention_norm.weight, self.mlp_norm.weight
-        extras = [norms[0], a.qkv.bias, q_norm, k_norm, a.out.bias, None, norms[1], None]
-        return _Operands(list(weights), list(forms), extras, [a.heads, a.kv_heads, a.head_dim])
+        return [self.attention_norm.weight, a.qkv.bias, q_norm, k_norm, a.out.bias, None, self.mlp_norm.weight, None]
 
-    def _packed(self, operators: PackedOperators, x: Tensor, rotation: Rotation, layer: LayerView) -> Tensor:
-        own, scale, eps = self._operands, self.attention.scale, self.mlp_norm.eps
-        norm, qkv_bias, q_norm, k_norm, out_bias, _, mlp_norm, _ = own.extras
-        if (cache := layer.operands) is not None:
-            angles = rotation.cos, rotation.sin
-            return operators.packed_layer(
-                x, own.weights, own.flat, own.extras, own.heads, eps, scale, False, *angles, *cache
-            )
-        qkv, out, gate_up, down = zip(own.weights, own.forms, strict=True)
-        heads = own.heads, q_norm, k_norm, rotation.cos, rotation.sin
-        rows = operators.packed_project(x, norm, eps, *qkv, qkv_bias, *heads).unflatten(-1, (-1, own.heads[2]))
-        q, k, v = rows.split((own.heads[0], own.heads[1], own.heads[1]), dim=1)
+    def _fused(self, x: Tensor, rotation: Rotation, layer: LayerView) -> Tensor:
+        a, operators, eps = self.attention, self.gate_up.operators, self.mlp_norm.eps
+        norm, qkv_bias, q_norm, k_norm, out_bias, _, mlp_norm, _ = self.extras
+        heads = [a.heads, a.kv_heads, a.head_dim]
+        angles = rotation.cos, rotation.sin
+        rows = operators.packed_project(x, norm, eps, *a.qkv.operand, qkv_bias, heads, q_norm, k_norm, *angles)
+        q, k, v = rows.unflatten(-1, (-1, a.head_dim)).split((a.heads, a.kv_heads, a.kv_heads), dim=1)
         layer.write(k, v)
-        attended = layer.attend(q, scale).flatten(1)
-        mlp = mlp_norm, eps, *gate_up, *down, None, False
-        return operators.packed_ending(x, attended, *out, out_bias, None, *mlp)
+        attended = layer.attend(q, a.scale).flatten(1)
+        mlp = mlp_norm, eps, *self.gate_up.operand, *self.down.operand, None, False
+        return operators.packed_ending(x, attended, *a.out.operand, out_bias, None, *mlp)
 
 
 class Llama(Decoder):
@@ -117,14 +94,32 @@ class Llama(Decoder):
     def forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerView]) -> Tensor:
         x = self.embed(tokens)
         rotation = self._rope.at(positions, x.dtype)
+        if isinstance(layers, PagedViews) and layers.operands is not None and (whole := self._whole) is not None:
+            x = whole(x, rotation.cos, rotation.sin, *layers.operands)
+            return self.norm(x)
         for block, layer in zip(self.blocks, layers, strict=True):
             x = block(x, rotation, layer)
         return self.norm(x)
 
-    def pack(self, bits: int, operators: PackedOperators) -> None:
-        super().pack(bits, operators)
-        for block in self.blocks:
-            block.fuse(operators)
+    @cached_property
+    def _whole(self) -> Callable[..., Tensor] | None:
+        """All layers in one operator, where their weights are packed: looking up what it takes is done once. It takes
+        `x`, the angles and the cache's operands."""
+        blocks = list(self.blocks)
+        if not all(block.fuses for block in blocks):
+            return None
+        products = [(b.attention.qkv, b.attention.out, b.gate_up, b.down) for b in blocks]
+        weights = [linear.operand[0] for four in products for linear in four]
+        forms = [number for linear in products[0] for number in linear.operand[1]]
+        extras = [tensor for block in blocks for tensor in block.extras]
+        first = blocks[0].attention
+        heads = [first.heads, first.kv_heads, first.head_dim]
+        operator, eps = first.qkv.operators.packed_layers, blocks[0].mlp_norm.eps
+
+        def whole(x: Tensor, *cache: Any) -> Tensor:
+            return operator(x, weights, forms, extras, heads, eps, first.scale, False, *cache)
+
+        return whole
 
     def slots(self) -> list[Slot]:
         config = self.config

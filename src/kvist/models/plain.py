@@ -26,8 +26,6 @@ class PlainActivations:
 class PlainView:
     """A `LayerView` over a step's own rows: `sequences` whole sequences of equal length, one after another."""
 
-    operands = None
-
     def __init__(self, sequences: int = 1) -> None:
         self._sequences = sequences
         self.k = self.v = torch.empty(0)
@@ -48,8 +46,6 @@ class CodedPlainView:
     """One sequence under a lossy cache, written out plainly: a query sees its own block as it is, and of earlier whole
     blocks what `keys` and `values` make of them ([B, H, D] float32 to the same).
     """
-
-    operands = None
 
     def __init__(self, block_size: int, keys: Callable[[Tensor], Tensor], values: Callable[[Tensor], Tensor]) -> None:
         self._block_size, self._keys, self._values = block_size, keys, values

@@ -29,7 +29,7 @@ class Backend:
     packed_rows: Callable[..., torch.Tensor]
     packed_project: Callable[..., torch.Tensor]
     packed_ending: Callable[..., torch.Tensor]
-    packed_layer: Callable[..., torch.Tensor]
+    packed_layers: Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _backend(candidate: _Candidate) -> Backend:
         operators.packed_rows.default,
         operators.packed_project.default,
         operators.packed_ending.default,
-        operators.packed_layer.default,
+        operators.packed_layers.default,
     )
 
 

@@ -103,6 +103,8 @@ def put_rows(data: Tensor, form: PackedForm, start: int, rows: Tensor) -> None:
 
 def put_codes(data: Tensor, form: PackedForm, start: int, codes: Tensor, scales: Tensor) -> None:
     """The same of `codes` [n, groups * group] int8 and `scales` [n, groups] float16."""
+    if not len(codes):
+        return
     strips, places = form.places(start, len(codes))
     groups = data.view(form.shape[0], form.groups, -1)
     held = groups[:, :, :_SCALE_BYTES].view(torch.float16)

@@ -3,6 +3,8 @@
 Sums of whole numbers are taken in float64, where they are exact; a row's own steps follow in one order, row by row.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -90,7 +92,7 @@ def packed_ending(
     return hidden + (added if down_norm is None else _rms_norm(added, down_norm, eps))
 
 
-def packed_layer(
+def packed_layers(
     x: Tensor,
     weights: list[Tensor],
     forms: list[int],
@@ -105,33 +107,57 @@ def packed_layer(
     open: list[Tensor],
     key_planes: list[Tensor],
     key_coding: list[int],
-    key_frame: list[Tensor],
+    key_frames: list[Tensor],
     value_planes: list[Tensor],
     value_coding: list[int],
-    value_frame: list[Tensor],
+    value_frames: list[Tensor],
     block_size: int,
 ) -> Tensor:
-    """A whole layer. Raises `ValueError` or `IndexError`."""
-    norm, qkv_bias, query_norm, key_norm, out_bias, out_norm, mlp_norm, down_norm = extras
-    qkv, out, gate_up, down = ((data, forms[5 * i : 5 * i + 5]) for i, data in enumerate(weights))
-    slots, tables, starts, lengths = step
-    projected = packed_project(x, norm, eps, *qkv, qkv_bias, heads, query_norm, key_norm, cos, sin)
-    q, k, v = projected.unflatten(1, (-1, heads[2])).split((heads[0], heads[1], heads[1]), dim=1)
+    """Whole layers. Raises `ValueError` or `IndexError`."""
+    layers = len(weights) // 4
+    x = x.clone()
+    for layer in range(layers):
+
+        def of(all_layers: list[Any], layer: int = layer) -> list[Any]:
+            count = len(all_layers) // layers
+            return all_layers[layer * count : (layer + 1) * count]
+
+        qkv, out, gate_up, down = ((data, forms[5 * i : 5 * i + 5]) for i, data in enumerate(of(weights)))
+        norm, qkv_bias, query_norm, key_norm, out_bias, out_norm, mlp_norm, down_norm = of(extras)
+        projected = packed_project(x, norm, eps, *qkv, qkv_bias, heads, query_norm, key_norm, cos, sin)
+        q, k, v = projected.unflatten(1, (-1, heads[2])).split((heads[0], heads[1], heads[1]), dim=1)
+        keys = of(key_planes), key_coding, of(key_frames)
+        values = of(value_planes), value_coding, of(value_frames)
+        opened = [] if not open else [*open[:2], *(open[i][layer] for i in (2, 3)), *open[4:6], open[6][layer], open[7]]
+        attended = _attend_layer(q, k, v, step, opened, keys, values, block_size, scale)
+        if mlp_norm is None:
+            raise ValueError("a layer's MLP has a norm")
+        mlp = mlp_norm, eps, *gate_up, *down, down_norm, gelu
+        x = packed_ending(x, attended.flatten(1), *out, out_bias, out_norm, *mlp)
+    return x
+
+
+def _attend_layer(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step: list[Tensor],
+    open: list[Tensor],
+    keys: tuple[list[Tensor], list[int], list[Tensor]],
+    values: tuple[list[Tensor], list[int], list[Tensor]],
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    slots, *where = step
     if not open:
-        reference.write(key_planes[0], value_planes[0], k, v, slots)
-        attended = reference.attend(q, key_planes[0], value_planes[0], tables, starts, lengths, scale)
-    else:
-        open_keys, open_values, open_slots, *where, sources, targets = open
-        reference.write(open_keys, open_values, k, v, open_slots)
-        reference.seal(open_keys, key_planes, key_coding, key_frame, True, sources, targets)
-        reference.seal(open_values, value_planes, value_coding, value_frame, False, sources, targets)
-        own = reference.attend_own(q, open_keys, open_values, *where, scale)
-        coded = key_planes, key_coding, key_frame, value_planes, value_coding, value_frame
-        attended = reference.attend_coded(q, *own, *coded, tables, starts, lengths, block_size, scale)
-    if mlp_norm is None:
-        raise ValueError("a layer's MLP has a norm")
-    mlp = mlp_norm, eps, *gate_up, *down, down_norm, gelu
-    return packed_ending(x, attended.flatten(1), *out, out_bias, out_norm, *mlp)
+        reference.write(keys[0][0], values[0][0], k, v, slots)
+        return reference.attend(q, keys[0][0], values[0][0], *where, scale)
+    open_keys, open_values, open_slots, tables, starts, lengths, sources, targets = open
+    reference.write(open_keys, open_values, k, v, open_slots)
+    reference.seal(open_keys, *keys, True, sources, targets)
+    reference.seal(open_values, *values, False, sources, targets)
+    own = reference.attend_own(q, open_keys, open_values, tables, starts, lengths, scale)
+    return reference.attend_coded(q, *own, *keys, *values, *where, block_size, scale)
 
 
 def code_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -173,4 +199,4 @@ LIBRARIES[REFERENCE].impl("packed_linear", packed_linear, "CompositeExplicitAuto
 LIBRARIES[REFERENCE].impl("packed_rows", packed_rows, "CompositeExplicitAutograd")
 LIBRARIES[REFERENCE].impl("packed_project", packed_project, "CompositeExplicitAutograd")
 LIBRARIES[REFERENCE].impl("packed_ending", packed_ending, "CompositeExplicitAutograd")
-LIBRARIES[REFERENCE].impl("packed_layer", packed_layer, "CompositeExplicitAutograd")
+LIBRARIES[REFERENCE].impl("packed_layers", packed_layers, "CompositeExplicitAutograd")

@@ -13,7 +13,7 @@
 | `packed_rows` | rows of a packed weight [T, K] float32, by their numbers: an embedding |
 | `packed_project` | what stands before attention: norm, q, k and v in one product, norms of heads, rotary positions |
 | `packed_ending` | what stands behind it: product, residual, norm, gated MLP, residual |
-| `packed_layer` | a whole layer: these two, and the writing and the attention between them |
+| `packed_layers` | whole layers: these two, and the writing and the attention between them |
 
 `attend(q, keys, values, tables, starts, lengths, scale)`: q [T, Hq, D] holds the queries of S sequences one after
 another; sequence s owns rows starts[s] to starts[s+1] (starts [S+1] int32), which are its newest tokens: it has
@@ -49,18 +49,20 @@ depend on the row and the weight. Every tensor beside the packed ones is float32
 a norm that is None is left out.
 
 `packed_project(x, norm, eps, data, form, bias, heads, query_norm, key_norm, cos, sin)`: norm(x) times the weight, plus
-bias, [T, rows]. `heads`: query heads, KV heads, head dim; the first so many heads of a row are q, then k, each normed by
-its norm [D] and rotated by cos and sin [T, 1, R], dimension i with i + R / 2; what stands behind them (v) is left alone.
+bias, [T, rows]. `heads`: query heads, KV heads, head dim; the first so many heads of a row are q, then k, each normed
+by its norm [D] and rotated by cos and sin [T, 1, R], dimension i with i + R / 2; what stands behind them (v) is left
+alone.
 
 `packed_ending(x, attended, out..., out_norm, norm, eps, gate_up..., down..., down_norm, gelu)`: h = x + out_norm(out *
-attended + out_bias), then h + down_norm(down * (gate(g) * u)) where g, u = gate_up * norm(h), the weight being paired and
-the gate SiLU, or GELU in its tanh form.
+attended + out_bias), then h + down_norm(down * (gate(g) * u)) where g, u = gate_up * norm(h), the weight being paired
+and the gate SiLU, or GELU in its tanh form.
 
-`packed_layer`: `packed_project`, `write` (and `seal`), the attention, `packed_ending`, with the same bits. `weights`: of
-q, k and v; out; gates and ups; down; `forms`: theirs, one behind the other. `extras`: norm, bias of q, k and v, query
-norm, key norm, bias of out, its norm, norm of the MLP, norm of what it adds. `step`: slots, tables, starts, lengths.
-`open`: nothing where the planes are written in place; else the planes of open keys and values, and of them slots,
-tables, starts, lengths, sources and targets.
+`packed_layers`: layer after layer `packed_project`, `write` (and `seal`), the attention and `packed_ending`, with the
+same bits. `weights`: of each layer those of q, k and v; out; gates and ups; down. `forms`: of these four, the same in
+every layer. `extras`: of each layer norm, bias of q, k and v, query norm, key norm, bias of out, its norm, norm of the
+MLP, norm of what it adds. `step`: slots, tables, starts, lengths. `open`: nothing where the planes are written in
+place; else the planes of open keys and of open values of all layers, and of the open blocks slots [L, T], tables
+[L, N, 1], starts, lengths, sources [L, M], targets. Planes and frames: of each layer as the other operators have them.
 """
 
 import torch
@@ -98,10 +100,10 @@ SCHEMAS = {
         "float eps, Tensor gate_up_data, int[] gate_up_form, Tensor down_data, int[] down_form, Tensor? down_norm, "
         "bool gelu) -> Tensor"
     ),
-    "packed_layer": (
+    "packed_layers": (
         "(Tensor x, Tensor[] weights, int[] forms, Tensor?[] extras, int[] heads, float eps, float scale, bool gelu, "
         "Tensor? cos, Tensor? sin, Tensor[] step, Tensor(a!)[] open, Tensor(b!)[] key_planes, int[] key_coding, "
-        "Tensor[] key_frame, Tensor(c!)[] value_planes, int[] value_coding, Tensor[] value_frame, int block_size) "
+        "Tensor[] key_frames, Tensor(c!)[] value_planes, int[] value_coding, Tensor[] value_frames, int block_size) "
         "-> Tensor"
     ),
     "instruction_set": "() -> str",
@@ -209,7 +211,7 @@ def _fake_packed_ending(
     return torch.empty_like(x)
 
 
-def _fake_packed_layer(
+def _fake_packed_layers(
     x: Tensor,
     weights: list[Tensor],
     forms: list[int],
@@ -224,10 +226,10 @@ def _fake_packed_layer(
     open: list[Tensor],
     key_planes: list[Tensor],
     key_coding: list[int],
-    key_frame: list[Tensor],
+    key_frames: list[Tensor],
     value_planes: list[Tensor],
     value_coding: list[int],
-    value_frame: list[Tensor],
+    value_frames: list[Tensor],
     block_size: int,
 ) -> Tensor:
     return torch.empty_like(x)
@@ -248,7 +250,7 @@ def _define(namespace: str) -> Library:
     torch.library.register_fake(f"{namespace}::packed_rows", _fake_packed_rows, lib=library)
     torch.library.register_fake(f"{namespace}::packed_project", _fake_packed_project, lib=library)
     torch.library.register_fake(f"{namespace}::packed_ending", _fake_packed_ending, lib=library)
-    torch.library.register_fake(f"{namespace}::packed_layer", _fake_packed_layer, lib=library)
+    torch.library.register_fake(f"{namespace}::packed_layers", _fake_packed_layers, lib=library)
     return library
 
 

@@ -13,7 +13,7 @@ from kvist.cache.manager import CacheManager, Lease
 from kvist.cache.pool import BlockPool
 from kvist.cache.spec import Full
 from kvist.cache.store import Store
-from kvist.cache.view import paged_views
+from kvist.cache.view import PagedViews
 from kvist.models.decoder import Decoder
 from kvist.ops.backend import Backend
 from kvist.runtime.batch import Batch, Work, build_batch, pad_rows
@@ -85,7 +85,7 @@ class Runner:
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The last hidden states `[tokens, hidden_size]`, and the wanted logits, finite, `[rows, vocab_size]`
         float32."""
-        views = paged_views(self.store, batch.step, self.backend)
+        views = PagedViews(self.store, batch.step, self.backend)
         hidden = self.model(batch.tokens, batch.positions, views)
         most = self.head_widths.most
         parts = []

@@ -58,8 +58,6 @@ class DenseActivations:
 class DenseView:
     """A plain `LayerView` over `rows` sequences of equal length; dropout falls on what attention gives."""
 
-    operands = None
-
     def __init__(self, rows: int, dropout: Dropout) -> None:
         self._plain = PlainView(rows)
         self._dropout = dropout

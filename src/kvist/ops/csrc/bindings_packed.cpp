@@ -113,42 +113,81 @@ enum Extra { kNorm, kQkvBias, kQueryNorm, kKeyNorm, kOutBias, kOutNorm, kMlpNorm
 enum Step { kSlots, kTables, kStarts, kLengths, kSteps };
 enum Open { kOpenKeys, kOpenValues, kOpenSlots, kOpenTables, kOpenStarts, kOpenLengths, kSources, kTargets, kOpens };
 
-Tensor packed_layer(const Tensor& x, TensorList weights, IntArrayRef forms,
-                    const c10::List<OptionalTensor>& extras, IntArrayRef heads, double eps, double scale, bool gelu,
-                    const OptionalTensor& cos, const OptionalTensor& sin, TensorList step, TensorList open,
-                    TensorList key_planes, IntArrayRef key_coding, TensorList key_frame, TensorList value_planes,
-                    IntArrayRef value_coding, TensorList value_frame, int64_t block_size) {
-  TORCH_CHECK_VALUE(weights.size() == 4 && forms.size() == 20 && extras.size() == kExtras && heads.size() == 3 &&
-                        step.size() == kSteps && (open.empty() || open.size() == kOpens),
-                    "packed_layer takes 4 weights, 20 numbers of their forms, ", int{kExtras}, " extras, 3 numbers of "
-                    "heads, ", int{kSteps}, " tensors of the step and none or ", int{kOpens}, " of the open blocks");
-  const auto extra = [&](Extra which) -> OptionalTensor { return extras.get(which); };
-  const auto form = [&](int64_t which) { return forms.slice(5 * which, 5); };
-  TORCH_CHECK_VALUE(extra(kMlpNorm).has_value(), "a layer's MLP has a norm");
-  const Tensor qkv = packed_project(x, extra(kNorm), eps, weights[0], form(0), extra(kQkvBias), heads,
-                                    extra(kQueryNorm), extra(kKeyNorm), cos, sin);
-  TORCH_CHECK_VALUE(qkv.size(1) == (heads[0] + 2 * heads[1]) * heads[2], "the first weight of a layer gives q, k and v");
-  const Tensor by_head = qkv.unflatten(1, {-1, heads[2]}), q = by_head.narrow(1, 0, heads[0]),
-               k = by_head.narrow(1, heads[0], heads[1]), v = by_head.narrow(1, heads[0] + heads[1], heads[1]);
-  Tensor attended;
-  if (open.empty()) {
-    TORCH_CHECK_VALUE(key_planes.size() == 1 && value_planes.size() == 1, "without open blocks there are two planes");
-    write_tensors(key_planes[0], value_planes[0], k, v, step[kSlots]);
-    attended =
-        attend_tensors(q, key_planes[0], value_planes[0], step[kTables], step[kStarts], step[kLengths], scale);
-  } else {
-    write_tensors(open[kOpenKeys], open[kOpenValues], k, v, open[kOpenSlots]);
-    if (open[kSources].numel()) {
-      seal_tensors(open[kOpenKeys], key_planes, key_coding, key_frame, true, open[kSources], open[kTargets]);
-      seal_tensors(open[kOpenValues], value_planes, value_coding, value_frame, false, open[kSources], open[kTargets]);
-    }
-    const auto [own, lse] = attend_own_tensors(q, open[kOpenKeys], open[kOpenValues], open[kOpenTables],
-                                               open[kOpenStarts], open[kOpenLengths], scale);
-    attended = attend_coded_tensors(q, own, lse, key_planes, key_coding, key_frame, value_planes, value_coding,
-                                    value_frame, step[kTables], step[kStarts], step[kLengths], block_size, scale);
+// What all layers have of something, of which layer `layer` has its share.
+struct Layered {
+  TensorList all;
+  int64_t layers;
+  TensorList of(int64_t layer) const {
+    const int64_t count = static_cast<int64_t>(all.size()) / layers;
+    return all.slice(layer * count, count);
   }
-  return packed_ending(x, attended.flatten(1), weights[1], form(1), extra(kOutBias), extra(kOutNorm),
-                       *extra(kMlpNorm), eps, weights[2], form(2), weights[3], form(3), extra(kDownNorm), gelu);
+};
+
+struct Cache {
+  TensorList step, open;
+  Layered key_planes, key_frames, value_planes, value_frames;
+  IntArrayRef key_coding, value_coding;
+  int64_t block_size;
+  double scale;
+
+  Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, int64_t layer) const {
+    const TensorList keys = key_planes.of(layer), values = value_planes.of(layer);
+    if (open.empty()) {
+      write_tensors(keys[0], values[0], k, v, step[kSlots]);
+      return attend_tensors(q, keys[0], values[0], step[kTables], step[kStarts], step[kLengths], scale);
+    }
+    const TensorList key_frame = key_frames.of(layer), value_frame = value_frames.of(layer);
+    const Tensor &open_keys = open[kOpenKeys], &open_values = open[kOpenValues];
+    write_tensors(open_keys, open_values, k, v, open[kOpenSlots].select(0, layer));
+    if (open[kTargets].numel()) {
+      const Tensor sources = open[kSources].select(0, layer);
+      seal_tensors(open_keys, keys, key_coding, key_frame, true, sources, open[kTargets]);
+      seal_tensors(open_values, values, value_coding, value_frame, false, sources, open[kTargets]);
+    }
+    const auto [own, lse] = attend_own_tensors(q, open_keys, open_values, open[kOpenTables].select(0, layer),
+                                               open[kOpenStarts], open[kOpenLengths], scale);
+    return attend_coded_tensors(q, own, lse, keys, key_coding, key_frame, values, value_coding, value_frame,
+                                step[kTables], step[kStarts], step[kLengths], block_size, scale);
+  }
+};
+
+Tensor packed_layers(const Tensor& x, TensorList weights, IntArrayRef forms, const c10::List<OptionalTensor>& extras,
+                     IntArrayRef heads, double eps, double scale, bool gelu, const OptionalTensor& cos,
+                     const OptionalTensor& sin, TensorList step, TensorList open, TensorList key_planes,
+                     IntArrayRef key_coding, TensorList key_frames, TensorList value_planes, IntArrayRef value_coding,
+                     TensorList value_frames, int64_t block_size) {
+  const int64_t layers = static_cast<int64_t>(weights.size()) / 4;
+  const auto shared = [&](TensorList all) { return all.size() % layers == 0; };
+  TORCH_CHECK_VALUE(layers >= 1 && weights.size() % 4 == 0 && forms.size() == 20 &&
+                        static_cast<int64_t>(extras.size()) == layers * kExtras && heads.size() == 3 &&
+                        step.size() == kSteps && (open.empty() || open.size() == kOpens),
+                    "packed_layers takes of each layer 4 weights and ", int{kExtras}, " extras, 20 numbers of forms, 3 "
+                    "of heads, ", int{kSteps}, " tensors of the step and none or ", int{kOpens}, " of open blocks");
+  TORCH_CHECK_VALUE(key_planes.size() >= weights.size() / 4 && value_planes.size() >= weights.size() / 4 &&
+                        shared(key_planes) && shared(value_planes) && shared(key_frames) && shared(value_frames),
+                    "packed_layers takes planes and frames of ", layers, " layers");
+  for (const Open stacked : {kOpenSlots, kOpenTables, kSources})
+    TORCH_CHECK_VALUE(open.empty() || (open[stacked].dim() >= 1 && open[stacked].size(0) == layers),
+                      "slots, tables and sources of open blocks are those of ", layers, " layers");
+  const Cache cache{step, open, {key_planes, layers}, {key_frames, layers}, {value_planes, layers},
+                    {value_frames, layers}, key_coding, value_coding, block_size, scale};
+  const auto form = [&](int64_t which) { return forms.slice(5 * which, 5); };
+  Tensor hidden = x;
+  for (int64_t layer = 0; layer < layers; layer++) {
+    const auto extra = [&](Extra which) -> OptionalTensor { return extras.get(layer * kExtras + which); };
+    const TensorList own = weights.slice(4 * layer, 4);
+    TORCH_CHECK_VALUE(extra(kMlpNorm).has_value(), "a layer's MLP has a norm");
+    const Tensor qkv = packed_project(hidden, extra(kNorm), eps, own[0], form(0), extra(kQkvBias), heads,
+                                      extra(kQueryNorm), extra(kKeyNorm), cos, sin);
+    TORCH_CHECK_VALUE(qkv.size(1) == (heads[0] + 2 * heads[1]) * heads[2],
+                      "the first weight of a layer gives q, k and v");
+    const Tensor by_head = qkv.unflatten(1, {-1, heads[2]}), q = by_head.narrow(1, 0, heads[0]),
+                 k = by_head.narrow(1, heads[0], heads[1]), v = by_head.narrow(1, heads[0] + heads[1], heads[1]);
+    const Tensor attended = cache.attend(q, k, v, layer);
+    hidden = packed_ending(hidden, attended.flatten(1), own[1], form(1), extra(kOutBias), extra(kOutNorm),
+                           *extra(kMlpNorm), eps, own[2], form(2), own[3], form(3), extra(kDownNorm), gelu);
+  }
+  return hidden;
 }
 
 }  // namespace
@@ -158,7 +197,7 @@ TORCH_LIBRARY_IMPL(KVIST_NAMESPACE, CPU, library) {
   library.impl("packed_rows", &packed_rows);
   library.impl("packed_project", &packed_project);
   library.impl("packed_ending", &packed_ending);
-  library.impl("packed_layer", &packed_layer);
+  library.impl("packed_layers", &packed_layers);
 }
 
 }  // namespace kvist
