@@ -1,7 +1,9 @@
 """Small random models, and ways to run token sequences through them that need no batch and no engine."""
 
 import random
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,10 +14,12 @@ from kvist.cache.codecs import BF16, FP16, FP32
 from kvist.cache.layout import plan_layout
 from kvist.cache.manager import Lease
 from kvist.models.config import Activation, ModelConfig, Rope
-from kvist.models.load import build, randomize
-from kvist.ops.backend import select
+from kvist.models.decoder import Decoder
+from kvist.models.load import build, export, load_packed, randomize
+from kvist.ops.backend import Backend, select
 from kvist.runtime.batch import Work
 from kvist.runtime.runner import Runner
+from kvist.weights.checkpoint import SINGLE_FILE, save
 
 LLAMA = ModelConfig(
     family="llama",
@@ -76,13 +80,23 @@ def make_runner(
     blocks: int = 40,
     backend: str | None = None,
     listener: Listener | None = None,
+    bits: int | None = None,
 ) -> Runner:
-    """A runner over a model with random weights, large enough for every layer to matter."""
+    """A runner over a model with random weights, large enough for every layer to matter; packed into `bits` bits."""
     full = next(codec for codec in (FP32, BF16, FP16) if codec.dtype == dtype)
     layout = plan_layout(config.layer_specs(), parse_choice(kv), full=full)
     operators = select("cpu", dtype, config.head_dim, layout.block_size, backend)
     model = randomize(build(config, operators, dtype), seed=1, std=0.2)
+    if bits is not None:
+        model = packed(model, operators, bits)
     return Runner(model, layout, blocks, operators, listener)
+
+
+def packed(model: Decoder, operators: Backend, bits: int) -> Decoder:
+    """The same model, read as one with packed weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder) / SINGLE_FILE, export(model))
+        return load_packed(Path(folder), model.config, operators, bits)
 
 
 def tokens_of(rng: random.Random, count: int, vocab_size: int = 67) -> list[int]:

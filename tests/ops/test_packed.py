@@ -79,7 +79,16 @@ def test_what_rounding_loses(bits, most):
 
 @pytest.mark.parametrize(
     ("columns", "bits", "group"),
-    [(576, 8, 192), (2048, 8, 256), (4864, 8, 256), (896, 8, 224), (172, 8, 192), (64, 8, 64), (8, 8, 32), (576, 4, 32)],
+    [
+        (576, 8, 192),
+        (2048, 8, 256),
+        (4864, 8, 256),
+        (896, 8, 224),
+        (172, 8, 192),
+        (64, 8, 64),
+        (8, 8, 32),
+        (576, 4, 32),
+    ],
 )
 def test_how_many_columns_share_a_scale(columns, bits, group):
     assert group_for(columns, bits) == group
@@ -169,12 +178,19 @@ class Layer:
         qkv_bias, out_bias = (None, None) if plain else self.biases
         out_norm, down_norm = (None, None) if plain else self.norms[2:]
         angles = (None, None) if plain else (cos, sin)
-        before = ops.packed_project(
-            x, self.norms[0], EPS, *self.qkv[:2], qkv_bias, heads, q_norm, k_norm, *angles
-        )
+        before = ops.packed_project(x, self.norms[0], EPS, *self.qkv[:2], qkv_bias, heads, q_norm, k_norm, *angles)
         behind = ops.packed_ending(
-            x, attended, *self.out[:2], out_bias, out_norm, self.norms[1], EPS, *self.gate_up[:2], *self.down[:2],
-            down_norm, gelu,
+            x,
+            attended,
+            *self.out[:2],
+            out_bias,
+            out_norm,
+            self.norms[1],
+            EPS,
+            *self.gate_up[:2],
+            *self.down[:2],
+            down_norm,
+            gelu,
         )
         return [before, behind]
 
@@ -248,7 +264,19 @@ def test_operators_are_what_their_schemas_say(name):
         (ops.packed_project, (x, None, EPS, *layer.qkv[:2], None, heads, None, None, cos, sin)),
         (
             ops.packed_ending,
-            (x, attended, *layer.out[:2], None, None, layer.norms[1], EPS, *layer.gate_up[:2], *layer.down[:2], None, True),
+            (
+                x,
+                attended,
+                *layer.out[:2],
+                None,
+                None,
+                layer.norms[1],
+                EPS,
+                *layer.gate_up[:2],
+                *layer.down[:2],
+                None,
+                True,
+            ),
         ),
     ]
     for operator, arguments in calls:
@@ -267,5 +295,5 @@ def test_what_does_not_fit_is_refused(name):
         (x, None, EPS, data, [*form[:4], 1], None),
         (x, None, EPS, data.int(), form, None),
     ):
-        with pytest.raises(ValueError):  # noqa: PT011
+        with pytest.raises(ValueError):
             ops.packed_linear(*arguments)

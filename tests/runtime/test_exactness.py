@@ -23,6 +23,7 @@ from oracle import GPT2, LLAMA, QWEN3, cuts, feed, fresh, make_runner, tokens_of
 
 LENGTH = 530
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BITS = {"int8": 8, "int4": 4}
 KINDS = [
     pytest.param((config, dtype, kv), id=f"{config.family}-{dtype}-kv-{kv}")
     for config, dtype, kv in [
@@ -39,6 +40,10 @@ KINDS = [
         (QWEN3, "fp32", "k=int8,v=turbo3"),
         (QWEN3, "bf16", "k=bf16,v=int4"),
         (QWEN3, "fp16", "turbo2,0:fp16"),
+        (LLAMA, "int8", "fp32"),
+        (QWEN3, "int8", "turbo4"),
+        (QWEN3, "int4", "turbo2,0:fp16"),
+        (GPT2, "int4", "bf16"),
     ]
 ]
 
@@ -54,7 +59,9 @@ def poison(runner: Runner) -> None:
 @pytest.fixture(params=KINDS)
 def runner(request: pytest.FixtureRequest, backend_name: str) -> Runner:
     config, dtype, kv = request.param
-    made = make_runner(config, DTYPES[dtype], kv, blocks=48, backend=backend_name)
+    made = make_runner(
+        config, DTYPES.get(dtype, torch.float32), kv, blocks=48, backend=backend_name, bits=BITS.get(dtype)
+    )
     poison(made)
     return made
 

@@ -30,8 +30,9 @@ NANOGPT = {
 }
 
 
-def random_model(name: str, dtype: str, kv: str | None = None) -> Loaded:
-    """The model of shape `name`, in `dtype`, from the cache folder, made there first where it is missing.
+def random_model(name: str, dtype: str, kv: str | None = None, weights: str | None = None) -> Loaded:
+    """The model of shape `name`, in `dtype` or packed as `weights` says, from the cache folder, made there first where
+    it is missing.
 
     Raises `ConfigError` listing the shapes when there is none of that name.
     """
@@ -41,7 +42,7 @@ def random_model(name: str, dtype: str, kv: str | None = None) -> Loaded:
         _make(directory, config, DTYPES[dtype])
     if not (directory / "chat_template.jinja").exists() and name != "nanogpt-0.2m":
         write_tokenizer(directory, shape_named(name).vocab)
-    return open_model(str(directory), kv=kv)
+    return open_model(str(directory), kv=kv, weights=weights)
 
 
 def _make(directory: Path, config: dict[str, object], dtype: torch.dtype) -> None:

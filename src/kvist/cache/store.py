@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from kvist.base.errors import KvistError
-from kvist.base.memory import zeros
 from kvist.base.units import format_bytes
 from kvist.cache.codecs import Plane
 from kvist.cache.layout import Layout, StreamLayout
 from kvist.cache.manager import Copy
+from kvist.ops.memory import zeros
 
 StoreOperands = tuple[list[Tensor], list[int], list[Tensor], list[Tensor], list[int], list[Tensor]]
 

@@ -9,7 +9,7 @@ import typer
 
 from kvist.base.errors import KvistError
 from kvist.cli.keys import KEY_VARIABLE
-from kvist.cli.options import Dtype, Json, Kv, Model, note, print_json
+from kvist.cli.options import Dtype, Json, Kv, Model, Weights, note, print_json
 from kvist.cli.run import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers; by default new ones.")] = None,
     dtype: Dtype = None,
     kv: Kv = None,
+    weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Talk with a model, in this process or on a server. Ctrl-C ends an answer; /clear begins anew, /quit ends."""
@@ -53,7 +54,7 @@ def chat(
     from kvist.cli.chat_sources import Wish
 
     with ExitStack() as stack:
-        source = _source(stack, model, dtype, kv, url, name)
+        source = _source(stack, model, dtype, kv, weights, url, name)
         conversation = _Conversation(source, system, Wish(max_tokens, temperature, seed))
         if prompt is None:
             _talk(conversation)
@@ -124,7 +125,13 @@ class _Screen:
 
 
 def _source(
-    stack: ExitStack, model: str | None, dtype: str | None, kv: str | None, url: str | None, name: str | None
+    stack: ExitStack,
+    model: str | None,
+    dtype: str | None,
+    kv: str | None,
+    weights: str | None,
+    url: str | None,
+    name: str | None,
 ) -> "Source":
     if url is not None:
         from kvist.cli.chat_sources import remote
@@ -133,7 +140,7 @@ def _source(
     from kvist.cli.chat_local import local
     from kvist.service.loaded import open_model
 
-    return stack.enter_context(local(open_model(model, dtype=dtype, kv=kv)))
+    return stack.enter_context(local(open_model(model, dtype=dtype, kv=kv, weights=weights)))
 
 
 def _talk(conversation: _Conversation) -> None:

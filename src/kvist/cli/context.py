@@ -11,7 +11,7 @@ import typer
 
 from kvist.base.errors import KvistError
 from kvist.base.units import format_bytes, format_duration, plural
-from kvist.cli.options import CacheDir, CacheDisk, Dtype, Json, Kv, graceful_interrupt, note, print_json, size
+from kvist.cli.options import CacheDir, CacheDisk, Dtype, Json, Kv, Weights, graceful_interrupt, note, print_json, size
 
 if TYPE_CHECKING:
     from kvist.service.contexts import Context, Contexts
@@ -36,6 +36,7 @@ def create(
     ] = False,
     dtype: Dtype = None,
     kv: Kv = None,
+    weights: Weights = None,
     cache_dir: CacheDir = None,
     cache_disk: CacheDisk = None,
 ) -> None:
@@ -52,7 +53,7 @@ def create(
     from kvist.service.keeping import open_kept
     from kvist.service.loaded import open_model
 
-    loaded = open_model(model, dtype=dtype, kv=kv)
+    loaded = open_model(model, dtype=dtype, kv=kv, weights=weights)
     sources = [document.name for document in reading.documents]
     started = time.perf_counter()
     settings, form, text = _settings(cache_dir, cache_disk), CHAT if chat else TEXT, reading.joined()
@@ -183,6 +184,7 @@ def import_file(
     ] = False,
     dtype: Dtype = None,
     kv: Kv = None,
+    weights: Weights = None,
     cache_dir: CacheDir = None,
     cache_disk: CacheDisk = None,
 ) -> None:
@@ -192,7 +194,7 @@ def import_file(
     from kvist.service.keeping import open_kept
     from kvist.service.loaded import open_model
 
-    loaded = open_model(model, dtype=dtype, kv=kv)
+    loaded = open_model(model, dtype=dtype, kv=kv, weights=weights)
     settings = _settings(cache_dir, cache_disk)
     with open_kept(loaded, settings) as kept, _progress() as watch:
         made = import_context(

@@ -13,6 +13,8 @@ from kvist.cli.options import Dtype, Json, Model, graceful_interrupt, note, prin
 from kvist.cli.run import INTERRUPTED
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from kvist.evals.fidelity import FidelityReport
 
 BUILT_IN = "built-in text"
@@ -25,6 +27,10 @@ def fidelity(
         typer.Option(
             "--kv", metavar="CODECS", help="As turbo4, k=int8,v=turbo4 or auto; several times. Default: the usual ones."
         ),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(metavar="int8|int4", help="Also packed weights, over the cache in full precision; several times."),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Held-out text in UTF-8; a built-in one when left out.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Of the text, in all; 4096 when left out.")] = None,
@@ -48,12 +54,13 @@ def fidelity(
         raise KvistError("--plot needs matplotlib, which is missing; pip install 'kvist[plots]' brings it")
     words = None if text is None else read_text(text)
     base = open_model(model, dtype=dtype)
-    others = {choice: base.with_kv(choice) for choice in kv or DEFAULT_KV}
+    others = {choice: base.with_kv(choice) for choice in kv or (() if weights else DEFAULT_KV)}
+    packed = [open_model(model, dtype=dtype, kv=base.layout.kv, weights=one) for one in weights or ()]
     words = built_in_text(base.tokenizer()) if words is None else words
     parts = windows(base, words, tokens or TOKENS, length or min(base.config.max_positions, LENGTH))
     with Console(stderr=True).status("fidelity", spinner="line") as status, graceful_interrupt() as interrupt:
         name = BUILT_IN if text is None else text.name
-        report = run(base, others, name, parts, lambda what: status.update(f"fidelity · {what}"), interrupt)
+        report = run(base, others, name, parts, lambda what: status.update(f"fidelity · {what}"), interrupt, packed)
     if report is None:
         note("stopped before anything was measured")
         raise typer.Exit(INTERRUPTED)
@@ -100,10 +107,33 @@ def _print(report: "FidelityReport") -> None:
             f"{found.delta_p_rms:.2%}",
         )
     console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(table)
+    if report.packed:
+        console.print(_weights_table(report))
+    if report.rows:
+        console.print(table)
     for row in report.rows:
         if row.kv != row.choice:
             console.print(f"{row.kv}: {row.choice}")
+
+
+def _weights_table(report: "FidelityReport") -> "Table":
+    from rich.table import Table
+
+    table = Table("weights", title=f"packed weights, KV {report.base}", title_justify="left")
+    for column in ("bytes", "bits/weight", "loss", "KLD mean", "median", "p99", "ppl ratio", "same top-1"):
+        table.add_column(column, justify="right")
+    for row in report.packed:
+        found = row.divergence
+        table.add_row(
+            row.weights,
+            format_bytes(row.nbytes),
+            f"{row.bits_per_weight:.3g}",
+            f"{row.loss:.2%}",
+            *(f"{value:.2g}" for value in (found.kld_mean, found.kld_median, found.kld_p99)),
+            f"{found.ppl_ratio:.4f} ± {found.ppl_ratio_error:.4f}",
+            f"{found.same_top1:.2%}",
+        )
+    return table
 
 
 def _draw(report: "FidelityReport", path: Path) -> None:

@@ -26,6 +26,10 @@ Kv = Annotated[
     str | None,
     typer.Option("--kv", metavar="CODEC", help="Codec of the cache; by default the model's own type."),
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="int8|int4", help="Pack the matrices into numbers of so many bits; by default as stored."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 
 CacheDir = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvist.base.units import format_bytes, plural
-from kvist.cli.options import Dtype, Json, Kv, Model, print_json
+from kvist.cli.options import Dtype, Json, Kv, Model, Weights, print_json
 
 
 def trace(
@@ -15,6 +15,7 @@ def trace(
     model: Model = None,
     dtype: Dtype = None,
     kv: Kv = None,
+    weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Show every tensor of one prefill and one decode step, and how the cache grows."""
@@ -25,7 +26,7 @@ def trace(
     from kvist.evals.trace import trace as trace_steps
     from kvist.service.loaded import open_model
 
-    loaded = open_model(model, dtype=dtype, kv=kv)
+    loaded = open_model(model, dtype=dtype, kv=kv, weights=weights)
     ids = loaded.tokenizer().encode(prompt)
     if not 0 < len(ids) < loaded.config.max_positions:
         raise RequestError(

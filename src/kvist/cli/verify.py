@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.options import Dtype, Json, Kv, Model, print_json
+from kvist.cli.options import Dtype, Json, Kv, Model, Weights, print_json
 
 
 def verify(
@@ -16,6 +16,7 @@ def verify(
     seed: Annotated[int, typer.Option(help="Of the random prompts and choices.")] = 0,
     dtype: Dtype = None,
     kv: Kv = None,
+    weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Compare runs with the cache to runs from nothing, bit for bit. Exits with 1 on any difference."""
@@ -25,9 +26,9 @@ def verify(
     from kvist.evals.verify import Report, Verifier
     from kvist.service.loaded import open_model
 
-    loaded = open_model(model, dtype=dtype, kv=kv)
+    loaded = open_model(model, dtype=dtype, kv=kv, weights=weights)
     verifier = Verifier(loaded, tokens, steps, trials, seed)
-    title = f"{loaded.name} · operators {loaded.backend.name} · KV {loaded.layout.kv}"
+    title = f"{loaded.name} · operators {loaded.backend.name} · weights {loaded.model.weights} · KV {loaded.layout.kv}"
     table = Table("check", "result", "compared", "evidence", title=title, title_justify="left")
     checks = []
     with Console(stderr=True).status("verifying", spinner="line") as status:

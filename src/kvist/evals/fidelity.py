@@ -16,6 +16,7 @@ from torch import Tensor
 from kvist.base.errors import RequestError, TextError
 from kvist.evals.forced import feed, kl_divergences
 from kvist.evals.vectors import VectorMeter, VectorScore
+from kvist.models.linear import weights_of
 from kvist.runtime.runner import Runner
 from kvist.service.calibration import observe
 from kvist.service.loaded import Loaded
@@ -70,8 +71,25 @@ class Row:
 
 
 @dataclass(frozen=True)
+class WeightsRow:
+    """The same model with packed weights over the cache in full precision. `loss`: what packing changed of the
+    matrices, relative, in squares."""
+
+    weights: str
+    bits_per_weight: float
+    nbytes: int
+    loss: float
+    divergence: Divergence
+
+    def to_json(self) -> dict[str, object]:
+        facts = {"weights": self.weights, "bits_per_weight": self.bits_per_weight, "bytes": self.nbytes}
+        return facts | {"loss": self.loss} | asdict(self.divergence)
+
+
+@dataclass(frozen=True)
 class FidelityReport:
-    """`rows` by bytes per token, most first. `tokens`: fed; `predictions`: counted. `to_json`: see docs/json.md."""
+    """`rows` by bytes per token, most first; `packed` as they were asked for. `tokens`: fed; `predictions`: counted.
+    `to_json`: see docs/json.md."""
 
     model: str
     base: str
@@ -81,9 +99,11 @@ class FidelityReport:
     tokens: int
     predictions: int
     rows: list[Row]
+    packed: list[WeightsRow]
 
     def to_json(self) -> dict[str, object]:
-        return asdict(self) | {"rows": [row.to_json() for row in self.rows]}
+        rows, packed = ([row.to_json() for row in rows] for rows in (self.rows, self.packed))
+        return asdict(self) | {"rows": rows, "packed": packed}
 
 
 def windows(loaded: Loaded, text: str, tokens: int, length: int) -> list[list[int]]:
@@ -125,15 +145,17 @@ def run(
     parts: Sequence[list[int]],
     watch: Callable[[str], None] = lambda what: None,
     stop: Callable[[], bool] = lambda: False,
+    packed: Sequence[Loaded] = (),
 ) -> FidelityReport | None:
-    """Hold the same model over other caches, `others` by the names they were asked for by, against `base`.
+    """Hold the same model over other caches, `others` by the names they were asked for by, and with packed weights over
+    the same cache, against `base`.
 
     `parts` are the windows of what is named `text`. `watch` hears what is being done. When `stop` says so, it ends
     after the step under way with the report on what there is by then, or None where that is nothing.
     """
     layouts, length, tokens = [other.layout for other in others.values()], max(map(len, parts)), 0
     vectors = VectorMeter(layouts)
-    predictions = _Predictions([loaded.engine(length).runner for loaded in (base, *others.values())])
+    predictions = _Predictions([loaded.engine(length).runner for loaded in (base, *others.values(), *packed)])
     for number, window in enumerate(parts, start=1):
         if stop():
             break
@@ -146,7 +168,8 @@ def run(
                 break
     if not predictions.count:
         return None
-    measured = zip(others, layouts, vectors.scores(), predictions.divergences(), strict=True)
+    divergences = predictions.divergences()
+    measured = zip(others, layouts, vectors.scores(), divergences[: len(others)], strict=True)
     rows = [
         Row(kv, layout.kv, layout.bits_per_value, layout.bytes_per_token, score, divergence)
         for kv, layout, score, divergence in measured
@@ -160,7 +183,14 @@ def run(
         tokens=tokens,
         predictions=predictions.count,
         rows=sorted(rows, key=lambda row: -row.bytes_per_token),
+        packed=[_weights_row(loaded, found) for loaded, found in zip(packed, divergences[len(others) :], strict=True)],
     )
+
+
+def _weights_row(loaded: Loaded, found: Divergence) -> WeightsRow:
+    forms = [weight.form for weight in weights_of(loaded.model) if weight.form is not None]
+    nbytes, numbers = sum(form.nbytes for form in forms), sum(form.rows * form.columns for form in forms)
+    return WeightsRow(loaded.model.weights, nbytes * 8 / numbers, nbytes, loaded.model.packing_loss, found)
 
 
 class _Predictions:

@@ -30,6 +30,8 @@ from kvist.service.loaded import Loaded
 PLAIN_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # The kernels over codes round queries and weights to bytes; and a key near the border of two codes takes the other one
 # when it differs in its last bit, as it does between the two.
+# With packed weights activations are rounded to 8 bits, and the last bit of one decides to which number.
+PACKED_TOLERANCE = 3e-2
 CODED_TOLERANCE = 1e-1
 
 
@@ -258,7 +260,8 @@ class Verifier:
         types = {plane.dtype for stream in streams if stream.codec.in_place for plane in stream.planes}
         types.add(next(self.loaded.model.parameters()).dtype)
         coded = CODED_TOLERANCE if self.loaded.layout.open_bytes else 0.0
-        return max(coded, *(PLAIN_TOLERANCE[kind] for kind in types))
+        packed = PACKED_TOLERANCE if self.loaded.model.is_packed else 0.0
+        return max(coded, packed, *(PLAIN_TOLERANCE[kind] for kind in types))
 
     def _request(self, prompt: Sequence[int], seed: int, priority: int = 0) -> Request:
         return Request(tuple(prompt), self.steps, Sampling(temperature=1.0, seed=seed), priority=priority)

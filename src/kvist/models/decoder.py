@@ -51,6 +51,7 @@ class Decoder(nn.Module, ABC):
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
+        self.packing_loss = 0.0  # what packing changed of its matrices, relative, in squares
         self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size)
 
     @abstractmethod
@@ -84,6 +85,10 @@ class Decoder(nn.Module, ABC):
         self.float()
         for weight in weights_of(self):
             weight.pack(bits, operators)
+
+    @property
+    def is_packed(self) -> bool:
+        return self.embed.is_packed
 
     @property
     def weights(self) -> str:

@@ -35,6 +35,7 @@ class Weight(nn.Module):
         self.codes: Tensor | None
         self.register_buffer("codes", None)
         self.form: PackedForm | None = None
+        self.losses: list[tuple[float, float]] = []  # sums of squares: of what packing changed, and of the numbers
         self._paired = paired
 
     def pack(self, bits: int, operators: PackedOperators) -> None:
@@ -106,7 +107,7 @@ class PackedRows:
         codes, form = self.weight.codes, self.weight.form
         assert codes is not None
         assert form is not None
-        packed.put_rows(codes, form, self.start, rows)
+        self.weight.losses.append(packed.put_rows(codes, form, self.start, rows))
 
 
 def weights_of(module: nn.Module) -> Iterator[Weight]:

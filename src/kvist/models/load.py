@@ -11,12 +11,12 @@ from torch import Tensor
 
 from kvist.base.errors import WeightsError
 from kvist.base.files import read_json
-from kvist.base.memory import CACHE_LINE, zeros
 from kvist.models.config import ModelConfig, read_config
 from kvist.models.decoder import Activations, Decoder, Slot
 from kvist.models.gpt2 import GPT2
 from kvist.models.linear import PackedOperators, PackedRows, Weight, weights_of
 from kvist.models.llama import Llama
+from kvist.ops.memory import CACHE_LINE, zeros
 from kvist.weights.checkpoint import Checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -92,6 +92,9 @@ def _fill(model: Decoder, checkpoint: Checkpoint) -> Decoder:
         whole = torch.empty(place.shape[::-1])
         checkpoint.copy_into({name: whole})
         place.copy_(whole.T)
+    losses = [loss for weight in weights_of(model) for loss in weight.losses]
+    if total := sum(whole for _, whole in losses):
+        model.packing_loss = math.sqrt(sum(lost for lost, _ in losses) / total)
     if model.config.tied and _HEAD in checkpoint.names():
         _check_tied(checkpoint, next(name for name, slot in slots.items() if slot.parameter == "embed.weight"))
     return model

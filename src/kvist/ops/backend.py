@@ -10,6 +10,7 @@ import torch
 
 from kvist.base.errors import BackendError
 from kvist.ops import packing, reference, schema
+from kvist.ops import reference_packed as _registered  # noqa: F401
 
 
 @dataclass(frozen=True)

@@ -95,10 +95,14 @@ def empty(form: PackedForm) -> Tensor:
     return torch.zeros(form.shape, dtype=torch.uint8)
 
 
-def put_rows(data: Tensor, form: PackedForm, start: int, rows: Tensor) -> None:
-    """Make rows `start` and on of the weight `rows` [n, columns], any floating type, rounded to its codes."""
-    codes, scales = quantize(rows.float(), form.bits, form.group)
+def put_rows(data: Tensor, form: PackedForm, start: int, rows: Tensor) -> tuple[float, float]:
+    """Make rows `start` and on of the weight `rows` [n, columns], any floating type, rounded to its codes. Returns the
+    sum of the squares of what that changes, and of the rows."""
+    rows = rows.float()
+    codes, scales = quantize(rows, form.bits, form.group)
     put_codes(data, form, start, codes, scales)
+    held = (codes.float().unflatten(1, (form.groups, -1)) * scales.float()[:, :, None]).flatten(1)
+    return float((held[:, : form.columns] - rows).square().sum()), float(rows.square().sum())
 
 
 def put_codes(data: Tensor, form: PackedForm, start: int, codes: Tensor, scales: Tensor) -> None:

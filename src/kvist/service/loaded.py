@@ -1,6 +1,7 @@
 """A model in memory with its tokenizer: what engines are made from."""
 
 import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,13 +15,14 @@ from kvist.cache.kept import KeptCache
 from kvist.cache.layout import BLOCK_SIZE, Layout, plan_layout
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Decoder
-from kvist.models.load import DTYPES, load, load_config, load_packed, stored_dtype
+from kvist.models.load import DTYPES, load, load_config, stored_dtype
 from kvist.ops.backend import Backend, select
 from kvist.runtime.engine import Engine
 from kvist.runtime.runner import Runner
 from kvist.runtime.widths import probe
 from kvist.service.budget import KvBudget, plan_budget
 from kvist.service.calibration import AUTO, planned
+from kvist.service.packing import BITS, open_packed
 from kvist.text.tokenizer import Tokenizer
 from kvist.weights.checkpoint import Checkpoint, Stamp, stamp_of
 from kvist.weights.hub import resolve
@@ -28,7 +30,6 @@ from kvist.weights.hub import resolve
 BUNDLED = Path(__file__).parent.parent / "bundled"
 RECALL = BUNDLED / "recall"
 _FULL = {codec.dtype: codec for codec in (FP32, BF16, FP16)}
-PACKED = {"int8": 8, "int4": 4}  # bits of a weight
 _KV_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -93,8 +94,8 @@ def open_model(
     config = load_config(directory)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    if weights is not None and weights not in PACKED:
-        raise ConfigError(f"there are no weights {weights!r}; choose one of {', '.join(PACKED)}")
+    if weights is not None and weights not in BITS:
+        raise ConfigError(f"there are no weights {weights!r}; choose one of {', '.join(BITS)}")
     compute = DTYPES[dtype] if dtype else stored_dtype(Checkpoint(directory))
     kv = kv or _KV_OF[compute]
     if kv != AUTO:  # before anything large is read, so that a choice that cannot be is refused at once
@@ -104,11 +105,16 @@ def open_model(
     if weights is None:
         model = load(directory, config, backend, compute)
     else:
-        model = load_packed(directory, config, backend, PACKED[weights])
+        model = open_packed(directory, config, backend, weights, stamp, lambda: _tell_packing(directory, weights))
     if stamp_of(directory) != stamp:
         raise WeightsError(f"the weight files in {directory} were changed while they were read; try again")
     layout = planned(model, directory, kv, _FULL[compute])
     return Loaded(name or "kvist-shakespeare", config, model, layout, backend, directory, stamp)
+
+
+def _tell_packing(directory: Path, weights: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\x1b[2mkvist: packing the weights of {directory.name} as {weights} (once)\x1b[0m", file=sys.stderr)
 
 
 def select_backend(config: ModelConfig, compute: torch.dtype) -> Backend:

@@ -1,0 +1,80 @@
+"""Models with packed weights: packed once, then read from the cache folder.
+
+A file there belongs to one checkpoint as it was when it was read, by the sizes and times of its files. What does not
+fit is made anew. The files that were not used for longest go when all of them together are large."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from kvist.base.errors import KvistError
+from kvist.base.files import cache_folder
+from kvist.models.config import ModelConfig
+from kvist.models.decoder import Decoder
+from kvist.models.linear import tensors_of
+from kvist.models.load import Operators, build_packed, load_packed
+from kvist.weights.checkpoint import Stamp, save
+
+BITS = {"int8": 8, "int4": 4}  # of a weight, by what people call it
+_VERSION = 1  # raised whenever the same weights would be packed into other bytes
+_MOST_BYTES = 64 << 30  # of all files
+
+
+def open_packed(
+    directory: Path, config: ModelConfig, operators: Operators, weights: str, stamp: Stamp, tell: Callable[[], None]
+) -> Decoder:
+    """The decoder of `directory` with its matrices packed as `weights` says. `stamp`: of the weight files. `tell` is
+    called where they have to be packed first. Raises `WeightsError`."""
+    path = packed_path(directory, config, weights, stamp)
+    model = build_packed(config, operators, BITS[weights])
+    if _read(path, model):
+        return model
+    tell()
+    model = load_packed(directory, config, operators, BITS[weights])
+    try:
+        save(path, tensors_of(model), {"weights": weights, "lost": f"{model.packing_loss:.3e}"})
+        _make_room(path)
+    except KvistError:
+        pass  # it is only slower next time
+    return model
+
+
+def packed_path(directory: Path, config: ModelConfig, weights: str, stamp: Stamp) -> Path:
+    """Where the packed weights of a checkpoint lie."""
+    facts = [_VERSION, str(directory.resolve()), repr(config), weights, stamp]
+    return cache_folder() / "packed" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
+
+
+def _read(path: Path, model: Decoder) -> bool:
+    """Fill the model from a file; whether that was possible. Otherwise its tensors hold anything."""
+    wanted = tensors_of(model)
+    try:
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != set(wanted):
+                return False
+            for name in file.offset_keys():
+                stored = file.get_tensor(name)
+                if stored.shape != wanted[name].shape or stored.dtype != wanted[name].dtype:
+                    return False
+                wanted[name].copy_(stored)
+            model.packing_loss = float(file.metadata()["lost"])
+        os.utime(path)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
+def _make_room(kept: Path) -> None:
+    """Remove the files that were not used for longest, none of them `kept`."""
+    files = [(path.stat().st_mtime, path.stat().st_size, path) for path in kept.parent.glob("*.safetensors")]
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= _MOST_BYTES:
+            return
+        if path != kept:
+            path.unlink(missing_ok=True)
+            total -= size
