@@ -81,8 +81,7 @@ class Decoder(nn.Module, ABC):
         return [] if weight is None else [(weight, None)]
 
     def pack(self, bits: int, operators: PackedOperators) -> None:
-        """Make room for all matrices packed into numbers of `bits` bits, and have the rest in float32."""
-        self.float()
+        """Have all matrices packed into numbers of `bits` bits. What else there is has to be in float32."""
         for weight in weights_of(self):
             weight.pack(bits, operators)
 

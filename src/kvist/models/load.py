@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvist.base.errors import WeightsError
 from kvist.base.files import read_json
@@ -39,14 +39,14 @@ class Operators(Activations, PackedOperators, Protocol):
 
 def build(config: ModelConfig, activations: Activations, dtype: torch.dtype) -> Decoder:
     """A decoder whose parameters are allocated and not yet filled."""
-    return _allocate(_describe(config, activations, dtype))
+    return _allocate(_describe(config, activations), dtype)
 
 
 def build_packed(config: ModelConfig, operators: Operators, bits: int) -> Decoder:
     """A decoder of packed weights that are all zero yet; what is not packed is not yet filled."""
-    model = _describe(config, operators, torch.float32)
+    model = _describe(config, operators)
     model.pack(bits, operators)
-    return _allocate(model)
+    return _allocate(model, torch.float32)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -66,22 +66,22 @@ def load(directory: Path, config: ModelConfig, activations: Activations, dtype: 
     is allocated before the weight files' headers agree with `config`.
     """
     checkpoint = Checkpoint(directory)
-    return _fill(_describe(config, activations, dtype or stored_dtype(checkpoint)), checkpoint)
+    return _fill(_describe(config, activations), dtype or stored_dtype(checkpoint), checkpoint)
 
 
 def load_packed(directory: Path, config: ModelConfig, operators: Operators, bits: int) -> Decoder:
     """The decoder of `directory`, its matrices packed into numbers of `bits` bits as they are read. Peak memory is the
     packed weights, and a read buffer with what packing it takes. Raises `WeightsError` as `load` does."""
-    model = _describe(config, operators, torch.float32)
+    model = _describe(config, operators)
     model.pack(bits, operators)
-    return _fill(model, Checkpoint(directory))
+    return _fill(model, torch.float32, Checkpoint(directory))
 
 
-def _fill(model: Decoder, checkpoint: Checkpoint) -> Decoder:
+def _fill(model: Decoder, dtype: torch.dtype, checkpoint: Checkpoint) -> Decoder:
     """Allocate a decoder that is on the meta device, and read it."""
     slots = {_stored_name(checkpoint, slot): slot for slot in model.slots()}
     _check(checkpoint, slots, model.config)
-    _allocate(model)
+    _allocate(model, dtype)
     places = _places(model)
     direct, turned = {}, {}
     for name, slot in slots.items():
@@ -123,23 +123,26 @@ def randomize(model: Decoder, seed: int, std: float = 0.02) -> Decoder:
     return model
 
 
-def _describe(config: ModelConfig, activations: Activations, dtype: torch.dtype) -> Decoder:
+def _describe(config: ModelConfig, activations: Activations) -> Decoder:
     """A decoder on the meta device: shapes, and no memory yet."""
     kind = GPT2 if config.family == "gpt2" else Llama
     with torch.device("meta"):
-        return kind(config, activations).to(dtype)
+        return kind(config, activations)
 
 
-def _allocate(model: Decoder) -> Decoder:
-    """Packed weights stand side by side in one piece of memory, in the order in which a step reads them."""
+def _allocate(model: Decoder, dtype: torch.dtype) -> Decoder:
+    """Memory for all parameters, and for the packed weights, zeros, side by side in the order in which a step reads
+    them."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            # Not `to_empty`, which takes a third of a second to import what it needs.
+            room = torch.empty(parameter.shape, dtype=dtype)
+            module.register_parameter(name, nn.Parameter(room, requires_grad=False))
     packed = [(weight, weight.form) for weight in weights_of(model) if weight.form is not None]
-    for weight, _ in packed:
-        weight.codes = None
-    model.to_empty(device="cpu").requires_grad_(False).eval()
     sizes = [-(-form.nbytes // CACHE_LINE) * CACHE_LINE for _, form in packed]
     for (weight, form), room in zip(packed, zeros([sum(sizes)], torch.uint8).split(sizes), strict=True):
         weight.codes = room[: form.nbytes].view(form.shape)
-    return model
+    return model.eval()
 
 
 def _places(model: Decoder) -> dict[str, Tensor | PackedRows]:
