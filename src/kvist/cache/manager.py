@@ -26,7 +26,9 @@ from kvist.base.errors import InvariantError, OutOfBlocks
 from kvist.base.events import Adopted, CacheEvent, Committed, Evicted, Listener, Released, Reserved, RolledBack
 from kvist.cache.keys import chain_key
 from kvist.cache.pool import BlockPool
+from kvist.cache.spec import Window
 from kvist.cache.tree import Node, PrefixTree
+from kvist.cache.windows import Tables, WindowGroup
 
 PUBLIC = "\0public"  # part of the names of namespaces, which no tenant's has
 
@@ -37,6 +39,7 @@ class Lease:
 
     `path`: the root where it begins, then the nodes of its first blocks as far as they are in the prefix tree.
     `branch`: where it begins with what is public, the block from which on it stands behind a root of its own namespace.
+    `windows`: of each group of layers with a window, which blocks it holds, by their index; see `cache.windows`.
     """
 
     id: int
@@ -47,6 +50,7 @@ class Lease:
     released: bool = False
     open: dict[int, int] = field(default_factory=dict)
     branch: tuple[int, Node] | None = None
+    windows: Tables = field(default_factory=list)
 
     @property
     def tip(self) -> Node:
@@ -61,18 +65,21 @@ class Lease:
 
 @dataclass(frozen=True)
 class Copy:
-    """The store must copy block `source` to block `target`, or open block to open block, before the step writes."""
+    """The store must copy block `source` to block `target`, or open block to open block, before the step writes.
+    `window`: they are of that group of layers with a window, and not of those that keep everything."""
 
     source: int
     target: int
     open: bool = False
+    window: int | None = None
 
 
 class CacheManager:
     """Leases over one pool of blocks of `block_size` tokens, and one of open blocks where codecs are lossy; the prefix
     tree over both. `open_tails`: whether the prefix tree keeps open blocks, for which that pool then needs room.
-    `identity`: what made the KV, as bytes; see `keys`. `evicted` is told of each node that the tree has just forgotten,
-    whose bytes are still there."""
+    `identity`: what made the KV, as bytes; see `keys`. `windows`: of the groups of layers that have one, each with its
+    pool. `evicted` is told of each node that the tree has just forgotten, whose bytes are still there, and
+    `losing` of each that is about to lose a block of a window."""
 
     def __init__(
         self,
@@ -82,6 +89,7 @@ class CacheManager:
         open_pool: BlockPool | None = None,
         open_tails: bool = True,
         identity: bytes = b"",
+        windows: Sequence[tuple[Window, BlockPool]] = (),
     ) -> None:
         self.pool = pool
         self.open_pool = open_pool
@@ -89,6 +97,11 @@ class CacheManager:
         self._open_tails = open_tails
         self.tree = PrefixTree(pool, block_size, open_pool, identity)
         self.evicted: Callable[[Node], None] = lambda node: None
+        self.losing: Callable[[Node], None] = lambda node: None
+        self.windows = [WindowGroup(*group, block_size, place) for place, group in enumerate(windows)]
+        for group in self.windows:
+            group.losing = lambda node: self.losing(node)
+        self.tree.removed = self._forget_windows
         self._listener = listener
         self._leases: dict[int, Lease] = {}
         self._next_id = 0
@@ -121,7 +134,7 @@ class CacheManager:
     def open(self, namespace: str = "", tokens: Sequence[int] = ()) -> Lease:
         """A lease that holds nothing yet. It shares with leases of its namespace only, but for what is public.
         `tokens`: the first ones of its sequence."""
-        lease = Lease(self._next_id, [self.tree.root(namespace)])
+        lease = Lease(self._next_id, [self.tree.root(namespace)], windows=[{} for _ in self.windows])
         for public in self._public:
             if tuple(tokens[: len(public)]) == public:
                 branch = len(public) // self.block_size, self._branch(namespace, public)
@@ -157,7 +170,13 @@ class CacheManager:
         if missing + len(shared) > self.available:
             raise OutOfBlocks(missing + len(shared), self.available)
         self._require_open(lease, first, end)
+        for group in self.windows:
+            group.trim(lease)
+            if (wanted := group.missing(lease, first, end)) > group.available:
+                raise OutOfBlocks(wanted, group.available)
         copies = self._open_blocks(lease, first, end)
+        for group in self.windows:
+            copies += [Copy(*pair, window=group.place) for pair in group.reserve(lease, first, end)]
         taken = iter(self._take(missing + len(shared)))
         for index, fresh in zip(shared, taken, strict=False):
             # Only committed tokens are worth copying: a shared block wholly beyond them is merely replaced.
@@ -181,17 +200,15 @@ class CacheManager:
         size, before = self.block_size, lease.length
         if lease.reserved or before != (len(lease.path) - 1) * size:
             return 0
-        while lease.length + size <= len(tokens):
-            node = self.tree.child(lease.tip, tuple(tokens[lease.length : lease.length + size]))
-            if node is None:
-                break
+        for node in self._found(lease, tokens):
             self.tree.hold(node)
-            lease.path.append(node)
             lease.table.append(node.block)
             lease.length += size
         rest = tuple(tokens[lease.length : lease.length + size])
         node, shared = self.tree.partial(lease.tip, rest) if partly else (None, 0)
-        if node is not None:
+        if node is not None and all(block >= 0 for block in node.windows):
+            for group in self.windows:
+                group.adopt(lease, len(lease.table), node)
             self.tree.hold(node)
             if node.open is not None:
                 lease.open[len(lease.table)] = node.open
@@ -214,12 +231,14 @@ class CacheManager:
             window, own = tuple(tokens[index * size : (index + 1) * size]), lease.table[index]
             node = self.tree.child(lease.tip, window)
             if node is None:
-                node = self.tree.insert(lease.tip, window, own)
+                node = self._insert(lease.tip, window, own)
                 fresh.append(node)
             elif node.block != own:
                 self.tree.hold(node)
                 lease.table[index] = node.block
                 self._give_back(own)
+            for group in self.windows:
+                group.publish(lease, index, node)
             lease.path.append(node)
         return fresh
 
@@ -264,6 +283,8 @@ class CacheManager:
         twin.length = lease.length
         for block in twin.table:
             self.pool.share(block)
+        for group in self.windows:
+            group.share(lease, twin)
         if self.open_pool is not None:
             twin.open = lease.open.copy()
             for block in twin.open.values():
@@ -292,6 +313,8 @@ class CacheManager:
         self.pool.check()
         holders = [0] * self.pool.capacity
         self._check_open()
+        for group in self.windows:
+            group.check(list(self._leases.values()), self.block_size)
         self.tree.check()
         for node in self.tree.nodes():
             holders[node.block] += 1
@@ -333,7 +356,11 @@ class CacheManager:
                 length, partial = partial * self.block_size, None
             for index in [index for index in lease.open if index != partial]:
                 self.open_pool.give_back(lease.open.pop(index))
+        if not all(group.is_complete(lease, length) for group in self.windows):
+            return self._keep(lease, 0)
         kept = self.blocks_for(length)
+        for group in self.windows:
+            group.cut(lease, kept)
         given = len(lease.table) - kept
         for block in reversed(lease.table[kept:]):
             self._give_back(block)
@@ -341,6 +368,34 @@ class CacheManager:
         del lease.path[length // self.block_size + 1 :]
         lease.length, lease.reserved = length, 0
         return given
+
+    def _found(self, lease: Lease, tokens: Sequence[int]) -> list[Node]:
+        """The nodes behind a lease that hold what follows of `tokens`, in the lease's path from now on: as many as it
+        can go on from, since of groups with windows the last one must be there."""
+        size, start, nodes = self.block_size, len(lease.path) - 1, list[Node]()
+        while (position := (start + len(nodes)) * size) + size <= len(tokens):
+            node = self.tree.child(lease.tip, tuple(tokens[position : position + size]))
+            if node is None:
+                break
+            nodes.append(node)
+            lease.path.append(node)
+        while nodes and not all(group.fits(lease, start, nodes) for group in self.windows):
+            nodes.pop()
+            lease.path.pop()
+        for group in self.windows if nodes else ():
+            for index in group.worth_holding((start + len(nodes)) * size):
+                if index >= start:
+                    group.adopt(lease, index, nodes[index - start])
+        return nodes
+
+    def _insert(self, parent: Node, tokens: tuple[int, ...], block: int, open_block: int | None = None) -> Node:
+        node = self.tree.insert(parent, tokens, block, open_block)
+        node.windows = [-1] * len(self.windows)
+        return node
+
+    def _forget_windows(self, node: Node) -> None:
+        for group in self.windows:
+            group.forget(node)
 
     def _branch(self, namespace: str, public: tuple[int, ...]) -> Node:
         """The root of what stands behind a public beginning in a namespace."""
@@ -423,7 +478,9 @@ class CacheManager:
         if not filled or (self.open_pool is not None and not (self._open_tails and index in lease.open)):
             return
         if self.tree.partial(lease.tip, tail)[1] < filled:
-            self.tree.insert(lease.tip, tail, lease.table[index], lease.open.get(index))
+            node = self._insert(lease.tip, tail, lease.table[index], lease.open.get(index))
+            for group in self.windows:
+                group.publish(lease, index, node)
 
     def _require_live(self, lease: Lease) -> None:
         if self._leases.get(lease.id) is not lease:

@@ -27,7 +27,8 @@ Tokens = tuple[int, ...]
 class Node:
     """One block of the tree. `key`: see `keys`. `block`, `open`: its ids in the two pools; a root has neither.
     `children` are full blocks, `tails` partly filled ones, both in the order of their tokens. `until`: others go first
-    until then, in seconds of the epoch; never later than its parent's."""
+    until then, in seconds of the epoch; never later than its parent's. `windows`: its block in each group of layers
+    with a window, -1 where that is gone; owned by the group."""
 
     key: bytes
     tokens: Tokens = ()
@@ -35,6 +36,7 @@ class Node:
     block: int = -1
     open: int | None = None
     until: float = 0.0
+    windows: list[int] = field(default_factory=list)
     children: list["Node"] = field(default_factory=list)
     tails: list["Node"] = field(default_factory=list)
 
@@ -58,6 +60,7 @@ class PrefixTree:
         self._size = block_size
         self._identity = identity
         self._clock = clock
+        self.removed: Callable[[Node], None] = lambda node: None  # told of each node that has left
         self._roots: dict[str, Node] = {}
         self._nodes: dict[int, Node] = {}  # by block
         # Least recently used first. The idle tails that hold an open block stand in both.
@@ -209,6 +212,7 @@ class PrefixTree:
         self._pool.give_back(node.block)
         if node.open is not None and self._open_pool is not None:
             self._open_pool.give_back(node.open)
+        self.removed(node)
         return node
 
 
