@@ -15,6 +15,7 @@ from kvist.cache.layout import plan_layout
 from kvist.cache.manager import Lease
 from kvist.models.config import Activation, ModelConfig, Rope
 from kvist.models.decoder import Decoder
+from kvist.models.linear import uniform
 from kvist.models.load import build, export, load_packed, randomize
 from kvist.ops.backend import Backend, select
 from kvist.runtime.batch import Work
@@ -96,7 +97,7 @@ def packed(model: Decoder, operators: Backend, bits: int) -> Decoder:
     """The same model, read as one with packed weights."""
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder) / SINGLE_FILE, export(model))
-        return load_packed(Path(folder), model.config, operators, bits)
+        return load_packed(Path(folder), model.config, operators, uniform(bits))
 
 
 def tokens_of(rng: random.Random, count: int, vocab_size: int = 67) -> list[int]:

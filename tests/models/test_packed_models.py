@@ -13,7 +13,7 @@ from kvist.base.errors import WeightsError
 from kvist.cache.codecs import codec
 from kvist.cache.layout import plan_layout
 from kvist.cache.view import PagedViews
-from kvist.models.linear import Weight, weights_of
+from kvist.models.linear import Weight, uniform, weights_of
 from kvist.models.load import export, load, load_config, load_packed
 from kvist.models.plain import PlainActivations
 from kvist.ops import packed
@@ -30,7 +30,7 @@ CASES = ("llama-8-scaled", "llama-48-biased", "qwen2-64", "qwen3-80", "gpt2-64-e
 def unpacked(directory: Path, model) -> torch.nn.Module:
     """A float32 decoder over the numbers that a packed one holds."""
     plain = load(directory, model.config, PlainActivations(), torch.float32)
-    for dense, held in zip(weights_of(plain), weights_of(model), strict=True):
+    for dense, held in zip(weights_of(plain).values(), weights_of(model).values(), strict=True):
         dense.weight.data.copy_(packed.get_rows(held.codes, held.form))
     return plain
 
@@ -41,7 +41,7 @@ def test_logits(case: str, bits: int, written: Callable[[str], Written]) -> None
     directory = written(case).directory
     config = load_config(directory)
     backend = select("cpu", torch.float32, config.head_dim, 64)
-    model = load_packed(directory, config, backend, bits)
+    model = load_packed(directory, config, backend, uniform(bits))
     assert model.weights == f"int{bits}"
     layout = plan_layout(config.layer_specs(), codec("fp32"))
     tokens = tokens_of(random.Random(0), 100, VOCAB)
@@ -80,7 +80,7 @@ def test_where_codecs_differ_layers_run_one_by_one() -> None:
 
 def test_packed_weights_stand_side_by_side() -> None:
     model = make_runner(QWEN3, bits=8).model
-    codes = [weight.codes for weight in weights_of(model)]
+    codes = [weight.codes for weight in weights_of(model).values()]
     starts = [tensor.data_ptr() for tensor in codes]
     assert all(start % 64 == 0 for start in starts)
     assert starts == sorted(starts)
@@ -92,7 +92,7 @@ def test_what_packing_lost_is_told(written: Callable[[str], Written]) -> None:
     config = load_config(directory)
     backend = select("cpu", torch.float32, config.head_dim, 64)
     for bits, most in ((8, 0.007), (4, 0.09)):
-        model = load_packed(directory, config, backend, bits)
+        model = load_packed(directory, config, backend, uniform(bits))
         plain = dict(load(directory, config, backend, torch.float32).named_parameters())
         lost = total = 0.0
         for name, module in model.named_modules():

@@ -200,9 +200,9 @@ class CacheManager:
         size, before = self.block_size, lease.length
         if lease.reserved or before != (len(lease.path) - 1) * size:
             return 0
-        for node in self._found(lease, tokens):
-            self.tree.hold(node)
-            lease.table.append(node.block)
+        for found in self._found(lease, tokens):
+            self.tree.hold(found)
+            lease.table.append(found.block)
             lease.length += size
         rest = tuple(tokens[lease.length : lease.length + size])
         node, shared = self.tree.partial(lease.tip, rest) if partly else (None, 0)

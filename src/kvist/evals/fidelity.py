@@ -188,7 +188,7 @@ def run(
 
 
 def _weights_row(loaded: Loaded, found: Divergence) -> WeightsRow:
-    forms = [weight.form for weight in weights_of(loaded.model) if weight.form is not None]
+    forms = [weight.form for weight in weights_of(loaded.model).values() if weight.form is not None]
     nbytes, numbers = sum(form.nbytes for form in forms), sum(form.rows * form.columns for form in forms)
     return WeightsRow(loaded.model.weights, nbytes * 8 / numbers, nbytes, loaded.model.packing_loss, found)
 

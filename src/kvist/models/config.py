@@ -47,11 +47,14 @@ class Rope:
     theta: float
     linear_factor: float = 1.0
     llama3: Llama3Scaling | None = None
+    divisors: tuple[float, ...] = ()  # of each frequency, or none
 
     def __post_init__(self) -> None:
         for name, value in {"rope_theta": self.theta, "factor": self.linear_factor}.items():
             if not 0 < value < math.inf:
                 raise ConfigError(f"RoPE: {name} must be positive and finite, got {value}")
+        if not all(0 < number < math.inf for number in self.divisors):
+            raise ConfigError("RoPE: divisors must be positive and finite")
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,10 @@ class ModelConfig:
             raise ConfigError(f"{self.family}: {self.heads} query heads do not divide among {self.kv_heads} KV heads")
         if self.rope is not None and self.head_dim % 2:
             raise ConfigError(f"{self.family}: rotary positions need an even head_dim, got {self.head_dim}")
+        if self.rope is not None and self.rope.divisors and len(self.rope.divisors) != self.head_dim // 2:
+            raise ConfigError(
+                f"{self.family}: RoPE has {len(self.rope.divisors)} divisors for {self.head_dim // 2} frequencies"
+            )
 
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         """What the cache must keep for this model, layer by layer."""
@@ -208,6 +215,11 @@ def _rope(keys: _Keys, default_theta: float) -> Rope:
                 parameters.take("original_max_position_embeddings", int),
             ),
         )
+    elif kind == "divided":
+        divisors = parameters.take("divisors", list)
+        if not all(type(number) is float for number in divisors):
+            raise ConfigError(f"{keys.where}: RoPE divisors should be a list of numbers")
+        rope = Rope(theta, divisors=tuple(divisors))
     elif kind != "default":
         raise ConfigError(f"{keys.where}: RoPE scaling {kind!r} is not supported (default, linear, llama3 are)")
     parameters.finish()

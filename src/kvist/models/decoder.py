@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kvist.cache.view import LayerView
 from kvist.models.config import ModelConfig
-from kvist.models.linear import Embedding, Linear, PackedOperators, weights_of
+from kvist.models.linear import Embedding, Grouping, Linear, PackedOperators, weights_of
 
 
 class Activations(Protocol):
@@ -80,10 +80,10 @@ class Decoder(nn.Module, ABC):
         weight = self.head_weight()
         return [] if weight is None else [(weight, None)]
 
-    def pack(self, bits: int, operators: PackedOperators) -> None:
-        """Have all matrices packed into numbers of `bits` bits. What else there is has to be in float32."""
-        for weight in weights_of(self):
-            weight.pack(bits, operators)
+    def pack(self, grouping: Grouping, operators: PackedOperators) -> None:
+        """Have all matrices packed; `grouping` says how. What else there is has to be in float32."""
+        for name, weight in weights_of(self).items():
+            weight.pack(*grouping(f"{name}.weight", weight.columns), operators)
 
     @property
     def is_packed(self) -> bool:
@@ -92,7 +92,8 @@ class Decoder(nn.Module, ABC):
     @property
     def weights(self) -> str:
         """The type of its matrices, as people write it: "bfloat16", or "int8"."""
-        if self.embed.form is not None:
-            return f"int{self.embed.form.bits}"
+        forms = [weight.form for weight in weights_of(self).values() if weight.form is not None]
+        if forms:
+            return "+".join(f"int{bits}" for bits in sorted({form.bits for form in forms}, reverse=True))
         assert self.embed.weight is not None
         return str(self.embed.weight.dtype).removeprefix("torch.")

@@ -69,6 +69,8 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
     """`[head_dim / 2]` float32 radians per token, scaling included."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies = 1.0 / (rope.theta**exponents) / rope.linear_factor
+    if rope.divisors:
+        return frequencies / torch.tensor(rope.divisors)
     if rope.llama3 is None:
         return frequencies
     scaling = rope.llama3

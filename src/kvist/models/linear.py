@@ -3,7 +3,7 @@
 A packed weight takes the place of the parameter `weight`; what a decoder computes around it is then in float32.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +25,15 @@ class PackedOperators(Protocol):
     packed_layers: Callable[..., Tensor]
 
 
+# Bits of a number, and how many columns share a scale, of a parameter by its name and its columns.
+Grouping = Callable[[str, int], tuple[int, int]]
+
+
+def uniform(bits: int) -> Grouping:
+    """All matrices in numbers of `bits` bits."""
+    return lambda name, columns: (bits, packed.group_for(columns, bits))
+
+
 class Weight(nn.Module):
     """A matrix `weight` [rows, columns], or what it is packed into. `paired`: its first half of rows are gates, its
     second half the ups that belong to them."""
@@ -38,11 +47,16 @@ class Weight(nn.Module):
         self.losses: list[tuple[float, float]] = []  # sums of squares: of what packing changed, and of the numbers
         self._paired = paired
 
-    def pack(self, bits: int, operators: PackedOperators) -> None:
-        """Make room for a packed weight, on the device of the parameter, which goes."""
+    @property
+    def columns(self) -> int:
+        return self.weight.shape[1] if self.form is None else self.form.columns
+
+    def pack(self, bits: int, group: int, operators: PackedOperators) -> None:
+        """Make room for a weight packed into numbers of `bits` bits, `group` columns sharing a scale, on the device of
+        the parameter, which goes."""
         assert self.weight is not None
         rows, columns = self.weight.shape
-        self.form = PackedForm(rows, columns, bits, packed.group_for(columns, bits), self._paired)
+        self.form = PackedForm(rows, columns, bits, group, self._paired)
         self.codes = torch.zeros(self.form.shape, dtype=torch.uint8, device=self.weight.device)
         self.weight = None
         self.operators = operators
@@ -103,6 +117,19 @@ class PackedRows:
         first, last, _ = rows.indices(self.shape[0])
         return PackedRows(self.weight, self.start + first, (last - first, self.shape[1]))
 
+    @property
+    def grouping(self) -> tuple[int, int]:
+        """Bits of a number, and columns that share a scale."""
+        assert self.weight.form is not None
+        return self.weight.form.bits, self.weight.form.group
+
+    def put_codes(self, codes: Tensor, scales: Tensor) -> None:
+        """Fill it with whole numbers and their scales as they are."""
+        data, form = self.weight.codes, self.weight.form
+        assert data is not None
+        assert form is not None
+        packed.put_codes(data, form, self.start, codes, scales)
+
     def copy_(self, rows: Tensor) -> None:
         codes, form = self.weight.codes, self.weight.form
         assert codes is not None
@@ -110,11 +137,9 @@ class PackedRows:
         self.weight.losses.append(packed.put_rows(codes, form, self.start, rows))
 
 
-def weights_of(module: nn.Module) -> Iterator[Weight]:
-    """All weights within a module, in order."""
-    for part in module.modules():
-        if isinstance(part, Weight):
-            yield part
+def weights_of(module: nn.Module) -> dict[str, Weight]:
+    """All weights within a module, by name, in order."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, Weight)}
 
 
 def tensors_of(module: nn.Module) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from kvist.cache.view import LayerView, PagedViews
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Activations, Decoder, Slot
 from kvist.models.layers import RMSNorm, RopeTable, Rotation
-from kvist.models.linear import Linear
+from kvist.models.linear import Linear, weights_of
 
 
 class Attention(nn.Module):
@@ -106,18 +106,19 @@ class Llama(Decoder):
         """All layers in one operator, where their weights are packed: looking up what it takes is done once. It takes
         `x`, the angles and the cache's operands."""
         blocks = list(self.blocks)
-        if not all(block.fuses for block in blocks):
+        forms = [[weight.form for weight in weights_of(block).values()] for block in blocks]
+        if not all(block.fuses for block in blocks) or any(form != forms[0] for form in forms):
             return None
         products = [(b.attention.qkv, b.attention.out, b.gate_up, b.down) for b in blocks]
         weights = [linear.operand[0] for four in products for linear in four]
-        forms = [number for linear in products[0] for number in linear.operand[1]]
+        flat = [number for linear in products[0] for number in linear.operand[1]]
         extras = [tensor for block in blocks for tensor in block.extras]
         first = blocks[0].attention
         heads = [first.heads, first.kv_heads, first.head_dim]
         operator, eps = first.qkv.operators.packed_layers, blocks[0].mlp_norm.eps
 
         def whole(x: Tensor, *cache: Any) -> Tensor:
-            return operator(x, weights, forms, extras, heads, eps, first.scale, False, *cache)
+            return operator(x, weights, flat, extras, heads, eps, first.scale, False, *cache)
 
         return whole
 

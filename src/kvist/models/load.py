@@ -2,9 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from kvist.base.files import read_json
 from kvist.models.config import ModelConfig, read_config
 from kvist.models.decoder import Activations, Decoder, Slot
 from kvist.models.gpt2 import GPT2
-from kvist.models.linear import PackedOperators, PackedRows, Weight, weights_of
+from kvist.models.linear import Grouping, PackedOperators, PackedRows, weights_of
 from kvist.models.llama import Llama
 from kvist.ops.memory import CACHE_LINE, zeros
 from kvist.weights.checkpoint import Checkpoint
@@ -39,17 +39,31 @@ class Operators(Activations, PackedOperators, Protocol):
 
 def build(config: ModelConfig, activations: Activations, dtype: torch.dtype) -> Decoder:
     """A decoder whose parameters are allocated and not yet filled."""
-    return _allocate(_describe(config, activations), dtype)
+    return _allocate(describe(config, activations), dtype)
 
 
-def build_packed(config: ModelConfig, operators: Operators, bits: int) -> Decoder:
+class Source(Protocol):
+    """Where the tensors of a checkpoint come from, by the names of Hugging Face; see `Checkpoint`."""
+
+    directory: Path
+
+    def names(self) -> set[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]: ...
+
+    def copy_into(self, targets: Mapping[str, Any]) -> None: ...
+
+
+def build_packed(config: ModelConfig, operators: Operators, grouping: Grouping) -> Decoder:
     """A decoder of packed weights that are all zero yet; what is not packed is not yet filled."""
-    model = _describe(config, operators)
-    model.pack(bits, operators)
-    return _allocate(model, torch.float32)
+    return _allocate(describe_packed(config, operators, grouping), torch.float32)
 
 
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def stored_dtype(checkpoint: Source) -> torch.dtype:
     """The dtype most numbers of a checkpoint have; float32 when it holds none."""
     sizes: dict[torch.dtype, int] = {}
     for name in checkpoint.names():
@@ -59,25 +73,35 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
-def load(directory: Path, config: ModelConfig, activations: Activations, dtype: torch.dtype | None = None) -> Decoder:
-    """The decoder of `directory` in `dtype` (default: as stored). Peak memory is the weights and one read buffer.
+def load(
+    source: Path | Source, config: ModelConfig, activations: Activations, dtype: torch.dtype | None = None
+) -> Decoder:
+    """The decoder of a directory, or of another source, in `dtype` (default: as stored). Peak memory is the weights and
+    one read buffer.
 
     Raises `WeightsError` for a tensor that is missing, left over, of another shape, or that cannot be read; nothing
     is allocated before the weight files' headers agree with `config`.
     """
-    checkpoint = Checkpoint(directory)
-    return _fill(_describe(config, activations), dtype or stored_dtype(checkpoint), checkpoint)
+    checkpoint = Checkpoint(source) if isinstance(source, Path) else source
+    return _fill(describe(config, activations), dtype or stored_dtype(checkpoint), checkpoint)
 
 
-def load_packed(directory: Path, config: ModelConfig, operators: Operators, bits: int) -> Decoder:
-    """The decoder of `directory`, its matrices packed into numbers of `bits` bits as they are read. Peak memory is the
-    packed weights, and a read buffer with what packing it takes. Raises `WeightsError` as `load` does."""
-    model = _describe(config, operators)
-    model.pack(bits, operators)
-    return _fill(model, torch.float32, Checkpoint(directory))
+def load_packed(source: Path | Source, config: ModelConfig, operators: Operators, grouping: Grouping) -> Decoder:
+    """The same, its matrices packed as they are read. Peak memory is the packed weights, and a read buffer with what
+    packing it takes. Raises `WeightsError` as `load` does."""
+    checkpoint = Checkpoint(source) if isinstance(source, Path) else source
+    return _fill(describe_packed(config, operators, grouping), torch.float32, checkpoint)
 
 
-def _fill(model: Decoder, dtype: torch.dtype, checkpoint: Checkpoint) -> Decoder:
+def parameters_of(config: ModelConfig, activations: Activations) -> dict[str, list[Slot]]:
+    """The tensors of a checkpoint that make each parameter of a decoder, by its name."""
+    found: dict[str, list[Slot]] = {}
+    for slot in describe(config, activations).slots():
+        found.setdefault(slot.parameter, []).append(slot)
+    return found
+
+
+def _fill(model: Decoder, dtype: torch.dtype, checkpoint: Source) -> Decoder:
     """Allocate a decoder that is on the meta device, and read it."""
     slots = {_stored_name(checkpoint, slot): slot for slot in model.slots()}
     _check(checkpoint, slots, model.config)
@@ -92,7 +116,7 @@ def _fill(model: Decoder, dtype: torch.dtype, checkpoint: Checkpoint) -> Decoder
         whole = torch.empty(place.shape[::-1])
         checkpoint.copy_into({name: whole})
         place.copy_(whole.T)
-    losses = [loss for weight in weights_of(model) for loss in weight.losses]
+    losses = [loss for weight in weights_of(model).values() for loss in weight.losses]
     if total := sum(whole for _, whole in losses):
         model.packing_loss = math.sqrt(sum(lost for lost, _ in losses) / total)
     if model.config.tied and _HEAD in checkpoint.names():
@@ -123,7 +147,14 @@ def randomize(model: Decoder, seed: int, std: float = 0.02) -> Decoder:
     return model
 
 
-def _describe(config: ModelConfig, activations: Activations) -> Decoder:
+def describe_packed(config: ModelConfig, operators: Operators, grouping: Grouping) -> Decoder:
+    """The same with its matrices packed."""
+    model = describe(config, operators)
+    model.pack(grouping, operators)
+    return model
+
+
+def describe(config: ModelConfig, activations: Activations) -> Decoder:
     """A decoder on the meta device: shapes, and no memory yet."""
     kind = GPT2 if config.family == "gpt2" else Llama
     with torch.device("meta"):
@@ -138,7 +169,7 @@ def _allocate(model: Decoder, dtype: torch.dtype) -> Decoder:
             # Not `to_empty`, which takes a third of a second to import what it needs.
             room = torch.empty(parameter.shape, dtype=dtype)
             module.register_parameter(name, nn.Parameter(room, requires_grad=False))
-    packed = [(weight, weight.form) for weight in weights_of(model) if weight.form is not None]
+    packed = [(weight, weight.form) for weight in weights_of(model).values() if weight.form is not None]
     sizes = [-(-form.nbytes // CACHE_LINE) * CACHE_LINE for _, form in packed]
     for (weight, form), room in zip(packed, zeros([sum(sizes)], torch.uint8).split(sizes), strict=True):
         weight.codes = room[: form.nbytes].view(form.shape)
@@ -148,8 +179,8 @@ def _allocate(model: Decoder, dtype: torch.dtype) -> Decoder:
 def _places(model: Decoder) -> dict[str, Tensor | PackedRows]:
     """Where the numbers of each parameter go, by its name, packed ones under the name that they had."""
     places: dict[str, Tensor | PackedRows] = dict(model.named_parameters())
-    for name, module in model.named_modules():
-        if isinstance(module, Weight) and module.form is not None:
+    for name, module in weights_of(model).items():
+        if module.form is not None:
             places[f"{name}.weight"] = PackedRows(module, 0, (module.form.rows, module.form.columns))
     return places
 
@@ -164,13 +195,13 @@ def _target(places: Mapping[str, Tensor | PackedRows], slot: Slot) -> Tensor | P
     return view.T if slot.transposed else view
 
 
-def _stored_name(checkpoint: Checkpoint, slot: Slot) -> str:
+def _stored_name(checkpoint: Source, slot: Slot) -> str:
     """GPT-2's first checkpoints leave the `transformer.` prefix out."""
     bare = slot.name.removeprefix("transformer.")
     return bare if bare in checkpoint.names() else slot.name
 
 
-def _check(checkpoint: Checkpoint, wanted: Mapping[str, Slot], config: ModelConfig) -> None:
+def _check(checkpoint: Source, wanted: Mapping[str, Slot], config: ModelConfig) -> None:
     """Raises `WeightsError` unless the files hold exactly the tensors that are wanted, in their shapes."""
     names = checkpoint.names()
     missing = sorted(set(wanted) - names)
@@ -193,7 +224,7 @@ def _check(checkpoint: Checkpoint, wanted: Mapping[str, Slot], config: ModelConf
             )
 
 
-def _check_tied(checkpoint: Checkpoint, embedding: str) -> None:
+def _check_tied(checkpoint: Source, embedding: str) -> None:
     """A head that is stored beside the embedding it is tied to must be that embedding, or logits would change."""
     digests = set()
     for _, tensor in checkpoint.stream([_HEAD, embedding]):

@@ -105,7 +105,7 @@ def _known_weights(loaded: Loaded) -> str:
     stamp = loaded.stamp
     if not stamp:
         return weights_digest(loaded.model)
-    key = _digest(json.dumps([str(loaded.directory.resolve()), loaded.model.weights, stamp]).encode())
+    key = _digest(json.dumps([str((loaded.files or loaded.directory).resolve()), loaded.model.weights, stamp]).encode())
     path = cache_folder() / "weights" / f"{key[:32]}.json"
     try:
         if path.exists() and read_json(path, 4096).get("key") == key:
@@ -115,7 +115,7 @@ def _known_weights(loaded: Loaded) -> str:
     found = weights_digest(loaded.model)
     latest = max(max(times[2:4]) for times in stamp)
     # A file that was written just now may be written again without its times showing it.
-    if stamp_of(loaded.directory) == stamp and time.time() - latest / 1e9 > _SETTLED:
+    if stamp_of(loaded.files or loaded.directory) == stamp and time.time() - latest / 1e9 > _SETTLED:
         try:
             with atomic_file(path) as target:
                 target.write_text(json.dumps({"key": key, "digest": found}))

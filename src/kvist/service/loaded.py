@@ -15,14 +15,15 @@ from kvist.cache.kept import KeptCache
 from kvist.cache.layout import BLOCK_SIZE, Layout, plan_layout
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Decoder
-from kvist.models.load import DTYPES, load, load_config, stored_dtype
+from kvist.models.linear import Grouping, uniform
+from kvist.models.load import DTYPES, Source, load, load_config, stored_dtype
 from kvist.ops.backend import Backend, select
 from kvist.runtime.engine import Engine
 from kvist.runtime.runner import Runner
 from kvist.runtime.widths import probe
 from kvist.service.budget import KvBudget, plan_budget
 from kvist.service.calibration import AUTO, planned
-from kvist.service.packing import BITS, open_packed
+from kvist.service.packing import BITS, check_memory, open_packed
 from kvist.text.tokenizer import Tokenizer
 from kvist.weights.checkpoint import Checkpoint, Stamp, stamp_of
 from kvist.weights.hub import resolve
@@ -35,8 +36,9 @@ _KV_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Loaded:
-    """A decoder, its cache's layout and the operators that it runs on; any number of engines may share it. `stamp`: of
-    the weight files, as they were when they were read; empty where the weights are of none."""
+    """A decoder, its cache's layout and the operators that it runs on; any number of engines may share it. `directory`:
+    of its config and tokenizer; `files`: the folder, or the file, of its weights; `stamp`: of these files, as they were
+    when they were read. Neither where the weights are of no file."""
 
     name: str
     config: ModelConfig
@@ -44,6 +46,7 @@ class Loaded:
     layout: Layout
     backend: Backend
     directory: Path
+    files: Path | None = None
     stamp: Stamp = ()
 
     def tokenizer(self) -> Tokenizer:
@@ -82,39 +85,90 @@ class Loaded:
 def open_model(
     name: str | None, *, dtype: str | None = None, kv: str | None = None, weights: str | None = None
 ) -> Loaded:
-    """Load a directory or a hub id; without a name the bundled model.
+    """Load a directory, a GGUF file or a hub id; without a name the bundled model.
 
     `dtype`: fp32, bf16 or fp16, by default as stored. `kv`: the cache's codecs, as `parse_choice` reads them, by
     default the one of the same type, which loses nothing; "auto" is what `kvist calibrate` proposed for this model. A
     model whose codecs want to be calibrated is, at its first use. `weights`: int8 or int4 packs the matrices as they
-    are read; `dtype` is then that of the cache. The environment's KVIST_OPS forces an operator implementation (cpu,
-    portable, reference).
+    are read, and `dtype` is then that of the cache; a type of numbers decodes them. By default they stay as they are
+    stored: the groups of a GGUF file's Q8_0 and Q4_0 as they are, its other quantized types as int8. The environment's
+    KVIST_OPS forces an operator implementation (cpu, portable, reference).
     """
-    directory = BUNDLED if name is None else resolve(name, progress=True)
-    config = load_config(directory)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    if weights is not None and weights not in BITS:
-        raise ConfigError(f"there are no weights {weights!r}; choose one of {', '.join(BITS)}")
-    compute = DTYPES[dtype] if dtype else stored_dtype(Checkpoint(directory))
+    if weights is not None and weights not in (*BITS, *DTYPES):
+        raise ConfigError(f"there are no weights {weights!r}; choose one of {', '.join((*BITS, *DTYPES))}")
+    if weights in DTYPES and dtype not in (None, weights):
+        raise ConfigError(
+            f"--weights {weights} is computed in {weights}, and --dtype says {dtype}; one of them will do"
+        )
+    origin = _find(name)
+    config, checkpoint = origin.config, origin.checkpoint
+    compute = DTYPES[dtype or weights] if dtype or weights in DTYPES else stored_dtype(checkpoint)
     kv = kv or _KV_OF[compute]
     if kv != AUTO:  # before anything large is read, so that a choice that cannot be is refused at once
         plan_layout(config.layer_specs(), parse_choice(kv), full=_FULL[compute])
     backend = select_backend(config, compute)
-    stamp = stamp_of(directory)
-    if weights is None:
-        model = load(directory, config, backend, compute)
+    stamp = stamp_of(origin.files)
+    how, grouping = _packing(origin, weights)
+    check_memory(config, backend, compute if grouping is None else grouping)
+    if grouping is None:
+        model = load(checkpoint, config, backend, compute)
     else:
-        model = open_packed(directory, config, backend, weights, stamp, lambda: _tell_packing(directory, weights))
-    if stamp_of(directory) != stamp:
-        raise WeightsError(f"the weight files in {directory} were changed while they were read; try again")
-    layout = planned(model, directory, kv, _FULL[compute])
-    return Loaded(name or "kvist-shakespeare", config, model, layout, backend, directory, stamp)
+        model = open_packed(checkpoint, config, backend, how, grouping, stamp, lambda: _tell_packing(origin, how))
+    if stamp_of(origin.files) != stamp:
+        raise WeightsError(f"the weight files in {origin.files} were changed while they were read; try again")
+    layout = planned(model, origin.directory, kv, _FULL[compute])
+    return Loaded(name or "kvist-shakespeare", config, model, layout, backend, origin.directory, origin.files, stamp)
 
 
-def _tell_packing(directory: Path, weights: str) -> None:
+@dataclass(frozen=True)
+class _Origin:
+    """What a model's name means. `directory`: of config and tokenizer; `files`: the folder, or the file, of weights.
+    `grouping`: how its matrices are packed where nothing else is asked for."""
+
+    directory: Path
+    files: Path
+    config: ModelConfig
+    checkpoint: Source
+    grouping: Grouping | None = None
+
+
+def _find(name: str | None) -> _Origin:
+    if name is not None and (path := find_gguf(name)) is not None:
+        from kvist.service.gguf import open_gguf  # it imports much that nothing else needs
+
+        found = open_gguf(path)
+        return _Origin(found.directory, path, found.config, found.checkpoint, found.grouping())
+    directory = BUNDLED if name is None else resolve(name, progress=True)
+    return _Origin(directory, directory, load_config(directory), Checkpoint(directory))
+
+
+def find_gguf(name: str) -> Path | None:
+    """The GGUF file that a model's name means: itself, or the only one in a directory without other weights. Raises
+    `WeightsError` where there are several."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or any(path.glob("*.safetensors")):
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        raise WeightsError(f"{path} holds {len(found)} GGUF files; name one of them, as in {found[0]}")
+    return found[0] if found else None
+
+
+def _packing(origin: _Origin, weights: str | None) -> tuple[str, Grouping | None]:
+    """How the matrices are packed, and what people call that; None where they are not."""
+    if weights in BITS:
+        return weights, uniform(BITS[weights])
+    return "gguf", None if weights in DTYPES else origin.grouping
+
+
+def _tell_packing(origin: _Origin, how: str) -> None:
     if sys.stderr.isatty():
-        print(f"\x1b[2mkvist: packing the weights of {directory.name} as {weights} (once)\x1b[0m", file=sys.stderr)
+        as_what = "" if how == "gguf" else f" as {how}"
+        print(f"\x1b[2mkvist: packing the weights of {origin.files.name}{as_what} (once)\x1b[0m", file=sys.stderr)
 
 
 def select_backend(config: ModelConfig, compute: torch.dtype) -> Backend:

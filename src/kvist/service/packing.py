@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
-from kvist.base.errors import KvistError
+from kvist.base.errors import ConfigError, KvistError
 from kvist.base.files import cache_folder
+from kvist.base.units import format_bytes
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Decoder
-from kvist.models.linear import tensors_of
-from kvist.models.load import Operators, build_packed, load_packed
+from kvist.models.linear import Grouping, tensors_of, uniform
+from kvist.models.load import Operators, Source, build_packed, describe, describe_packed, load_packed
+from kvist.service.budget import free_memory
 from kvist.weights.checkpoint import Stamp, save
 
 BITS = {"int8": 8, "int4": 4}  # of a weight, by what people call it
@@ -27,27 +29,33 @@ _KINDS = {torch.uint8: "U8", torch.float32: "F32"}
 
 
 def open_packed(
-    directory: Path, config: ModelConfig, operators: Operators, weights: str, stamp: Stamp, tell: Callable[[], None]
+    checkpoint: Source,
+    config: ModelConfig,
+    operators: Operators,
+    how: str,
+    grouping: Grouping,
+    stamp: Stamp,
+    tell: Callable[[], None],
 ) -> Decoder:
-    """The decoder of `directory` with its matrices packed as `weights` says. `stamp`: of the weight files. `tell` is
-    called where they have to be packed first. Raises `WeightsError`."""
-    path = packed_path(directory, config, weights, stamp)
-    model = build_packed(config, operators, BITS[weights])
+    """The decoder of a checkpoint with its matrices packed by `grouping`, which people call `how`. `stamp`: of the
+    weight files. `tell` is called where they have to be packed first. Raises `WeightsError`."""
+    path = packed_path(checkpoint.directory, config, how, stamp)
+    model = build_packed(config, operators, grouping)
     if _read(path, model):
         return model
     tell()
-    model = load_packed(directory, config, operators, BITS[weights])
+    model = load_packed(checkpoint, config, operators, grouping)
     try:
-        save(path, tensors_of(model), {"weights": weights, "lost": f"{model.packing_loss:.3e}"})
+        save(path, tensors_of(model), {"weights": how, "lost": f"{model.packing_loss:.3e}"})
         _make_room(path)
     except KvistError:
         pass  # it is only slower next time
     return model
 
 
-def packed_path(directory: Path, config: ModelConfig, weights: str, stamp: Stamp) -> Path:
+def packed_path(source: Path, config: ModelConfig, how: str, stamp: Stamp) -> Path:
     """Where the packed weights of a checkpoint lie."""
-    facts = [_VERSION, str(directory.resolve()), repr(config), weights, stamp]
+    facts = [_VERSION, str(source.resolve()), repr(config), how, stamp]
     return cache_folder() / "packed" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
 
 
@@ -91,3 +99,23 @@ def _make_room(kept: Path) -> None:
         if path != kept:
             path.unlink(missing_ok=True)
             total -= size
+
+
+def check_memory(config: ModelConfig, operators: Operators, how: torch.dtype | Grouping) -> None:
+    """Raises `ConfigError` where the weights in that form take more memory than there is, and says what would fit."""
+    needed, free = weight_bytes(config, operators, how), free_memory()
+    if needed <= free:
+        return
+    sizes = {name: weight_bytes(config, operators, uniform(bits)) for name, bits in BITS.items()}
+    fitting = [f"--weights {name} takes {format_bytes(size)}" for name, size in sizes.items() if size <= free]
+    raise ConfigError(
+        f"the weights take {format_bytes(needed)} and {format_bytes(free)} of memory are free; "
+        + (", ".join(fitting) if fitting else f"even as int4 they take {format_bytes(sizes['int4'])}")
+    )
+
+
+def weight_bytes(config: ModelConfig, operators: Operators, how: torch.dtype | Grouping) -> int:
+    """Bytes of a decoder's weights, in a type of numbers or packed. Nothing is allocated."""
+    if isinstance(how, torch.dtype):
+        return sum(tensor.numel() for tensor in tensors_of(describe(config, operators)).values()) * how.itemsize
+    return sum(tensor.nbytes for tensor in tensors_of(describe_packed(config, operators, how)).values())

@@ -140,9 +140,11 @@ class Checkpoint:
                 yield name, first, piece
 
 
-def stamp_of(directory: Path) -> Stamp:
-    """Name, size, times and inode of each weight file: as long as they are the same, so are the weights."""
-    stats = [(path.name, path.stat()) for path in sorted(directory.glob("*.safetensors"))]
+def stamp_of(source: Path) -> Stamp:
+    """Name, size, times and inode of each weight file of a directory, or of one file: as long as they are the same, so
+    are the weights."""
+    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+    stats = [(path.name, path.stat()) for path in files]
     return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats)
 
 

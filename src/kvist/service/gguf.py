@@ -1,0 +1,104 @@
+"""A GGUF file as a model: its weights stay where they are; what else a checkpoint has is written into a folder of the
+cache, once, so that everybody finds config, tokenizer and chat template where a directory of Hugging Face has them."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvist.base.errors import WeightsError
+from kvist.base.files import atomic_folder, cache_folder
+from kvist.models.config import ModelConfig
+from kvist.models.gguf import config_of, parts_of
+from kvist.models.linear import Grouping, uniform
+from kvist.models.load import load_config, parameters_of
+from kvist.models.plain import PlainActivations
+from kvist.text.gguf_tokenizer import GgufVocabulary, build
+from kvist.weights.checkpoint import Stamp, stamp_of
+from kvist.weights.gguf import GROUPS, GgufCheckpoint
+from kvist.weights.gguf_header import GgufHeader, read_header
+
+_VERSION = 1  # raised whenever the same file would give another folder
+_CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """`directory`: where config, tokenizer and chat template lie. `stamp`: of the file."""
+
+    directory: Path
+    config: ModelConfig
+    checkpoint: GgufCheckpoint
+    stamp: Stamp
+
+    def grouping(self) -> Grouping | None:
+        """How its matrices are packed where nothing else is asked for: Q8_0 and Q4_0 in their own groups, what else is
+        quantized in 8 bits. None where nothing is quantized."""
+        checkpoint, own = self.checkpoint, dict[str, tuple[int, int]]()
+        if not checkpoint.is_quantized:
+            return None
+        for parameter, slots in parameters_of(self.config, PlainActivations()).items():
+            found = {GROUPS.get(checkpoint.kind(slot.name)) for slot in slots if slot.name in checkpoint.names()}
+            if len(found) == 1 and (group := found.pop()) is not None:
+                own[parameter] = group
+        others = uniform(8)
+        return lambda name, columns: own.get(name) or others(name, columns)
+
+
+def open_gguf(path: Path) -> GgufModel:
+    """Raises `WeightsError`, `ConfigError` or `TextError` for a file that is damaged or not supported."""
+    stamp = stamp_of(path)
+    header = read_header(path)
+    key = hashlib.sha256(json.dumps([_VERSION, str(path.resolve()), stamp]).encode()).hexdigest()[:32]
+    directory = cache_folder() / "gguf" / key / path.stem
+    if not (directory / _CONFIG).is_file():
+        with atomic_folder(directory) as folder:
+            _write(header, folder)
+    config = load_config(directory)
+    return GgufModel(directory, config, GgufCheckpoint(header, parts_of(header, config)), stamp)
+
+
+def _write(header: GgufHeader, folder: Path) -> None:
+    config = config_of(header)
+    if "tokenizer.ggml.model" in header.metadata:
+        vocabulary = _vocabulary(header)
+        if len(vocabulary.tokens) > config["vocab_size"]:
+            raise WeightsError(
+                f"{header.path}: the tokenizer has {len(vocabulary.tokens):,} tokens and the model "
+                f"{config['vocab_size']:,}: they do not belong together"
+            )
+        build(vocabulary, str(header.path)).save(str(folder / "tokenizer.json"))
+        named = {"bos_token": vocabulary.bos, "eos_token": vocabulary.eos}
+        settings = {name: vocabulary.tokens[index] for name, index in named.items() if index is not None}
+        if template := header.get("tokenizer.chat_template", str, ""):
+            (folder / "chat_template.jinja").write_text(template, "utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        ends = [header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        config["eos_token_id"] = sorted({index for index in ends if type(index) is int})
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _vocabulary(header: GgufHeader) -> GgufVocabulary:
+    def get(key: str, kind: type, default: Any) -> Any:
+        return header.get(f"tokenizer.ggml.{key}", kind, default)
+
+    def listed(key: str, kind: type) -> list[Any]:
+        name = f"tokenizer.ggml.{key}"
+        return header.numbers(name, kind) if name in header.metadata else []
+
+    kind, pre = get("model", str, ""), get("pre", str, "default")
+    return GgufVocabulary(
+        kind=kind,
+        tokens=header.texts("tokenizer.ggml.tokens"),
+        types=listed("token_type", int),
+        scores=listed("scores", float),
+        merges=header.texts("tokenizer.ggml.merges") if "tokenizer.ggml.merges" in header.metadata else [],
+        pre=pre,
+        bos=get("bos_token_id", int, None),
+        eos=get("eos_token_id", int, None),
+        unknown=get("unknown_token_id", int, None),
+        adds_bos=get("add_bos_token", bool, kind == "llama" or pre in ("llama-bpe", "llama3", "llama-v3")),
+        adds_eos=get("add_eos_token", bool, False),
+        adds_space=get("add_space_prefix", bool, True),
+    )

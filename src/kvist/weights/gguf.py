@@ -1,0 +1,153 @@
+"""The tensors of a GGUF file, as a checkpoint under the names of Hugging Face."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from torch import Tensor
+
+from kvist.base.errors import WeightsError
+from kvist.weights.gguf_header import GgufHeader, GgufTensor
+
+Kind = GGMLQuantizationType
+_FLOATS = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+_NUMPY = {Kind.F32: np.float32, Kind.F16: np.float16, Kind.BF16: np.uint16}
+_WINDOW_BYTES = 8 << 20  # decoded at once
+# Types whose blocks are groups of packed weights: bits, and numbers in a group.
+GROUPS = {Kind.Q8_0: (8, 32), Kind.Q4_0: (4, 32)}
+
+
+class Codes(Protocol):
+    """A place for whole numbers and their scales: rows of a packed weight of `grouping` bits and columns."""
+
+    grouping: tuple[int, int]
+
+    def put_codes(self, codes: Tensor, scales: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor under its new name. `heads`: its rows are those of so many heads, the two halves of each woven into
+    each other, as rotary positions over neighbouring dimensions want them. `add`: a number that was added to all."""
+
+    tensor: GgufTensor
+    heads: int | None = None
+    transposed: bool = False
+    add: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        return prod(self.tensor.shape[:-1])
+
+    def order(self) -> np.ndarray | None:
+        """In which order rows lie in the file; None where it is their own."""
+        if self.heads is None:
+            return None
+        half = self.rows // self.heads // 2
+        return np.arange(self.rows).reshape(self.heads, half, 2).swapaxes(1, 2).reshape(-1)
+
+
+class GgufCheckpoint:
+    """`parts` by the names of Hugging Face. The interface is that of `Checkpoint`."""
+
+    def __init__(self, header: GgufHeader, parts: Mapping[str, Part]) -> None:
+        self.directory = header.path
+        self._parts = dict(parts)
+        self._data = np.memmap(header.path, np.uint8, mode="r")
+
+    def names(self) -> set[str]:
+        """The names of all tensors."""
+        return set(self._parts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of tensor `name`."""
+        part = self._find(name)
+        return part.tensor.shape[::-1] if part.transposed else part.tensor.shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As stored; bfloat16 where it is quantized."""
+        return _FLOATS.get(self._find(name).tensor.kind, torch.bfloat16)
+
+    def kind(self, name: str) -> GGMLQuantizationType:
+        """The type of tensor `name` in the file."""
+        return self._find(name).tensor.kind
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any tensor is."""
+        return any(part.tensor.kind not in _FLOATS for part in self._parts.values())
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of `names`, one after another, as numbers."""
+        for name in names:
+            part = self._find(name)
+            numbers = self._rows(part, 0, part.rows).view(part.tensor.shape)
+            yield name, numbers.T if part.transposed else numbers
+
+    def copy_into(self, targets: Mapping[str, Any]) -> None:
+        """Copy each named tensor into its target, by rows, decoded; into packed weights whose groups are those of the
+        file as they are. Raises `WeightsError`, before anything is copied, for a missing name or another shape."""
+        for name, target in targets.items():
+            if self.shape(name) != tuple(target.shape):
+                raise WeightsError(
+                    f"{self.directory}: tensor {name!r} has shape {list(self.shape(name))} where the configuration "
+                    f"expects {list(target.shape)}"
+                )
+        for name, target in targets.items():
+            part = self._parts[name]
+            if part.transposed:
+                target = target.T
+            row_bytes = max(1, part.tensor.shape[-1] * 4)
+            step = max(1, _WINDOW_BYTES // row_bytes)
+            if len(part.tensor.shape) == 1:
+                target.copy_(self._rows(part, 0, 1)[0])
+                continue
+            for first in range(0, part.rows, step):
+                last = min(first + step, part.rows)
+                place = target[first:last]
+                if getattr(place, "grouping", None) == GROUPS.get(part.tensor.kind, ()):
+                    place.put_codes(*self._codes(part, first, last))
+                else:
+                    place.copy_(self._rows(part, first, last))
+
+    def _find(self, name: str) -> Part:
+        if name not in self._parts:
+            raise WeightsError(f"{self.directory}: the file holds no tensor for {name!r}")
+        return self._parts[name]
+
+    def _blocks(self, part: Part, first: int, last: int) -> np.ndarray:
+        """Rows as they lie in the file, [last - first, bytes] uint8."""
+        tensor = part.tensor
+        rows = self._data[tensor.start : tensor.start + tensor.nbytes].reshape(part.rows, -1)
+        order = part.order()
+        return rows[first:last] if order is None else rows[order[first:last]]
+
+    def _rows(self, part: Part, first: int, last: int) -> Tensor:
+        """Rows as numbers, [last - first, columns]."""
+        raw, kind = np.ascontiguousarray(self._blocks(part, first, last)), part.tensor.kind
+        if kind in _NUMPY:
+            numbers = torch.from_numpy(raw.view(_NUMPY[kind]).copy()).view(_FLOATS[kind])
+        else:
+            try:
+                with np.errstate(all="ignore"):  # damaged scales: what comes of them is not finite, and shows
+                    numbers = torch.from_numpy(quants.dequantize(raw, kind))
+            except NotImplementedError:
+                raise WeightsError(f"{self.directory}: tensors of type {kind.name} cannot be decoded") from None
+        return numbers + part.add if part.add else numbers
+
+    def _codes(self, part: Part, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Rows of Q8_0 or Q4_0 as codes [n, columns] int8 and scales [n, groups] float16."""
+        nbytes = GGML_QUANT_SIZES[part.tensor.kind][1]
+        blocks = np.ascontiguousarray(self._blocks(part, first, last)).reshape(last - first, -1, nbytes)
+        scales = torch.from_numpy(blocks[:, :, :2].copy().view(np.float16)[:, :, 0])
+        if part.tensor.kind is Kind.Q8_0:
+            codes = torch.from_numpy(blocks[:, :, 2:].copy()).view(torch.int8)
+        else:  # the first half of a block in the low halves of its bytes, the second in the high ones
+            both = torch.from_numpy(blocks[:, :, 2:].copy())
+            codes = torch.cat((both & 15, both >> 4), dim=2).to(torch.int8) - 8
+        return codes.reshape(last - first, -1), scales

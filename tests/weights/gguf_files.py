@@ -1,0 +1,111 @@
+"""GGUF files as others write them: through the gguf package."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+
+_INNER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+_OUTER = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "transformer.wte": "token_embd",
+    "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm",
+}
+
+
+def name_of(theirs: str) -> str:
+    stem, _, ending = theirs.rpartition(".")
+    if stem in _OUTER:
+        return f"{_OUTER[stem]}.{ending}"
+    parts = stem.split(".")
+    inner = ".".join(parts[3:])
+    return f"blk.{parts[2]}.{_INNER[inner]}.{ending}"
+
+
+def weave(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The halves of each head's rows woven into each other, as the converter of llama.cpp does it."""
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write_gguf(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    kinds: Kind | Mapping[str, Kind] = Kind.F32,
+    tokenizer: Mapping[str, Any] | None = None,
+    factors: Sequence[float] | None = None,
+) -> Path:
+    """`config`: Hugging Face's. `kinds`: of matrices, or by the start of a name's last part; vectors are float32."""
+    family = config["model_type"]
+    writer = gguf.GGUFWriter(path, family)
+    if family == "gpt2":
+        writer.add_context_length(config["n_positions"])
+        writer.add_embedding_length(config["n_embd"])
+        writer.add_block_count(config["n_layer"])
+        writer.add_feed_forward_length(config.get("n_inner") or 4 * config["n_embd"])
+        writer.add_head_count(config["n_head"])
+        writer.add_layer_norm_eps(config.get("layer_norm_epsilon", 1e-5))
+    else:
+        heads = config["num_attention_heads"]
+        dim = config.get("head_dim") or config["hidden_size"] // heads
+        writer.add_context_length(config["max_position_embeddings"])
+        writer.add_embedding_length(config["hidden_size"])
+        writer.add_block_count(config["num_hidden_layers"])
+        writer.add_feed_forward_length(config["intermediate_size"])
+        writer.add_head_count(heads)
+        writer.add_head_count_kv(config["num_key_value_heads"])
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+        writer.add_rope_dimension_count(dim)
+        writer.add_key_length(dim)
+        if config["rope_parameters"].get("rope_type") == "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(config["rope_parameters"]["factor"])
+    for key, value in (tokenizer or {}).items():
+        getattr(writer, f"add_{key}")(value)
+    for theirs, tensor in tensors.items():
+        if theirs.startswith("lm_head") and config.get("tie_word_embeddings", family == "gpt2"):
+            continue
+        numbers = tensor.detach().float().numpy()
+        if family == "gpt2" and "transformer.h." in theirs and numbers.ndim == 2:
+            numbers = numbers.T
+        if family == "llama" and ("q_proj" in theirs or "k_proj" in theirs):
+            numbers = weave(numbers, config["num_attention_heads" if "q_proj" in theirs else "num_key_value_heads"])
+        numbers, name = np.ascontiguousarray(numbers), name_of(theirs)
+        kind = kinds if isinstance(kinds, Kind) else next(k for part, k in kinds.items() if part in name)
+        if numbers.ndim == 1 or kind is Kind.F32:
+            writer.add_tensor(name, numbers)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(numbers, kind), raw_dtype=kind)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
