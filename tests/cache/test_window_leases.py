@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from kvist.base.errors import OutOfBlocks
+from kvist.base.errors import InvariantError, OutOfBlocks
 from kvist.cache import windows
 from kvist.cache.manager import CacheManager, Lease
 from kvist.cache.pool import BlockPool
@@ -155,19 +155,42 @@ def test_windows() -> None:
     assert events <= set(seen), f"never seen: {events - set(seen)}"
 
 
-@pytest.mark.parametrize("defect", ["needed", "fits", "adopt", "trim"])
+@pytest.mark.parametrize("defect", ["needed", "adopt", "trim"])
 def test_the_machine_finds_what_is_wrong(defect: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of these forgets a block, or a condition."""
     original = getattr(WindowGroup, defect)
     wrong = {
         "needed": lambda self, length: original(self, length)[1:],
-        "fits": lambda self, lease, start, nodes: True,
         "adopt": lambda self, lease, index, node: index % 2 and original(self, lease, index, node),
         "trim": lambda self, lease: self.cut(lease, lease.length // SIZE),
     }
     monkeypatch.setattr(WindowGroup, defect, wrong[defect])
     with pytest.raises(Exception):  # noqa: B017
         run_state_machine_as_test(lambda: WindowMachine([], TIGHT), settings=settings(SETTINGS, max_examples=300))
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_prefix_whose_window_is_gone_is_not_found(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = BlockPool(8)
+    manager = CacheManager(BlockPool(100), SIZE, windows=[(Window(8), pool)])
+    first, second = list(range(40)), list(range(100, 140))
+    for tokens in (first, second):
+        lease = manager.open()
+        for position in range(0, 40, SIZE):
+            manager.reserve(lease, SIZE)
+            manager.commit(lease, SIZE)
+            manager.publish(lease, tokens[: position + SIZE])
+        manager.release(lease, tokens)
+    lease = manager.open()
+    if not broken:
+        assert manager.adopt(lease, first) == 0, "the pool holds the windows of the second, no more of the first"
+        assert manager.adopt(manager.open(), [*second, 7]) == 40
+        manager.check()
+        return
+    monkeypatch.setattr(WindowGroup, "fits", lambda self, lease, start, nodes: True)
+    manager.adopt(lease, first)
+    with pytest.raises(InvariantError):
+        manager.check()
 
 
 def test_a_window_takes_what_it_needs_however_long_the_sequence() -> None:

@@ -344,6 +344,7 @@ def test_report_and_picture(bundled: Loaded, tmp_path: Path, monkeypatch: pytest
     assert {"model", "base", "text", "tokens", "predictions", "rows"} <= set(answer)
     assert (answer["model"], answer["base"], answer["base_bytes_per_token"]) == ("kvist-shakespeare", "fp32", 4096)
     documented = (Path(__file__).parents[2] / "docs" / "json.md").read_text()
+    assert answer["packed"] == []
     for key in {*answer, *answer["rows"][0]}:
         assert f"`{key}`" in documented
     taken, free = [], tradeoff._free

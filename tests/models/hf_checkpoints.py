@@ -55,6 +55,25 @@ CASES: dict[str, dict[str, object]] = {
         "num_key_value_heads": 1,
         "sliding_window": None,
     },
+    "mistral-window": _SMALL
+    | {
+        "model_type": "mistral",
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 20,
+    },
+    "qwen2-windows": _SMALL
+    | {
+        "model_type": "qwen2",
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 70,
+        "max_window_layers": 1,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
     "qwen2-64": _SMALL
     | {
         "model_type": "qwen2",

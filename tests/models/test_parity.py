@@ -13,7 +13,7 @@ from kvist.cache.codecs import codec
 from kvist.cache.layout import plan_layout
 from kvist.models.config import Activation, ModelConfig, Rope
 from kvist.models.load import load, load_config
-from kvist.models.plain import PlainView
+from kvist.models.plain import plain_views
 from kvist.ops.backend import select
 from kvist.runtime.runner import Runner
 from oracle import feed, tokens_of
@@ -45,7 +45,7 @@ def test_logits_are_those_of_transformers(case: str, written: Callable[[str], Wr
     assert float(expected.std()) > 0.3, "logits too alike for a tolerance to mean anything"
     torch.testing.assert_close(prefill_and_decode(runner, tokens), expected, rtol=0, atol=TOLERANCE)
     with torch.inference_mode():
-        views = [PlainView() for _ in range(config.layers)]
+        views = plain_views(config)
         plain = runner.model.logits(runner.model(torch.tensor(tokens), torch.arange(len(tokens)), views))
     torch.testing.assert_close(plain, expected, rtol=0, atol=TOLERANCE)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from kvist.cache.disk import DiskTier
 from kvist.cache.kept import KeptCache
 from kvist.cache.record import Loss
+from kvist.models.config import ModelConfig
 from kvist.runtime.engine import Engine
 from kvist.runtime.request import FinishReason, Request, Sampling
 from kvist.runtime.runner import Runner
@@ -30,9 +31,19 @@ BUDGET = 1 << 30
 class Kept:
     """An engine over a folder, whose logits are written down."""
 
-    def __init__(self, folder: Path, kv: str = "fp32", blocks: int = 40, budget: int = BUDGET, identity: bytes = b"a"):
-        base = make_runner(LLAMA if kv == "fp32" else TALL, kv=kv)
-        runner = Runner(base.model, base.layout, blocks, base.backend, None, 4, tails=4, identity=identity)
+    def __init__(
+        self,
+        folder: Path,
+        kv: str = "fp32",
+        blocks: int = 40,
+        budget: int = BUDGET,
+        identity: bytes = b"a",
+        config: ModelConfig | None = None,
+        windows: list[int] | None = None,
+    ):
+        base = make_runner(config or (LLAMA if kv == "fp32" else TALL), kv=kv)
+        sizes = 4, 4, identity, windows
+        runner = Runner(base.model, base.layout, blocks, base.backend, None, *sizes)
         self.disk = DiskTier(folder, budget)
         self.kept = KeptCache([self.disk], base.layout.block_bytes)
         self.engine = Engine(runner, kept=self.kept)
@@ -61,6 +72,26 @@ class Kept:
         self.disk.check()
         self.kept.close()
         self.disk.close()
+
+
+@pytest.mark.parametrize("windows", [(70, 0), (30, 100)])
+@pytest.mark.parametrize("kv", ["fp32", "turbo4"])
+def test_layers_with_windows_come_back_as_well(kv: str, windows: tuple[int, ...], tmp_path: Path) -> None:
+    """From the folder, and in memory where the pools of windows hold no more than their ends."""
+    config, prompt = replace(TALL, windows=windows), tokens_of(random.Random(1), 500)
+    first = Kept(tmp_path, kv, config=config)
+    cold = first.ask(prompt)
+    other = first.ask(tokens_of(random.Random(2), 700))
+    first.end()
+    again = Kept(tmp_path, kv, config=config)
+    warm = again.ask(prompt)
+    assert warm.cached.tiers["disk"] >= 384
+    assert warm.tokens == cold.tokens
+    assert torch.equal(again.logits[-1], first.logits[5])
+    assert again.ask(tokens_of(random.Random(2), 700)).tokens == other.tokens
+    once_more = again.ask([*prompt, 5, 6, 7])
+    assert sum(once_more.cached.tiers.values()) >= 384
+    again.end()
 
 
 @pytest.mark.parametrize("kv", ["fp32", "turbo4", "int8"])

@@ -38,7 +38,8 @@ class FilledCache:
         passing = CHUNK // layout.block_size if opens else None
         open_pool = BlockPool(OPEN_BLOCKS) if opens else None
         manager = CacheManager(BlockPool(blocks), layout.block_size, open_pool=open_pool)
-        return FilledCache(Store(layout, blocks, OPEN_BLOCKS, passing or 0), manager, passing, backend)
+        store = Store(layout, blocks, OPEN_BLOCKS, passing or 0)
+        return FilledCache(store, manager, passing, backend)
 
     @staticmethod
     def of(runner: Runner) -> "FilledCache":
@@ -65,5 +66,7 @@ class FilledCache:
     def step(self, lease: Lease, tokens: int) -> Sequence[LayerView]:
         """The layers' views of a step of `tokens` more tokens, which are then reserved and not yet committed."""
         self.manager.reserve(lease, tokens)
-        batch = build_batch([Work(lease, [0] * tokens)], self.manager.block_size, Widths((tokens,)), self.passing)
+        windows = len(self.manager.windows)
+        work, size = [Work(lease, [0] * tokens)], self.manager.block_size
+        batch = build_batch(work, size, Widths((tokens,)), self.passing, windows)
         return PagedViews(self.store, batch.step, self.backend)

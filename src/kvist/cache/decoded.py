@@ -31,12 +31,13 @@ def seal_decoded(
 
 @dataclass(frozen=True)
 class Sequences:
-    """`tables`, `starts`, `lengths` as the operators take them, over blocks of `block_size` tokens."""
+    """`tables`, `starts`, `lengths`, `window` as the operators take them, over blocks of `block_size` tokens."""
 
     tables: Tensor
     starts: Tensor
     lengths: Tensor
     block_size: int
+    window: int = 0
 
 
 def attend_decoded(
@@ -53,12 +54,15 @@ def attend_decoded(
     for sequence, rows, length in sequences(where.starts, where.lengths):
 
         def load(start: int, count: int, table: Tensor = where.tables[sequence]) -> tuple[Tensor, Tensor]:
-            blocks = table[start // size :][: -(-count // size)].tolist()
+            found = table[start // size :][: -(-count // size)]
+            blocks = found.clamp(min=0).tolist()  # what is gone is not seen
             k, v = (torch.cat([_decode(*stream, block) for block in blocks]) for stream in (keys, values))
             return k[:count], v[:count]
 
         layout, _ = keys
-        result = Rows(layout.stream.heads, length, scale, load, own_block=size).attend(q[rows].float())
+        result = Rows(layout.stream.heads, length, scale, load, own_block=size, window=where.window).attend(
+            q[rows].float()
+        )
         out[rows] = merge(q[rows].float(), *result, own[rows], lse[rows], layout.frame.mean, scale).to(q.dtype)
     return out
 

@@ -13,7 +13,7 @@ from kvist.base.errors import ConfigError
 from kvist.cache.calibration import Calibration
 from kvist.cache.choice import KvChoice
 from kvist.cache.codecs import FP32, Codec, DenseCodec, Plane
-from kvist.cache.spec import LayerSpec, Retention, Role, Stream, check_sources
+from kvist.cache.spec import SLACK, Full, LayerSpec, Retention, Role, Stream, Window, check_sources
 from kvist.ops.coding import Frame
 
 # Part of the fingerprint: raised whenever the same description comes to mean other bytes.
@@ -74,7 +74,8 @@ class LayerLayout:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that keep the same tokens and so share one block table."""
+    """Layers that keep the same tokens and so share one block table. The first group of a layout is that of layers that
+    keep all of them."""
 
     retention: Retention
     layers: tuple[int, ...]
@@ -101,17 +102,38 @@ class Layout:
         """Bytes of one open block in every layer that has them; 0 where every codec writes in place."""
         return sum(layer.open_bytes for layer in self.layers)
 
-    def store_bytes(self, blocks: int, kept: int = 0, passing: int = 0) -> int:
-        """Bytes of a store of `blocks` blocks with, of open blocks, `kept` for each layer and `passing` for all layers
-        of one shape."""
+    def store_bytes(self, blocks: int, kept: int = 0, passing: int = 0, windows: Sequence[int] = ()) -> int:
+        """Bytes of a store of `blocks` blocks, and of so many of each group with a window, with, of open blocks, `kept`
+        for each layer and `passing` for all layers of one shape."""
         shapes = {tuple(s.open for s in layer.streams): layer.open_bytes for layer in self.layers if layer.opens}
-        return blocks * self.block_bytes + kept * self.open_bytes + passing * sum(shapes.values())
+        own = sum(count * group.block_bytes for count, group in zip((blocks, *windows), self.groups, strict=True))
+        return own + kept * self.open_bytes + passing * sum(shapes.values())
 
     @property
     def needs_calibration(self) -> bool:
         """Whether some codec wants to know the model's own keys and values."""
         codecs = [stream.codec for layer in self.layers for stream in layer.streams]
         return any(codec.centred or codec.ordered for codec in codecs)
+
+    @property
+    def windows(self) -> list[Window]:
+        """Those of the groups behind the first."""
+        return [group.retention for group in self.groups if isinstance(group.retention, Window)]
+
+    @cached_property
+    def group_of(self) -> tuple[int, ...]:
+        """The number of each layer's group."""
+        places = {layer: place for place, group in enumerate(self.groups) for layer in group.layers}
+        return tuple(places[layer] for layer in range(len(self.layers)))
+
+    def window_blocks(self, sequences: int, step_tokens: int) -> list[int]:
+        """Blocks that each group with a window needs, for so many sequences at once and steps of so many tokens."""
+        per_step = -(-step_tokens // self.block_size) + sequences
+        return [
+            sequences * (window.blocks(window.size + window.sinks + SLACK + self.block_size, self.block_size) + 1)
+            + per_step
+            for window in self.windows
+        ]
 
     @property
     def bytes_per_token(self) -> float:
@@ -185,7 +207,8 @@ def plan_layout(
             streams.append(StreamLayout(stream, codec, frame, planes, *full.planes(stream, block_size)))
         layers.append(LayerLayout(spec, tuple(streams)))
     groups = []
-    for retention in dict.fromkeys(spec.retention for spec in specs):
+    # First those that keep everything, be there none: their block table is that of the tokens.
+    for retention in dict.fromkeys([Full(), *(spec.retention for spec in specs)]):
         members = tuple(index for index, spec in enumerate(specs) if spec.retention == retention)
         groups.append(Group(retention, members, sum(layers[index].block_bytes for index in members)))
     return Layout(tuple(layers), tuple(groups), choice.name, full, block_size)

@@ -242,6 +242,11 @@ class CacheManager:
             lease.path.append(node)
         return fresh
 
+    def blocks_at(self, lease: Lease, index: int) -> list[int]:
+        """The block `index` of a lease in each group: of the layers that keep everything, then of those with windows,
+        -1 where it is gone."""
+        return [lease.table[index], *(table.get(index, -1) for table in lease.windows)]
+
     def hold_until(self, lease: Lease, until: float) -> None:
         """Others are evicted before the blocks of the lease's path until then: seconds of the epoch."""
         for node in lease.path[1:]:

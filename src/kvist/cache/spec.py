@@ -62,6 +62,15 @@ class Window:
 Retention = Full | Window
 
 
+def window_of(retention: Retention) -> int:
+    """As operators take it: 0 where everything is kept."""
+    return retention.size if isinstance(retention, Window) else 0
+
+
+# Tokens that a sequence can be cut by, of those that were computed for it, and be gone on from, whatever the window.
+SLACK = 64
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """What one layer keeps. A layer with a `source` reads that earlier layer's streams and owns none."""

@@ -43,26 +43,40 @@ class OpenPlanes:
 
 
 class Store:
-    """Planes for `blocks` blocks of a layout: one tensor per layer and plane, `[blocks, *plane.shape]`.
+    """Planes for `blocks` blocks of a layout, and `windows` of its groups with a window: one tensor per layer and
+    plane, `[blocks, *plane.shape]`.
 
     Where layers have open blocks, also `kept` of them for each and `passing` for all. Memory comes zeroed from the
     operating system page by page as blocks are first written, so a large pool costs what is used of it. Raises
     `KvistError` when even the promise cannot be had.
     """
 
-    def __init__(self, layout: Layout, blocks: int, kept: int = 0, passing: int = 0) -> None:
+    def __init__(
+        self, layout: Layout, blocks: int, kept: int = 0, passing: int = 0, windows: Sequence[int] = ()
+    ) -> None:
         self.layout = layout
         self.blocks = blocks
+        counts = (blocks, *windows)
+        if len(counts) != len(layout.groups):
+            raise ValueError(f"the layout has {len(layout.groups)} groups, not {len(counts)}")
         try:
-            self._layers = [tuple(zeros((blocks, *p.shape), p.dtype) for p in layer.planes) for layer in layout.layers]
+            self._layers = [
+                tuple(zeros((counts[group], *p.shape), p.dtype) for p in layer.planes)
+                for layer, group in zip(layout.layers, layout.group_of, strict=True)
+            ]
             self.open_planes = _open_planes(layout, kept, passing)
         except MemoryError:
             raise KvistError(
-                f"the KV of {blocks * layout.block_size:,} tokens takes {format_bytes(blocks * layout.block_bytes)}, "
+                f"the KV of {blocks * layout.block_size:,} tokens takes "
+                f"{format_bytes(layout.store_bytes(blocks, kept, passing, windows))}, "
                 "more than this machine can give; ask for fewer tokens or a smaller codec"
             ) from None
-        # The same memory as bytes [blocks, bytes of one block], plane by plane.
-        self._bytes = [plane.view(blocks, -1).view(torch.uint8).numpy() for own in self._layers for plane in own]
+        # The same memory as bytes [blocks, bytes of one block], plane by plane, with the number of its group.
+        self._bytes = [
+            (group, plane.view(len(plane), -1).view(torch.uint8).numpy())
+            for own, group in zip(self._layers, layout.group_of, strict=True)
+            for plane in own
+        ]
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +89,8 @@ class Store:
         """The planes, coding and frames of the keys of all layers, then those of the values, as operators take them
         that do whole layers. None where layers differ, or have a codec without a kernel."""
         layers = self.layout.layers
+        if len(set(self.layout.group_of)) > 1 or any(layer.spec.source is not None for layer in layers):
+            return None
         if any(len(layer.streams) != 2 or not all(s.has_kernel for s in layer.streams) for layer in layers):
             return None
         keys, values = (_side([layer.streams[side] for layer in layers], self._layers, side) for side in (0, 1))
@@ -92,28 +108,33 @@ class Store:
         source = self.layout.layers[layer].spec.source
         return layer if source is None else source
 
-    def read_block(self, block: int) -> bytearray:
-        """A copy of the bytes of a block: its planes of every layer, in the layout's order."""
+    def read_block(self, blocks: Sequence[int]) -> bytearray:
+        """A copy of the bytes of a block, by its number in each group: its planes of every layer, in the layout's
+        order."""
         data = bytearray(self.layout.block_bytes)
         target, place = np.frombuffer(data, np.uint8), 0
-        for plane in self._bytes:
-            target[place : place + plane.shape[1]] = plane[block]
+        for group, plane in self._bytes:
+            target[place : place + plane.shape[1]] = plane[blocks[group]]
             place += plane.shape[1]
         return data
 
-    def write_block(self, block: int, data: bytes | bytearray | memoryview) -> None:
+    def write_block(self, blocks: Sequence[int], data: bytes | bytearray | memoryview) -> None:
         """Make the bytes of a block those that `read_block` gave."""
         source, place = np.frombuffer(data, np.uint8), 0
         if len(source) != self.layout.block_bytes:
             raise ValueError(f"a block has {self.layout.block_bytes} bytes, not {len(source)}")
-        for plane in self._bytes:
-            plane[block] = source[place : place + plane.shape[1]]
+        for group, plane in self._bytes:
+            plane[blocks[group]] = source[place : place + plane.shape[1]]
             place += plane.shape[1]
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Carry out what a reservation asked for: whole blocks, every plane that is written before it is full."""
-        own = _ids(copy for copy in copies if not copy.open)
-        for layer, planes in zip(self.layout.layers, self._layers, strict=True):
+        by_group = [
+            _ids(copy for copy in copies if not copy.open and copy.window == (group - 1 if group else None))
+            for group in range(len(self.layout.groups))
+        ]
+        for layer, planes, group in zip(self.layout.layers, self._layers, self.layout.group_of, strict=True):
+            own = by_group[group]
             for plane in () if layer.opens or not own.numel() else planes:
                 plane[own[1]] = plane[own[0]]
         opened = _ids(copy for copy in copies if copy.open)

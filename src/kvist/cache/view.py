@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvist.cache.decoded import Sequences, attend_decoded, seal_decoded
 from kvist.cache.layout import LayerLayout
-from kvist.cache.spec import Role
+from kvist.cache.spec import Role, window_of
 from kvist.cache.store import OpenPlanes, Store
 from kvist.ops.backend import Backend
 
@@ -32,7 +32,8 @@ class OpenStep:
 
     `slots` `[T]` int64: block * block_size + offset of each row, -1 for padding. `tables` `[N, 1]` int32: each block.
     `starts` `[N + 1]` int32: its first row. `lengths` `[N]` int32: its tokens once this step is written.
-    `sources` `[M]` int64: those that are then full; `targets` `[M]` int64: the blocks of the pool they are coded into.
+    `sources` `[M]` int64: those that are then full; `targets` `[M]` int64, by group of layers: the blocks of its pool
+    that they are coded into.
     """
 
     slots: Tensor
@@ -40,20 +41,21 @@ class OpenStep:
     starts: Tensor
     lengths: Tensor
     sources: Tensor
-    targets: Tensor
+    targets: list[Tensor]
 
 
 @dataclass(frozen=True)
 class Step:
     """Where the rows of one step live. Made by the batch, read by every layer.
 
-    `slots` `[T]` int64: block * block_size + offset of each row, -1 for padding.
-    `tables` `[S, blocks]` int32: each sequence's block ids. `starts` `[S + 1]` int32: its first row.
-    `lengths` `[S]` int32: its tokens in the cache once this step is written. `open`: where codecs are lossy.
+    `slots` `[T]` int64, by group of layers: block * block_size + offset of each row, -1 for padding.
+    `tables` `[S, blocks]` int32, by group: each sequence's block ids, -1 where one is gone. `starts` `[S + 1]` int32:
+    its first row. `lengths` `[S]` int32: its tokens in the cache once this step is written. `open`: where codecs are
+    lossy.
     """
 
-    slots: Tensor
-    tables: Tensor
+    slots: list[Tensor]
+    tables: list[Tensor]
     starts: Tensor
     lengths: Tensor
     open: OpenStep | None = None
@@ -66,14 +68,16 @@ class PagedView:
     keys: Tensor
     values: Tensor
     step: Step
+    group: int  # of its layer
+    window: int
     backend: Backend
 
     def write(self, k: Tensor, v: Tensor) -> None:
-        self.backend.write(self.keys, self.values, k, v, self.step.slots)
+        self.backend.write(self.keys, self.values, k, v, self.step.slots[self.group])
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
-        step = self.step
-        return self.backend.attend(q, self.keys, self.values, step.tables, step.starts, step.lengths, scale)
+        where = self.step.tables[self.group], self.step.starts, self.step.lengths
+        return self.backend.attend(q, self.keys, self.values, *where, scale, self.window)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class OpenView:
     planes: OpenPlanes
     step: Step
     open: OpenStep
+    group: int  # of its layer
+    window: int
     block_size: int
     backend: Backend
 
@@ -101,23 +107,25 @@ class OpenView:
         for stream, plane, coded in ((keys, self.planes.keys, self.keys), (values, self.planes.values, self.values)):
             if stream.has_kernel:
                 is_keys = stream.stream.role is Role.KEYS
-                self.backend.seal(plane, coded, *stream.operands, is_keys, open.sources, open.targets)
+                self.backend.seal(plane, coded, *stream.operands, is_keys, open.sources, open.targets[self.group])
             else:
-                seal_decoded(plane, coded, stream, open.sources, open.targets)
+                seal_decoded(plane, coded, stream, open.sources, open.targets[self.group])
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
         step, open, planes = self.step, self.open, self.planes
-        own = self.backend.attend_own(q, planes.keys, planes.values, open.tables, open.starts, open.lengths, scale)
+        window, tables = self.window, step.tables[self.group]
+        own_blocks = open.tables, open.starts, open.lengths
+        own = self.backend.attend_own(q, planes.keys, planes.values, *own_blocks, scale, window)
         keys, values = self.layout.streams
         if keys.has_kernel and values.has_kernel:
             coded = (self.keys, *keys.operands, self.values, *values.operands)
-            where = (step.tables, step.starts, step.lengths, self.block_size)
-            return self.backend.attend_coded(q, *own, *coded, *where, scale)
-        sequences = Sequences(step.tables, step.starts, step.lengths, self.block_size)
+            where = (tables, step.starts, step.lengths, self.block_size)
+            return self.backend.attend_coded(q, *own, *coded, *where, scale, window)
+        sequences = Sequences(tables, step.starts, step.lengths, self.block_size, window)
         return attend_decoded(q, *own, (keys, self.keys), (values, self.values), sequences, scale)
 
 
-# What `packed_layers` takes of a step and the cache, after the angles. See `kvist.ops.schema`.
+# What `packed_layers` takes of a step and the cache, from `step` to `window`. See `kvist.ops.schema`.
 Operands = tuple[
     list[Tensor],
     list[Tensor],
@@ -127,6 +135,7 @@ Operands = tuple[
     list[Tensor],
     list[int],
     list[Tensor],
+    int,
     int,
 ]
 
@@ -152,13 +161,30 @@ class PagedViews(Sequence[LayerView]):
         store, step = self._store, self._step
         if store.operands is None:
             return None
-        tensors, opened = [step.slots, step.tables, step.starts, step.lengths], list[Tensor]()
+        group = store.layout.group_of[0]  # of all layers
+        tensors = [step.slots[group], step.tables[group], step.starts, step.lengths]
+        opened = list[Tensor]()
         if step.open is not None:
             (planes,), open, size = store.open_planes, step.open, store.layout.block_size
             slots, tables = planes.for_layers(open.slots, size), planes.for_layers(open.tables, 1)
             sources = planes.for_layers(open.sources, 1)
-            opened = [planes.keys, planes.values, slots, tables, open.starts, open.lengths, sources, open.targets]
-        return tensors, opened, *store.operands, store.layout.block_size
+            opened = [
+                planes.keys,
+                planes.values,
+                slots,
+                tables,
+                open.starts,
+                open.lengths,
+                sources,
+                open.targets[group],
+            ]
+        return (
+            tensors,
+            opened,
+            *store.operands,
+            store.layout.block_size,
+            window_of(store.layout.layers[0].spec.retention),
+        )
 
     @cached_property
     def _views(self) -> Sequence[LayerView]:
@@ -167,14 +193,14 @@ class PagedViews(Sequence[LayerView]):
         opened = {} if step.open is None else _by_layer(store, step.open)
         for index in range(len(layout.layers)):
             layer = layout.layers[store.owner(index)]
-            planes = store.planes(index)
+            planes, group, window = store.planes(index), layout.group_of[index], window_of(layer.spec.retention)
             if not layer.opens:
-                views.append(PagedView(planes[0], planes[1], step, backend))
+                views.append(PagedView(planes[0], planes[1], step, group, window, backend))
                 continue
             count = len(layer.streams[0].planes)
             keys, values = list(planes[:count]), list(planes[count:])
             open, where = opened[store.owner(index)]
-            views.append(OpenView(layer, keys, values, open, step, where, layout.block_size, backend))
+            views.append(OpenView(layer, keys, values, open, step, where, group, window, layout.block_size, backend))
         return views
 
 

@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING
 
 from kvist.base.errors import InvariantError, OutOfBlocks
 from kvist.cache.pool import BlockPool
-from kvist.cache.spec import Window
+from kvist.cache.spec import SLACK, Window
 from kvist.cache.tree import Node
 
 if TYPE_CHECKING:
     from kvist.cache.manager import Lease
-
-# Tokens that a lease can be cut by, of those that were computed for it, and still be gone on from.
-SLACK = 64
 
 Tables = list[dict[int, int]]
 

@@ -105,8 +105,8 @@ def _recording(model: nn.Module, rows: list[TensorRow]) -> ExitStack:
         step = view.step
         rows.append(_row("tokens", tokens, "token ids, padded to a width that keeps every bit"))
         rows.append(_row("positions", positions, "where each token stands in its sequence"))
-        rows.append(_row("slots", step.slots, "block * block_size + offset of each row; -1: padding, not written"))
-        rows.append(_row("tables", step.tables, "the sequence's block ids, in order of position"))
+        rows.append(_row("slots", step.slots[0], "block * block_size + offset of each row; -1: padding, not written"))
+        rows.append(_row("tables", step.tables[0], "the sequence's block ids, in order of position"))
         rows.append(_row("starts", step.starts, "the first row of each sequence, and the end"))
         rows.append(_row("lengths", step.lengths, "tokens of each sequence in the cache, these included"))
         rows.append(_row("keys plane", view.keys, "the first layer's keys, all blocks, as the kernel reads them"))

@@ -16,6 +16,7 @@ from kvist.base.errors import RequestError
 from kvist.base.events import CacheEvent, Reserved
 from kvist.cache.layout import LayerLayout
 from kvist.cache.manager import Lease
+from kvist.cache.spec import window_of
 from kvist.models.decoder import LayerView
 from kvist.models.plain import CodedPlainView, PlainView
 from kvist.runtime.batch import Work
@@ -309,8 +310,9 @@ class Verifier:
 
 def _oracle(layer: LayerLayout, block_size: int) -> LayerView:
     """Attention of that layer written out plainly, over what its codecs leave of earlier blocks."""
+    window = window_of(layer.spec.retention)
     if not layer.opens:
-        return PlainView()
+        return PlainView(window=window)
     keys, values = layer.streams
     return CodedPlainView(
         block_size,
@@ -319,4 +321,5 @@ def _oracle(layer: LayerLayout, block_size: int) -> LayerView:
             + (keys.frame.mean if keys.codec.centred else 0)
         ),
         lambda x: values.codec.decode(values.codec.encode(x, values.stream, values.frame), values.stream, values.frame),
+        window,
     )

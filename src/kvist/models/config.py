@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from kvist.base.errors import ConfigError
-from kvist.cache.spec import LayerSpec, key_value
+from kvist.cache.spec import Full, LayerSpec, Window, key_value
 
 # Far above any model; what is larger is a damaged file, and would be built for hours before memory ran out.
 MAX_SIZE = 2**24
@@ -78,6 +78,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     tied: bool = False
+    windows: tuple[int, ...] = ()  # of each layer, 0: none; or of no layer
 
     def __post_init__(self) -> None:
         for name in (
@@ -99,6 +100,8 @@ class ModelConfig:
             raise ConfigError(f"{self.family}: the norms' epsilon must be finite and not negative, got {self.norm_eps}")
         if self.heads % self.kv_heads:
             raise ConfigError(f"{self.family}: {self.heads} query heads do not divide among {self.kv_heads} KV heads")
+        if len(self.windows) not in (0, self.layers) or any(window < 0 for window in self.windows):
+            raise ConfigError(f"{self.family}: windows are stated for {len(self.windows)} of {self.layers} layers")
         if self.rope is not None and self.head_dim % 2:
             raise ConfigError(f"{self.family}: rotary positions need an even head_dim, got {self.head_dim}")
         if self.rope is not None and self.rope.divisors and len(self.rope.divisors) != self.head_dim // 2:
@@ -108,7 +111,9 @@ class ModelConfig:
 
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         """What the cache must keep for this model, layer by layer."""
-        return (key_value(self.kv_heads, self.head_dim),) * self.layers
+        windows = self.windows or (0,) * self.layers
+        retentions = (Window(window) if window else Full() for window in windows)
+        return tuple(key_value(self.kv_heads, self.head_dim, retention) for retention in retentions)
 
 
 INERT = frozenset(
@@ -119,7 +124,7 @@ INERT = frozenset(
     embd_pdrop encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
     forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder
     is_encoder_decoder is_llama_config keys_to_ignore_at_inference label2id length_penalty max_length
-    max_window_layers min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
     output_attentions output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads
     remove_invalid_values reorder_and_upcast_attn repetition_penalty resid_pdrop return_dict
     return_dict_in_generate sep_token_id summary_activation summary_first_dropout summary_proj_to_labels
@@ -277,13 +282,13 @@ def _llama_like(keys: _Keys, family: str) -> ModelConfig:
     keys.require("pretraining_tp", 1)
     keys.require("rope_interleaved", False)
     keys.require("use_mrope", False)
-    _full_attention_only(keys, family, positions)
+    layers = keys.take("num_hidden_layers", int)
     return ModelConfig(
         family=family,
         vocab_size=keys.take("vocab_size", int),
         hidden_size=hidden,
         intermediate_size=keys.take("intermediate_size", int),
-        layers=keys.take("num_hidden_layers", int),
+        layers=layers,
         heads=heads,
         kv_heads=keys.take("num_key_value_heads", int, heads),
         head_dim=keys.take("head_dim", int, 128 if family == "qwen3" else hidden // heads),
@@ -296,24 +301,37 @@ def _llama_like(keys: _Keys, family: str) -> ModelConfig:
         mlp_bias=keys.take("mlp_bias", bool, False) if family == "llama" else False,
         qk_norm=family == "qwen3",
         tied=keys.take("tie_word_embeddings", bool, False),
+        windows=_windows(keys, family, positions, layers),
     )
 
 
-def _full_attention_only(keys: _Keys, family: str, positions: int) -> None:
-    """A window at least as long as the context is full attention; a shorter one, in use, is refused.
-
-    Only Qwen's configs have a switch for it, off by default.
-    """
+def _windows(keys: _Keys, family: str, positions: int, layers: int) -> tuple[int, ...]:
+    """The window of each layer. One that is at least as long as the context is none. Only Qwen's configs have a switch
+    for it, off by default, and a number of first layers without."""
     window = keys.take("sliding_window", int, None)
-    in_use = keys.take("use_sliding_window", bool, False) if family in ("qwen2", "qwen3") else True
-    if window is not None and in_use and window < positions:
+    in_use, first = True, 0
+    if family in ("qwen2", "qwen3"):
+        in_use = keys.take("use_sliding_window", bool, False)
+        first = keys.take("max_window_layers", int, layers)
+    if not in_use or window is None or window >= positions:
+        window = 0
+    if window and family == "llama":
         raise ConfigError(
-            f"{keys.where}: sliding_window={window} below max_position_embeddings={positions} is not supported; "
-            f"with max_position_embeddings={window} the model runs in its full-attention form"
+            f"{keys.where}: sliding_window={window} below max_position_embeddings={positions} is not supported in a "
+            "model of type 'llama'"
         )
-    for kind in keys.take("layer_types", list, []):
-        if kind != "full_attention":
-            raise ConfigError(f"{keys.where}: layer type {kind!r} is not supported ('full_attention' is)")
+    kinds = keys.take("layer_types", list, [])
+    if not 1 <= layers <= MAX_LAYERS:  # which is said by who builds the config
+        return ()
+    if not kinds:
+        return (0,) * min(first, layers) + (window,) * (layers - min(first, layers)) if window else ()
+    known = {"full_attention": 0, "sliding_attention": window}
+    for kind in kinds:
+        if not isinstance(kind, str) or kind not in known:
+            raise ConfigError(f"{keys.where}: layer type {kind!r} is not supported ({', '.join(known)} are)")
+    if len(kinds) != layers:
+        raise ConfigError(f"{keys.where}: layer_types names {len(kinds)} layers of {layers}")
+    return tuple(known[kind] for kind in kinds) if window else ()
 
 
 _READERS: dict[str, Callable[[_Keys], ModelConfig]] = {

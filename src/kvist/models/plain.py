@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvist.cache.spec import window_of
+from kvist.models.config import ModelConfig
+
 
 class PlainActivations:
     """PyTorch's activations; their bits may depend on where a number stands."""
@@ -24,10 +27,12 @@ class PlainActivations:
 
 
 class PlainView:
-    """A `LayerView` over a step's own rows: `sequences` whole sequences of equal length, one after another."""
+    """A `LayerView` over a step's own rows: `sequences` whole sequences of equal length, one after another. `window`: a
+    query sees so many tokens up to its own; 0: all."""
 
-    def __init__(self, sequences: int = 1) -> None:
+    def __init__(self, sequences: int = 1, window: int = 0) -> None:
         self._sequences = sequences
+        self._window = window
         self.k = self.v = torch.empty(0)
 
     def write(self, k: Tensor, v: Tensor) -> None:
@@ -37,9 +42,17 @@ class PlainView:
     def attend(self, q: Tensor, scale: float) -> Tensor:
         """Causal attention of `q` `[sequences * T, heads, head_dim]` within each sequence. Same shape out."""
         q, k, v = (x.unflatten(0, (self._sequences, -1)).transpose(1, 2) for x in (q, self.k, self.v))
-        grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        grouped, length = q.shape[1] != k.shape[1], q.shape[2]
+        windowed = 0 < self._window < length
+        seen = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - self._window) if windowed else None
+        how = {"attn_mask": seen, "is_causal": seen is None, "scale": scale, "enable_gqa": grouped}
+        out = F.scaled_dot_product_attention(q, k, v, **how)
         return out.transpose(1, 2).flatten(0, 1)
+
+
+def plain_views(config: ModelConfig, sequences: int = 1) -> list[PlainView]:
+    """One for each layer of a model."""
+    return [PlainView(sequences, window_of(spec.retention)) for spec in config.layer_specs()]
 
 
 class CodedPlainView:
@@ -47,7 +60,14 @@ class CodedPlainView:
     blocks what `keys` and `values` make of them ([B, H, D] float32 to the same).
     """
 
-    def __init__(self, block_size: int, keys: Callable[[Tensor], Tensor], values: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        keys: Callable[[Tensor], Tensor],
+        values: Callable[[Tensor], Tensor],
+        window: int = 0,
+    ) -> None:
+        self._window = window
         self._block_size, self._keys, self._values = block_size, keys, values
         self._own: list[Tensor] = []
         self._earlier: list[Tensor] = []
@@ -71,6 +91,8 @@ class CodedPlainView:
                 for earlier, own in zip(self._earlier, self._own, strict=True)
             )
             seen = torch.ones(len(rows), start + len(rows), dtype=torch.bool).tril(start)
+            if self._window:
+                seen = seen.triu(start + 1 - self._window)
             out = F.scaled_dot_product_attention(
                 rows.transpose(0, 1)[None], k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )

@@ -28,7 +28,8 @@ class _Partial:
     def merge(self, later: "_Partial") -> "_Partial":
         """Both together. Rows that see none of the later keys (maximum -inf, all else zero) keep their bits."""
         maximum = torch.maximum(self.maximum, later.maximum)
-        mine, theirs = torch.exp(self.maximum - maximum), torch.exp(later.maximum - maximum)
+        top = maximum.masked_fill(maximum == -torch.inf, 0)  # of a row that sees none of either
+        mine, theirs = torch.exp(self.maximum - top), torch.exp(later.maximum - top)
         return _Partial(
             maximum,
             self.total * mine + later.total * theirs,
@@ -41,8 +42,9 @@ class Rows:
     """The newest rows of a sequence of `length` tokens, against `heads` KV heads.
 
     `load(start, count)` gives keys and values [count, heads, D] float32 of the tokens from `start` on, a multiple of
-    512. A row at position p sees tokens 0 to p, or, with blocks of `own_block` tokens, those before its own block.
-    `rounded`: queries and weights enter the products as bf16.
+    512. A row at position p sees tokens 0 to p, or, with blocks of `own_block` tokens, those before its own block; of
+    these, where there is a `window`, those behind p - window. `rounded`: queries and weights enter the products as
+    bf16.
     """
 
     heads: int
@@ -51,6 +53,7 @@ class Rows:
     load: Callable[[int, int], tuple[Tensor, Tensor]]
     own_block: int | None = None
     rounded: bool = False
+    window: int = 0
 
     def attend(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [n, Hq, D] float32 of the last n positions → result [n, Hq, D], and log2 of the sum of exp(score)
@@ -62,20 +65,23 @@ class Rows:
         queries = {tile: self._place(taken, tile * QUERY_ROWS - first) for tile in tiles}
         partials: dict[int, _Partial] = {}
         last = self._seen(torch.tensor(self.length - 1))
-        for start in range(0, int(last), SPLIT):
+        begin = int(self._oldest(torch.tensor(first))) // SPLIT * SPLIT
+        for start in range(begin, int(last), SPLIT):
             keys, values = self._load(start, min(SPLIT, int(last) - start))
             for tile, query in queries.items():
-                seen = self._seen(tile * QUERY_ROWS + torch.arange(QUERY_ROWS)) - start
-                if int(seen[-1]) <= 0:
+                positions = tile * QUERY_ROWS + torch.arange(QUERY_ROWS)
+                seen, oldest = self._seen(positions) - start, self._oldest(positions) - start
+                present = max(0, first - tile * QUERY_ROWS)  # of the tile's rows, the first that there is
+                if int(seen[-1]) <= 0 or int(oldest[present]) >= SPLIT:
                     continue
-                part = self._partial(query, keys, values, seen)
+                part = self._partial(query, keys, values, seen, oldest, int(oldest[present]))
                 partials[tile] = partials[tile].merge(part) if tile in partials else part
         out, lse = torch.zeros_like(rows), rows.new_full(rows.shape[:2], -torch.inf)
         for tile, part in partials.items():
             offset = tile * QUERY_ROWS - first
             low, high = self._span(rows.shape[0], offset)
             mine = slice(low - offset, high - offset)
-            out[low:high] = self._by_row(part.weighted / part.total)[mine]
+            out[low:high] = self._by_row((part.weighted / part.total).masked_fill(part.total == 0, 0))[mine]
             sums = part.maximum * math.log2(math.e) + torch.log2(part.total)
             lse[low:high] = self._by_row(sums)[mine, :, 0]
         return out, lse
@@ -83,6 +89,10 @@ class Rows:
     def _seen(self, position: Tensor) -> Tensor:
         """How many tokens the rows at these positions see."""
         return position + 1 if self.own_block is None else position // self.own_block * self.own_block
+
+    def _oldest(self, position: Tensor) -> Tensor:
+        """The first of these."""
+        return (position + 1 - self.window).clamp(min=0) if self.window else torch.zeros_like(position)
 
     def _by_row(self, x: Tensor) -> Tensor:
         """[H, G * 16, n] → [16, Hq, n]."""
@@ -106,15 +116,19 @@ class Rows:
         keys[:count], values[:count] = found
         return keys.permute(1, 2, 0).contiguous(), values.permute(1, 0, 2).contiguous()
 
-    def _partial(self, query: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> _Partial:
-        """One tile over one split. `seen` [16]: how many of its keys each row sees, perhaps none or less."""
+    def _partial(
+        self, query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, oldest: Tensor, begin: int
+    ) -> _Partial:
+        """One tile over one split. `seen`, `oldest` [16]: each row sees its keys from the one to the other, perhaps
+        none; no row that there is sees any before `begin`."""
         token = torch.arange(SPLIT, device=keys.device)
-        hidden = (token >= seen[:, None]).repeat(query.shape[1] // QUERY_ROWS, 1)
+        hidden = (token >= seen[:, None]) | (token < oldest[:, None])
+        hidden = hidden.repeat(query.shape[1] // QUERY_ROWS, 1)
         scores = (torch.bmm(query, keys) * self.scale).masked_fill(hidden, -torch.inf)
         maximum = scores.amax(-1, keepdim=True)
         # A row that sees nothing here has only -inf; any finite maximum makes its weights exact zeros.
         weights = torch.exp(scores - maximum.masked_fill(maximum == -torch.inf, 0))
-        known = values.masked_fill((token >= seen[-1])[:, None], 0)
+        known = values.masked_fill(((token >= seen[-1]) | (token < begin))[:, None], 0)
         products = torch.bmm(_rounded(weights) if self.rounded else weights, known)
         return _Partial(maximum, sum_by_halves(weights), products)
 

@@ -37,27 +37,42 @@ def write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> 
 
 
 def attend(
-    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int = 0,
 ) -> Tensor:
     """Causal attention over paged keys and values; see `kvist.ops.schema`. Raises `ValueError` or `IndexError`."""
-    return attend_own(q, keys, values, tables, starts, lengths, scale)[0].to(q.dtype)
+    return attend_own(q, keys, values, tables, starts, lengths, scale, window)[0].to(q.dtype)
 
 
 def attend_own(
-    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`attend` in float32 [T, Hq, D], and each row's lse [T, Hq]; see `kvist.ops.schema`."""
     geometry = packing.geometry(keys, values)
-    _check_attend(geometry, q, tables, starts, lengths, scale)
+    _check_attend(geometry, q, tables, starts, lengths, scale, window)
     out = torch.zeros(q.shape)
     lse = torch.full(q.shape[:2], -torch.inf)
     for sequence, rows, length in sequences(starts, lengths):
 
         def load(start: int, count: int, table: Tensor = tables[sequence]) -> tuple[Tensor, Tensor]:
-            blocks = table[start // geometry.block_size :]
+            blocks = table[start // geometry.block_size :].clamp(min=0)  # what is not there is not seen
             return packing.gather_keys(keys, blocks, count), packing.gather_values(values, blocks, count)
 
-        attention = Rows(geometry.heads, length, scale, load, rounded=geometry.dtype is torch.bfloat16)
+        rounded = geometry.dtype is torch.bfloat16
+        attention = Rows(geometry.heads, length, scale, load, rounded=rounded, window=window)
         out[rows], lse[rows] = attention.attend(q[rows].float())
     return out, lse
 
@@ -105,27 +120,28 @@ def attend_coded(
     lengths: Tensor,
     block_size: int,
     scale: float,
+    window: int = 0,
 ) -> Tensor:
     """Attention over coded blocks, merged with `own`; see `kvist.ops.schema`. Raises `ValueError` or `IndexError`."""
     size, heads, dim = _check_stream(key_planes, key_coding, key_frame, keys=True)
     if (block_size, heads, dim) != _check_stream(value_planes, value_coding, value_frame, keys=False):
         raise ValueError("the key planes and the value planes hold different blocks, heads or dims")
     geometry = Geometry(min(len(key_planes[0]), len(value_planes[0])), heads, size, dim, torch.float32)
-    _check_attend(geometry, q, tables, starts, lengths, scale)
+    _check_attend(geometry, q, tables, starts, lengths, scale, window)
     if own.shape != q.shape or lse.shape != q.shape[:2] or own.dtype != torch.float32 or lse.dtype != torch.float32:
         raise ValueError(f"own and lse are float32 {list(q.shape)} and {list(q.shape[:2])}")
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     for sequence, rows, length in sequences(starts, lengths):
 
         def load(start: int, count: int, table: Tensor = tables[sequence]) -> tuple[Tensor, Tensor]:
-            blocks = table[start // block_size :]
+            blocks = table[start // block_size :].clamp(min=0)  # what is not there is not seen
             return (
                 decode_blocks(key_planes, key_coding, key_frame, True, blocks, count),
                 decode_blocks(value_planes, value_coding, value_frame, False, blocks, count),
             )
 
         centre = key_frame[0] if key_coding else torch.zeros(heads, dim)
-        attention = Rows(heads, length, scale, load, own_block=block_size)
+        attention = Rows(heads, length, scale, load, own_block=block_size, window=window)
         out[rows] = merge(q[rows].float(), *attention.attend(q[rows].float()), own[rows], lse[rows], centre, scale)
     return out
 
@@ -213,7 +229,9 @@ def _check_stream(
     return size, heads, how.dim
 
 
-def _check_attend(geometry: Geometry, q: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor, scale: float) -> None:
+def _check_attend(
+    geometry: Geometry, q: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor, scale: float, window: int
+) -> None:
     if q.dim() != 3 or q.shape[2] != geometry.head_dim or not q.shape[1] or q.shape[1] % geometry.heads:
         raise ValueError(
             f"attend needs q [T, a multiple of {geometry.heads}, {geometry.head_dim}], got {list(q.shape)}"
@@ -228,6 +246,8 @@ def _check_attend(geometry: Geometry, q: Tensor, tables: Tensor, starts: Tensor,
         )
     if any(x.dtype is not torch.int32 for x in (tables, starts, lengths)):
         raise ValueError(f"tables, starts and lengths are int32, got {tables.dtype}, {starts.dtype}, {lengths.dtype}")
+    if window < 0:
+        raise ValueError(f"a window is not negative, got {window}")
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}")
     counts = starts.diff()
@@ -239,7 +259,9 @@ def _check_attend(geometry: Geometry, q: Tensor, tables: Tensor, starts: Tensor,
             f"{geometry.block_size}, got {lengths.tolist()}"
         )
     needed = (lengths[:, None] + geometry.block_size - 1) // geometry.block_size
-    used = tables[torch.arange(tables.shape[1], device=tables.device) < needed]
+    block = torch.arange(tables.shape[1], device=tables.device)
+    oldest = (lengths - counts + 1 - window).clamp(min=0) * (counts > 0) if window else torch.zeros_like(lengths)
+    used = tables[(block < needed) & (block >= (oldest // geometry.block_size)[:, None])]
     if bool(((used < 0) | (used >= geometry.blocks)).any()):
         raise IndexError(f"block ids must be in [0, {geometry.blocks}), got {used.min()} to {used.max()}")
 

@@ -112,6 +112,7 @@ def packed_layers(
     value_coding: list[int],
     value_frames: list[Tensor],
     block_size: int,
+    window: int = 0,
 ) -> Tensor:
     """Whole layers. Raises `ValueError` or `IndexError`."""
     layers = len(weights) // 4
@@ -129,7 +130,7 @@ def packed_layers(
         keys = of(key_planes), key_coding, of(key_frames)
         values = of(value_planes), value_coding, of(value_frames)
         opened = [] if not open else [*open[:2], *(open[i][layer] for i in (2, 3)), *open[4:6], open[6][layer], open[7]]
-        attended = _attend_layer(q, k, v, step, opened, keys, values, block_size, scale)
+        attended = _attend_layer(q, k, v, step, opened, keys, values, block_size, scale, window)
         if mlp_norm is None:
             raise ValueError("a layer's MLP has a norm")
         mlp = mlp_norm, eps, *gate_up, *down, down_norm, gelu
@@ -147,17 +148,18 @@ def _attend_layer(
     values: tuple[list[Tensor], list[int], list[Tensor]],
     block_size: int,
     scale: float,
+    window: int,
 ) -> Tensor:
     slots, *where = step
     if not open:
         reference.write(keys[0][0], values[0][0], k, v, slots)
-        return reference.attend(q, keys[0][0], values[0][0], *where, scale)
+        return reference.attend(q, keys[0][0], values[0][0], *where, scale, window)
     open_keys, open_values, open_slots, tables, starts, lengths, sources, targets = open
     reference.write(open_keys, open_values, k, v, open_slots)
     reference.seal(open_keys, *keys, True, sources, targets)
     reference.seal(open_values, *values, False, sources, targets)
-    own = reference.attend_own(q, open_keys, open_values, tables, starts, lengths, scale)
-    return reference.attend_coded(q, *own, *keys, *values, *where, block_size, scale)
+    own = reference.attend_own(q, open_keys, open_values, tables, starts, lengths, scale, window)
+    return reference.attend_coded(q, *own, *keys, *values, *where, block_size, scale, window)
 
 
 def code_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:

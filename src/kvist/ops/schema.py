@@ -15,15 +15,17 @@
 | `packed_ending` | what stands behind it: product, residual, norm, gated MLP, residual |
 | `packed_layers` | whole layers: these two, and the writing and the attention between them |
 
-`attend(q, keys, values, tables, starts, lengths, scale)`: q [T, Hq, D] holds the queries of S sequences one after
-another; sequence s owns rows starts[s] to starts[s+1] (starts [S+1] int32), which are its newest tokens: it has
+`attend(q, keys, values, tables, starts, lengths, scale, window)`: q [T, Hq, D] holds the queries of S sequences one
+after another; sequence s owns rows starts[s] to starts[s+1] (starts [S+1] int32), which are its newest tokens: it has
 lengths[s] tokens in the cache (lengths [S] int32), these included. tables [S, max_blocks] int32 names its blocks in
-order. The query at absolute position p sees keys 0..p; query head h uses KV head h // (Hq / H). Rows from starts[S]
-on are padding and come out as zeros. Result [T, Hq, D] in q's dtype.
+order. The query at absolute position p sees keys 0..p, of these the last `window` where that is not 0; blocks that no
+query sees are not read, and their ids may be anything. Query head h uses KV head h // (Hq / H). Rows from starts[S] on
+are padding and come out as zeros. Result [T, Hq, D] in q's dtype.
 
-A row's bits depend on its own q, on the keys and values it sees, and on scale: never on the other rows or sequences of
-the call, on where its blocks lie or how large they are, nor on the number of threads. So decoding, prefilling and any
-cut of a prompt into chunks agree to the bit. Every implementation gives this; different ones agree only closely.
+A row's bits depend on its own q, on the keys and values it sees, and on scale and window: never on the other rows or
+sequences of the call, on where its blocks lie or how large they are, nor on the number of threads. So decoding,
+prefilling and any cut of a prompt into chunks agree to the bit. Every implementation gives this; different ones agree
+only closely.
 
 Coded streams (`kvist.ops.coding` says how vectors are coded). Where a cache is lossy, a query sees its own block (of
 `block_size` tokens, at multiples of it) in full precision and every earlier block through the codec, so what it sees
@@ -32,7 +34,7 @@ planes are those of `attend`: it gives `own` [T, Hq, D] float32 and `lse` [T, Hq
 sum of exp(scale * q.k) over the keys that the row sees; padding rows have zeros and -inf.
 
 `attend_coded(q, own, lse, key_planes, key_coding, key_frame, value_planes, value_coding, value_frame, tables, starts,
-lengths, block_size, scale)`: q, tables, starts, lengths as in `attend`. The query at position p sees the first
+lengths, block_size, scale, window)`: q, tables, starts, lengths as in `attend`. The query at position p sees the first
 p // block_size blocks of its sequence through their codes; the result [T, Hq, D] in q's dtype is attention over these
 and its own block together. A stream's planes are [codes, scales] with `Coding.flat` and `Frame.tensors` behind them,
 or, not coded, one plane as `attend` has it with two empty lists. Coded keys have lost their mean, so a row's scores
@@ -72,11 +74,12 @@ from torch.library import Library
 SCHEMAS = {
     "write": "(Tensor(a!) keys, Tensor(b!) values, Tensor k, Tensor v, Tensor slots) -> ()",
     "attend": (
-        "(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor starts, Tensor lengths, float scale) -> Tensor"
+        "(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor starts, Tensor lengths, float scale, "
+        "int window=0) -> Tensor"
     ),
     "attend_own": (
-        "(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor starts, Tensor lengths, float scale) "
-        "-> (Tensor, Tensor)"
+        "(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor starts, Tensor lengths, float scale, "
+        "int window=0) -> (Tensor, Tensor)"
     ),
     "seal": (
         "(Tensor open, Tensor(a!)[] planes, int[] coding, Tensor[] frame, bool keys, Tensor sources, Tensor targets) "
@@ -85,7 +88,7 @@ SCHEMAS = {
     "attend_coded": (
         "(Tensor q, Tensor own, Tensor lse, Tensor[] key_planes, int[] key_coding, Tensor[] key_frame, "
         "Tensor[] value_planes, int[] value_coding, Tensor[] value_frame, Tensor tables, Tensor starts, "
-        "Tensor lengths, int block_size, float scale) -> Tensor"
+        "Tensor lengths, int block_size, float scale, int window=0) -> Tensor"
     ),
     "silu_mul": "(Tensor gate_up) -> Tensor",
     "gelu": "(Tensor x, bool tanh) -> Tensor",
@@ -103,7 +106,8 @@ SCHEMAS = {
     "packed_layers": (
         "(Tensor x, Tensor[] weights, int[] forms, Tensor?[] extras, int[] heads, float eps, float scale, bool gelu, "
         "Tensor? cos, Tensor? sin, Tensor[] step, Tensor(a!)[] open, Tensor(b!)[] key_planes, int[] key_coding, "
-        "Tensor[] key_frames, Tensor(c!)[] value_planes, int[] value_coding, Tensor[] value_frames, int block_size) "
+        "Tensor[] key_frames, Tensor(c!)[] value_planes, int[] value_coding, Tensor[] value_frames, int block_size, "
+        "int window=0) "
         "-> Tensor"
     ),
     "instruction_set": "() -> str",
@@ -116,13 +120,27 @@ def _fake_write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tenso
 
 
 def _fake_attend(
-    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int = 0,
 ) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 def _fake_attend_own(
-    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape, dtype=torch.float32), q.new_empty(q.shape[:2], dtype=torch.float32)
 
@@ -154,6 +172,7 @@ def _fake_attend_coded(
     lengths: Tensor,
     block_size: int,
     scale: float,
+    window: int = 0,
 ) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
@@ -231,6 +250,7 @@ def _fake_packed_layers(
     value_coding: list[int],
     value_frames: list[Tensor],
     block_size: int,
+    window: int = 0,
 ) -> Tensor:
     return torch.empty_like(x)
 

@@ -46,33 +46,34 @@ def pad_rows(rows: list[int], widths: Widths) -> Tensor:
     return torch.tensor(rows + [0] * (widths.fit(len(rows)) - len(rows)))
 
 
-def build_batch(works: Sequence[Work], block_size: int, widths: Widths, passing: int | None = None) -> Batch:
+def build_batch(
+    works: Sequence[Work], block_size: int, widths: Widths, passing: int | None = None, windows: int = 0
+) -> Batch:
     """Lay reserved works side by side, one row a token, and pad rows to a width that keeps every bit.
 
     Padding rows hold token 0 at position 0; they are written nowhere (slot -1) and attend to nothing. `passing`: how
-    many passing blocks the store has where codecs are lossy, else None.
+    many passing blocks the store has where codecs are lossy, else None. `windows`: groups of layers that have one.
     """
     tokens: list[int] = []
     positions: list[int] = []
-    slots: list[int] = []
+    slots: list[list[int]] = [[] for _ in range(1 + windows)]
     starts = [0]
     rows: list[int] = []
     for work in works:
-        first, table = work.lease.length, work.lease.table
+        first = work.lease.length
         tokens += work.tokens
         span = range(first, first + len(work.tokens))
         positions += span
-        slots += [table[position // block_size] * block_size + position % block_size for position in span]
+        table = work.lease.table
+        slots[0] += [table[position // block_size] * block_size + position % block_size for position in span]
+        for held, into in zip(work.lease.windows, slots[1:], strict=True):
+            into += [held[position // block_size] * block_size + position % block_size for position in span]
         starts.append(len(tokens))
         rows += range(len(tokens) - work.logits, len(tokens))
     padding = widths.fit(len(tokens)) - len(tokens)
-    longest = max(len(work.lease.table) for work in works)
-    tables = torch.zeros(len(works), longest, dtype=torch.int32)
-    for index, work in enumerate(works):
-        tables[index, : len(work.lease.table)] = torch.tensor(work.lease.table, dtype=torch.int32)
     step = Step(
-        slots=torch.tensor(slots + [-1] * padding),
-        tables=tables,
+        slots=[torch.tensor(own + [-1] * padding) for own in slots],
+        tables=_tables(works, windows),
         starts=torch.tensor(starts, dtype=torch.int32),
         lengths=torch.tensor([work.lease.length + len(work.tokens) for work in works], dtype=torch.int32),
         open=None if passing is None else _open_step(works, block_size, padding, passing),
@@ -86,13 +87,25 @@ def build_batch(works: Sequence[Work], block_size: int, widths: Widths, passing:
     )
 
 
+def _tables(works: Sequence[Work], windows: int) -> list[Tensor]:
+    """Each group's block tables `[S, blocks]` int32, -1 where a block is gone, and behind the end of a table."""
+    longest = max(len(work.lease.table) for work in works)
+    tables = [torch.full((len(works), longest), -1, dtype=torch.int32) for _ in range(1 + windows)]
+    for index, work in enumerate(works):
+        tables[0][index, : len(work.lease.table)] = torch.tensor(work.lease.table, dtype=torch.int32)
+        for table, held in zip(tables[1:], work.lease.windows, strict=True):
+            table[index, list(held)] = torch.tensor(list(held.values()), dtype=torch.int32)
+    return tables
+
+
 def _open_step(works: Sequence[Work], block_size: int, padding: int, passing: int) -> OpenStep:
     """The blocks that the works write, in the order of rows. Those a lease does not keep open pass by."""
     tables: list[int] = []
     lengths: list[int] = []
     slots: list[int] = []
     starts = [0]
-    full: list[tuple[int, int]] = []
+    sources: list[int] = []
+    targets: list[list[int]] = [[] for _ in range(1 + len(works[0].lease.windows))]
     passed = 0
     for work in works:
         first, end = work.lease.length, work.lease.length + len(work.tokens)
@@ -106,7 +119,10 @@ def _open_step(works: Sequence[Work], block_size: int, padding: int, passing: in
             lengths.append(stop - start)
             starts.append(len(slots))
             if stop - start == block_size:
-                full.append((block, work.lease.table[index]))
+                sources.append(block)
+                targets[0].append(work.lease.table[index])
+                for held, into in zip(work.lease.windows, targets[1:], strict=True):
+                    into.append(held[index])
     if passed > passing:
         raise InvariantError(f"a step fills {passed} blocks whole and the store has {passing} for them")
     return OpenStep(
@@ -114,6 +130,6 @@ def _open_step(works: Sequence[Work], block_size: int, padding: int, passing: in
         tables=torch.tensor(tables, dtype=torch.int32)[:, None],
         starts=torch.tensor(starts, dtype=torch.int32),
         lengths=torch.tensor(lengths, dtype=torch.int32),
-        sources=torch.tensor([source for source, _ in full], dtype=torch.int64),
-        targets=torch.tensor([target for _, target in full], dtype=torch.int64),
+        sources=torch.tensor(sources, dtype=torch.int64),
+        targets=[torch.tensor(own, dtype=torch.int64) for own in targets],
     )

@@ -26,9 +26,9 @@ _ALONE = 64
 class BlockStore(Protocol):
     """The bytes of blocks."""
 
-    def read_block(self, block: int) -> bytearray: ...
+    def read_block(self, blocks: List[int]) -> bytearray: ...
 
-    def write_block(self, block: int, data: Buffer) -> None: ...
+    def write_block(self, blocks: List[int], data: Buffer) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Keeper:
         # What the writers had no room for yet, while it is in the tree.
         self._unwritten: OrderedDict[Node, _Unwritten] = OrderedDict()
         manager.evicted = self._evicted
+        manager.losing = self._losing
 
     def begin(self, sequence: Sequence) -> None:
         """A sequence has its lease: begin to fetch what is kept of it behind what the lease already holds."""
@@ -167,7 +168,7 @@ class Keeper:
         except OutOfBlocks:
             return False
         try:
-            self._store.write_block(lease.table[position // size], fetched.payload)
+            self._store.write_block(manager.blocks_at(lease, position // size), fetched.payload)
         except BaseException:
             manager.rollback(lease, position)
             raise
@@ -224,7 +225,18 @@ class Keeper:
         if self.kept.is_kept(todo.block):
             self.kept.pin([todo.block.name], todo.until)
         else:
-            self.kept.save(todo.block, self._store.read_block(node.block), todo.until)
+            self._save(node, todo)
+
+    def _losing(self, node: Node) -> None:
+        """A node is about to lose a block of a window: it is written now, if the writers have room, or never."""
+        if node in self._unwritten and self.kept.has_room:
+            self._hand_over(node)
+
+    def _save(self, node: Node, todo: _Unwritten) -> None:
+        if -1 in node.windows:  # a part of it is gone
+            self.kept.losses.add(todo.block.name, Loss.UNWRITTEN)
+        else:
+            self.kept.save(todo.block, self._store.read_block([node.block, *node.windows]), todo.until)
 
     def _evicted(self, node: Node) -> None:
         """The tree has just forgotten a node. What was not written by now is, if the writers have room."""
@@ -233,7 +245,7 @@ class Keeper:
         todo = self._unwritten.pop(node, None)
         block = todo.block if todo is not None else self._id(node)
         if todo is not None and self.kept.has_room:
-            self.kept.save(block, self._store.read_block(node.block), todo.until)
+            self._save(node, todo)
         elif not self.kept.is_kept(block):
             self.kept.losses.add(block.name, Loss.EVICTED if todo is None else Loss.UNWRITTEN)
 

@@ -11,7 +11,6 @@ from kvist.base.events import Listener
 from kvist.cache.layout import OPEN_BLOCKS, Layout
 from kvist.cache.manager import CacheManager, Lease
 from kvist.cache.pool import BlockPool
-from kvist.cache.spec import Full
 from kvist.cache.store import Store
 from kvist.cache.view import PagedViews
 from kvist.models.decoder import Decoder
@@ -27,7 +26,8 @@ class Runner:
 
     Where codecs are lossy each of these keeps a block or two in full precision, and the prefix tree `tails` more: the
     last blocks of sequences that ended, so that whoever goes on from there computes nothing again. `identity`: what of
-    this model's KV has to be equal for it to be the same, where it is kept outside of memory."""
+    this model's KV has to be equal for it to be the same, where it is kept outside of memory. `windows`: blocks of each
+    group of layers with a window; by default what so many sequences need, and nothing for prefixes."""
 
     def __init__(
         self,
@@ -39,9 +39,10 @@ class Runner:
         sequences: int = SEQUENCES,
         tails: int = 0,
         identity: bytes = b"",
+        windows: Sequence[int] | None = None,
     ) -> None:
-        if any(layer.spec.retention != Full() or layer.spec.source is not None for layer in layout.layers):
-            raise ConfigError("every layer must keep all its tokens itself: windows and sources are not supported")
+        if any(window.sinks for window in layout.windows):
+            raise ConfigError("windows with sinks have no kernel")
         self.model = model
         self.layout = layout
         self.backend = backend
@@ -50,10 +51,12 @@ class Runner:
         self.sequences = sequences
         open_pool = BlockPool(OPEN_BLOCKS * sequences + tails) if layout.open_bytes else None
         pool = BlockPool(blocks)
-        self.manager = CacheManager(pool, layout.block_size, listener, open_pool, tails > 0, identity)
+        counts = layout.window_blocks(sequences, self.widths.most) if windows is None else windows
+        pools = [(window, BlockPool(count)) for window, count in zip(layout.windows, counts, strict=True)]
+        self.manager = CacheManager(pool, layout.block_size, listener, open_pool, tails > 0, identity, pools)
         # A step fills no more blocks whole than this; other blocks that it writes are open ones of a lease.
         self.passing = self.widths.most // layout.block_size if open_pool else None
-        self.store = Store(layout, blocks, open_pool.capacity if open_pool else 0, self.passing or 0)
+        self.store = Store(layout, blocks, open_pool.capacity if open_pool else 0, self.passing or 0, counts)
 
     def run(self, works: Sequence[Work]) -> list[Tensor]:
         """One step. Returns each work's logits `[work.logits, vocab_size]` float32 and commits its tokens.
@@ -68,7 +71,7 @@ class Runner:
                 reserved.append(work.lease)
                 # Copied at once: a lease never holds a fresh block without the tokens it stands for.
                 self.store.copy(copies)
-            batch = build_batch(works, self.layout.block_size, self.widths, self.passing)
+            batch = build_batch(works, self.layout.block_size, self.widths, self.passing, len(self.layout.windows))
             hidden, logits = self._forward(batch)
         except BaseException:
             for lease in reserved:

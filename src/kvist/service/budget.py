@@ -10,6 +10,7 @@ from kvist.cache.layout import OPEN_BLOCKS, Layout
 
 MOST_RUNNING = 32  # sequences at once, where nothing else is asked for
 SHARE = 0.5  # of the free memory, where no budget is given
+_PREFIXES = 8  # for so many blocks one of each window is kept, beyond what running sequences need
 _OPEN_SHARE = 4  # open blocks take at most one part in so many of the budget
 _SHOWN = (4096, 32768)  # lengths of sessions that a budget is told in
 
@@ -17,18 +18,20 @@ _SHOWN = (4096, 32768)  # lengths of sessions that a budget is told in
 @dataclass(frozen=True)
 class KvBudget:
     """What a budget buys. `nbytes`: of all planes, never more than was given; `running`: sequences at once; `tails`:
-    last blocks of sequences that ended, kept in full precision; `passing`: see `Store`."""
+    last blocks of sequences that ended, kept in full precision; `passing`: see `Store`; `windows`: blocks of each group
+    of layers with a window."""
 
     layout: Layout
     nbytes: int
     blocks: int
     running: int
     tails: int
+    windows: tuple[int, ...] = ()
 
     @property
     def open_bytes(self) -> int:
         """Of `nbytes`, what open blocks take."""
-        return self.nbytes - self.layout.store_bytes(self.blocks)
+        return self.nbytes - self.layout.store_bytes(self.blocks, windows=self.windows)
 
     @property
     def tokens(self) -> int:
@@ -48,10 +51,13 @@ class KvBudget:
         )
 
 
-def plan_budget(layout: Layout, given: int | None, running: int | None, passing: int, context: int) -> KvBudget:
+def plan_budget(
+    layout: Layout, given: int | None, running: int | None, passing: int, context: int, step_tokens: int = 512
+) -> KvBudget:
     """The blocks that `given` bytes buy (by default half of the free memory, and no more than `running` sequences of
     the whole context could use). `running`: sequences at once, by default up to 32, fewer where their open blocks would
-    take more than a quarter of the budget. `passing`: passing blocks of the store.
+    take more than a quarter of the budget. `passing`: passing blocks of the store. `step_tokens`: the widest step. Of
+    layers with windows there is what the running sequences need, and room for the ends of prefixes.
 
     Raises `ConfigError`, with numbers, when not even one block fits.
     """
@@ -61,17 +67,21 @@ def plan_budget(layout: Layout, given: int | None, running: int | None, passing:
         most = max(1, min(most, budget // _OPEN_SHARE // ((OPEN_BLOCKS + 1) * layout.open_bytes)))
     tails = most if layout.open_bytes else 0
     kept = OPEN_BLOCKS * most + tails if layout.open_bytes else 0
-    fixed = layout.store_bytes(0, kept, passing)
-    blocks = (budget - fixed) // layout.block_bytes
+    needed = layout.window_blocks(most, step_tokens)
+    fixed = layout.store_bytes(0, kept, passing, needed)
+    own, *others = (group.block_bytes for group in layout.groups)
+    blocks = int((budget - fixed) // (own + sum(others) / _PREFIXES))
     if blocks < 1:
+        beside = [what for what, there in (("the open blocks", kept), ("the windows", needed)) if there]
         raise ConfigError(
             f"a KV budget of {format_bytes(budget)} is too small: one block of {layout.block_size} tokens takes "
             f"{format_bytes(layout.block_bytes)}"
-            + (f" and the open blocks of {plural(most, 'sequence')} {format_bytes(fixed)}" if fixed else "")
+            + (f" and {' and '.join(beside)} of {plural(most, 'sequence')} {format_bytes(fixed)}" if fixed else "")
         )
-    if given is None:
+    if given is None or not own:
         blocks = min(blocks, most * -(-context // layout.block_size))
-    return KvBudget(layout, layout.store_bytes(blocks, kept, passing), blocks, most, tails)
+    windows = tuple(count + blocks // _PREFIXES for count in needed)
+    return KvBudget(layout, layout.store_bytes(blocks, kept, passing, windows), blocks, most, tails, windows)
 
 
 def free_memory() -> int:

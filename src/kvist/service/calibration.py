@@ -15,6 +15,7 @@ from kvist.cache.calibration import Calibration, StreamStatistics, load_calibrat
 from kvist.cache.choice import parse_choice
 from kvist.cache.codecs import DenseCodec
 from kvist.cache.layout import Layout, plan_layout
+from kvist.cache.spec import window_of
 from kvist.models.decoder import Decoder
 from kvist.models.linear import tensors_of
 from kvist.models.plain import PlainView
@@ -39,8 +40,8 @@ class Vectors:
 class _ObservedView(PlainView):
     """A `PlainView` that shows its layer's vectors and then forgets them: one layer's are in memory at a time."""
 
-    def __init__(self, observe: Callable[[Vectors], None]) -> None:
-        super().__init__()
+    def __init__(self, observe: Callable[[Vectors], None], window: int) -> None:
+        super().__init__(window=window)
         self._observe = observe
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
@@ -54,10 +55,12 @@ class _ObservedView(PlainView):
 def observe(model: Decoder, tokens: list[int], see: Callable[[int, Vectors], None]) -> None:
     """Runs `tokens` once, without a cache; `see` gets each layer's number and vectors, in order."""
 
-    def view(layer: int) -> _ObservedView:
-        return _ObservedView(lambda vectors: see(layer, vectors))
+    def view(layer: int, window: int) -> _ObservedView:
+        return _ObservedView(lambda vectors: see(layer, vectors), window)
 
-    model(torch.tensor(tokens), torch.arange(len(tokens)), [view(layer) for layer in range(model.config.layers)])
+    specs = model.config.layer_specs()
+    views = [view(layer, window_of(spec.retention)) for layer, spec in enumerate(specs)]
+    model(torch.tensor(tokens), torch.arange(len(tokens)), views)
 
 
 def model_digest(model: Decoder) -> str:

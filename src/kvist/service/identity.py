@@ -135,7 +135,7 @@ def _arithmetic(loaded: Loaded) -> str:
     logits = torch.empty(0)
     for start in range(0, count, most):
         (logits,) = runner.run([Work(lease, tokens[start : start + most], 1)])
-    return _digest(bytes(runner.store.read_block(lease.table[0])), logits.numpy().tobytes())
+    return _digest(bytes(runner.store.read_block(runner.manager.blocks_at(lease, 0))), logits.numpy().tobytes())
 
 
 def _operators(backend: str) -> str:

@@ -65,8 +65,9 @@ class Loaded:
 
     def budget(self, nbytes: int | None = None, running: int | None = None) -> KvBudget:
         """What `nbytes` of KV memory buy for this model; see `plan_budget`. Nothing is allocated."""
-        passing = probe(self.model.linears()).most // self.layout.block_size if self.layout.open_bytes else 0
-        return plan_budget(self.layout, nbytes, running, passing, self.config.max_positions)
+        most = probe(self.model.linears()).most
+        passing = most // self.layout.block_size if self.layout.open_bytes else 0
+        return plan_budget(self.layout, nbytes, running, passing, self.config.max_positions, most)
 
     def serving_engine(
         self,
@@ -76,9 +77,8 @@ class Loaded:
         identity: bytes = b"",
     ) -> Engine:
         """An engine whose cache is that of the budget. `kept`: the tiers behind it, under `identity`."""
-        runner = Runner(
-            self.model, self.layout, budget.blocks, self.backend, listener, budget.running, budget.tails, identity
-        )
+        sizes = budget.running, budget.tails, identity, budget.windows
+        runner = Runner(self.model, self.layout, budget.blocks, self.backend, listener, *sizes)
         return Engine(runner, kept=kept)
 
 

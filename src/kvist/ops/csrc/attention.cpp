@@ -23,7 +23,7 @@ void Attention::run() const {
   const Buffer<float> memory = make_buffer<float>(plan_.threads * plan_.largest * per_row);
   const Buffer<float> kept = make_buffer<float>(plan_.kept_rows * stride);
   const std::unique_ptr<std::atomic<int64_t>[]> unfinished(new std::atomic<int64_t>[plan_.groups.size()]);
-  for (size_t i = 0; i < plan_.groups.size(); i++) unfinished[i] = plan_.groups[i].splits;
+  for (size_t i = 0; i < plan_.groups.size(); i++) unfinished[i] = plan_.groups[i].splits - plan_.groups[i].first_split;
   const std::vector<Task>& tasks = plan_.tasks;
   const int64_t count = static_cast<int64_t>(tasks.size());
   Shares shares(count, plan_.threads);
@@ -42,7 +42,9 @@ void Attention::work(Task task, const Task* next, const Scratch& scratch, float*
   const Group& group = plan_.groups[task.group];
   const int64_t rows = group.all_rows(), stride = state_.stride();
   const bool cut = task.split >= 0;
-  const auto part = [&](int64_t split) { return cut ? kept + (group.kept + split * rows) * stride : scratch.part; };
+  const auto part = [&](int64_t split) {
+    return cut ? kept + (group.kept + (split - group.first_split) * rows) * stride : scratch.part;
+  };
   keys_.load_queries(group, scratch.queries);
   if (cut) {
     attend(task, next, scratch, part(task.split));
@@ -50,14 +52,15 @@ void Attention::work(Task task, const Task* next, const Scratch& scratch, float*
   }
   std::fill_n(scratch.sum, rows * stride, 0.0f);
   for (int64_t row = 0; row < rows; row++) state_.maximum(scratch.sum + row * stride) = -kInfinity;
-  for (int64_t index = 0; index < group.splits; index++) {
+  for (int64_t index = group.first_split; index < group.splits; index++) {
     const Task following{task.group, index + 1};
     if (!cut) attend({task.group, index}, index + 1 < group.splits ? &following : next, scratch, part(index));
-    int64_t first = 0;
-    while (batch_.seen(group, first) <= index * kSplit) first++;
+    const Split split = split_of({task.group, index});
     for (int64_t head = 0; head < group.heads; head++)
-      for (int64_t row = head * group.rows + first; row < (head + 1) * group.rows; row++)
-        merge(scratch.sum + row * stride, part(index) + row * stride);
+      for (int64_t row = split.first; row < split.last; row++) {
+        const int64_t place = (head * group.rows + row) * stride;
+        if (split.sees(row)) merge(scratch.sum + place, part(index) + place);
+      }
   }
   result_.finish(group, scratch.sum);
 }
@@ -66,13 +69,20 @@ void Attention::work(Task task, const Task* next, const Scratch& scratch, float*
 // and while those are worked on the keys of what comes next.
 void Attention::attend(Task task, const Task* next, const Scratch& scratch, float* states) const {
   const Split split = split_of(task);
+  if (!split.rows()) return;  // a window that ends within the query's own block
   const Reads values = reads_of(values_, task);
   Fetcher fetch_values(values);
   const float share = (1 - kFetchedInProduct) / static_cast<float>(split.group.heads * split.rows());
   for (int64_t head = 0; head < split.group.heads; head++) {
     keys_.score(split, head, scratch.queries, scratch.scores, fetch_values);
-    for (int64_t row = split.first; row < split.group.rows; row++) {
+    for (int64_t row = split.first; row < split.last; row++) {
       const int64_t index = head * split.group.rows + row, seen = split.visible[row];
+      if (!split.sees(row)) {
+        std::fill_n(scratch.scores + index * kScoreStride, std::max<int64_t>(seen, 0), 0.0f);
+        continue;
+      }
+      // From the split's first key on, so that a row's sums do not depend on where others' windows begin.
+      std::fill_n(scratch.scores + index * kScoreStride, split.hidden[row], -kInfinity);
       fetch_values.pace(share, (seen + kLanes - 1) / kLanes);
       values_.soften(scratch.scores + index * kScoreStride, seen, states + index * state_.stride(), fetch_values);
     }
@@ -84,11 +94,17 @@ void Attention::attend(Task task, const Task* next, const Scratch& scratch, floa
 
 Split Attention::split_of(Task task) const {
   const Group& group = plan_.groups[task.group];
-  Split split{group, task.split * kSplit, group.rows, {}};
+  Split split{group, task.split * kSplit, group.rows, 0, 0, {}, {}};
   for (int64_t row = group.rows - 1; row >= 0; row--) {
     split.visible[row] = std::min(batch_.seen(group, row) - split.start, kSplit);
-    if (split.visible[row] > 0) split.first = row;
+    split.hidden[row] = std::max<int64_t>(batch_.oldest(group, row) - split.start, 0);
+    if (split.visible[row] > split.hidden[row]) {
+      split.first = row;
+      split.last = std::max(split.last, row + 1);
+    }
   }
+  split.first = std::min(split.first, split.last);
+  if (split.rows()) split.begin = split.hidden[split.first] / batch_.block_size * batch_.block_size;
   return split;
 }
 
@@ -96,10 +112,11 @@ Split Attention::split_of(Task task) const {
 template <class Side>
 Reads Attention::reads_of(const Side& side, Task task) const {
   const Group& group = plan_.groups[task.group];
-  const int64_t start = std::max<int64_t>(task.split, 0) * kSplit;
+  const int64_t start = std::max(task.split, group.first_split) * kSplit;
   const int64_t end = std::min(batch_.seen(group, group.rows - 1), start + kSplit);
+  const int64_t begin = std::max(start, batch_.oldest(group, 0) / batch_.block_size * batch_.block_size);
   Reads reads;
-  for (int64_t token = start; token < end; token += batch_.block_size) side.add_reads(group, token, reads);
+  for (int64_t token = begin; token < end; token += batch_.block_size) side.add_reads(group, token, reads);
   return reads;
 }
 

@@ -31,16 +31,21 @@ struct State {
   float sum(const float* state) const { return state[width + 1]; }
 };
 
-// One split of a group: row `r` of each head sees its first `visible[r]` keys, no fewer than the row before it. Rows
-// before `first` see none. The scores of a row, later its weights, are kScoreStride apart, head after head.
+// One split of a group: row `r` of each head sees its keys from `hidden[r]` to `visible[r]`, both no less than those of
+// the row before it. Rows before `first` see none, nor do those from `last` on, whose windows begin later, nor, where
+// they see whole blocks, some in between. Keys before `begin`, where a block begins, are seen by none and not read. The
+// scores of a row, later its weights, are
+// kScoreStride apart, head after head.
 struct Split {
   const Group& group;
   int64_t start;  // its first token
-  int64_t first;
-  int64_t visible[kGroupRows];
+  int64_t first, last;
+  int64_t begin;
+  int64_t visible[kGroupRows], hidden[kGroupRows];
 
-  int64_t seen() const { return visible[group.rows - 1]; }
-  int64_t rows() const { return group.rows - first; }  // of each head that see anything
+  int64_t seen() const { return visible[last - 1]; }
+  int64_t rows() const { return last - first; }  // of each head
+  bool sees(int64_t row) const { return visible[row] > hidden[row]; }
 };
 
 // The keys of a call.

@@ -16,7 +16,7 @@ struct Group {
   int64_t sequence;
   int64_t head, heads;      // KV heads
   int64_t first_row, rows;  // of each; token-major: row = token * query heads per KV head + query head
-  int64_t splits;
+  int64_t first_split, splits;  // those before the first are outside of all windows
   int64_t kept = -1;  // where its partial results begin, in rows, when its splits are tasks of their own
 
   int64_t all_rows() const { return heads * rows; }
@@ -36,6 +36,7 @@ struct Batch {
 
   double scale;
   bool whole_blocks;  // a query sees the blocks before its own, not the tokens up to its own
+  int64_t window;     // a query sees so many tokens up to its own at most; 0: all
 
   int64_t queries(int64_t sequence) const { return starts[sequence + 1] - starts[sequence]; }
   int64_t heads_per_kv() const { return query_heads / heads; }
@@ -46,11 +47,16 @@ struct Batch {
   // How many tokens of its sequence the query at a position sees.
   int64_t seen(int64_t position) const { return whole_blocks ? position / block_size * block_size : position + 1; }
 
+  // The first of them.
+  int64_t oldest(int64_t position) const { return window ? std::max<int64_t>(0, position + 1 - window) : 0; }
+
   // The same for a row of any head of the group.
-  int64_t seen(const Group& group, int64_t row) const {
+  int64_t position(const Group& group, int64_t row) const {
     const int64_t query = (group.first_row + row) / heads_per_kv();
-    return seen(lengths[group.sequence] - queries(group.sequence) + query);
+    return lengths[group.sequence] - queries(group.sequence) + query;
   }
+  int64_t seen(const Group& group, int64_t row) const { return seen(position(group, row)); }
+  int64_t oldest(const Group& group, int64_t row) const { return oldest(position(group, row)); }
 
   int64_t block(const Group& group, int64_t token) const {
     return tables[group.sequence * table_stride + token / block_size];

@@ -129,12 +129,14 @@ struct Cache {
   IntArrayRef key_coding, value_coding;
   int64_t block_size;
   double scale;
+  int64_t window;
 
   Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, int64_t layer) const {
     const TensorList keys = key_planes.of(layer), values = value_planes.of(layer);
     if (open.empty()) {
       write_tensors(keys[0], values[0], k, v, step[kSlots]);
-      return attend_tensors(q, keys[0], values[0], step[kTables], step[kStarts], step[kLengths], scale);
+      return attend_tensors(q, keys[0], values[0], step[kTables], step[kStarts], step[kLengths], scale,
+                            window);
     }
     const TensorList key_frame = key_frames.of(layer), value_frame = value_frames.of(layer);
     const Tensor &open_keys = open[kOpenKeys], &open_values = open[kOpenValues];
@@ -145,9 +147,9 @@ struct Cache {
       seal_tensors(open_values, values, value_coding, value_frame, false, sources, open[kTargets]);
     }
     const auto [own, lse] = attend_own_tensors(q, open_keys, open_values, open[kOpenTables].select(0, layer),
-                                               open[kOpenStarts], open[kOpenLengths], scale);
+                                               open[kOpenStarts], open[kOpenLengths], scale, window);
     return attend_coded_tensors(q, own, lse, keys, key_coding, key_frame, values, value_coding, value_frame,
-                                step[kTables], step[kStarts], step[kLengths], block_size, scale);
+                                step[kTables], step[kStarts], step[kLengths], block_size, scale, window);
   }
 };
 
@@ -155,7 +157,7 @@ Tensor packed_layers(const Tensor& x, TensorList weights, IntArrayRef forms, con
                      IntArrayRef heads, double eps, double scale, bool gelu, const OptionalTensor& cos,
                      const OptionalTensor& sin, TensorList step, TensorList open, TensorList key_planes,
                      IntArrayRef key_coding, TensorList key_frames, TensorList value_planes, IntArrayRef value_coding,
-                     TensorList value_frames, int64_t block_size) {
+                     TensorList value_frames, int64_t block_size, int64_t window) {
   const int64_t layers = static_cast<int64_t>(weights.size()) / 4;
   const auto shared = [&](TensorList all) { return all.size() % layers == 0; };
   TORCH_CHECK_VALUE(layers >= 1 && weights.size() % 4 == 0 && forms.size() == 20 &&
@@ -170,7 +172,7 @@ Tensor packed_layers(const Tensor& x, TensorList weights, IntArrayRef forms, con
     TORCH_CHECK_VALUE(open.empty() || (open[stacked].dim() >= 1 && open[stacked].size(0) == layers),
                       "slots, tables and sources of open blocks are those of ", layers, " layers");
   const Cache cache{step, open, {key_planes, layers}, {key_frames, layers}, {value_planes, layers},
-                    {value_frames, layers}, key_coding, value_coding, block_size, scale};
+                    {value_frames, layers}, key_coding, value_coding, block_size, scale, window};
   const auto form = [&](int64_t which) { return forms.slice(5 * which, 5); };
   Tensor hidden = x;
   for (int64_t layer = 0; layer < layers; layer++) {

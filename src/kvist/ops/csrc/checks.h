@@ -81,8 +81,9 @@ struct CheckedBatch {
   }
 };
 
+// Blocks that lie wholly before the windows of all queries are not read, and may be anything.
 inline void check_metadata(const Geometry& g, const Tensor& tables, const Tensor& starts, const Tensor& lengths,
-                           int64_t rows) {
+                           int64_t rows, int64_t window) {
   TORCH_CHECK_VALUE(lengths.dim() == 1 && tables.dim() == 2 && tables.size(0) == lengths.size(0) &&
                         starts.dim() == 1 && starts.size(0) == lengths.size(0) + 1,
                     "attend needs tables [S, max_blocks], starts [S + 1] and lengths [S], got ", tables.sizes(), ", ",
@@ -101,20 +102,22 @@ inline void check_metadata(const Geometry& g, const Tensor& tables, const Tensor
                       "lengths must cover each sequence's ", count, " queries and fit its ", tables.size(1),
                       " blocks of ", g.block_size, ", got ", length[s]);
     const int32_t* table = tables.const_data_ptr<int32_t>() + s * tables.size(1);
-    for (int64_t i = 0; i < (length[s] + g.block_size - 1) / g.block_size; i++)
+    const int64_t oldest = window && count ? std::max<int64_t>(0, length[s] - count + 1 - window) : 0;
+    for (int64_t i = oldest / g.block_size; i < (length[s] + g.block_size - 1) / g.block_size; i++)
       TORCH_CHECK_INDEX(table[i] >= 0 && table[i] < g.blocks, "block ids must be in [0, ", g.blocks, "), got ",
                         table[i]);
   }
 }
 
 inline CheckedBatch check_batch(const Geometry& g, const Tensor& q, const Tensor& tables, const Tensor& starts,
-                                const Tensor& lengths, double scale, bool whole_blocks) {
+                                const Tensor& lengths, double scale, bool whole_blocks, int64_t window) {
   TORCH_CHECK_VALUE(g.heads > 0 && q.dim() == 3 && q.size(2) == g.head_dim && q.size(1) > 0 && q.size(1) % g.heads == 0,
                     "attend needs q [T, a multiple of ", g.heads, ", ", g.head_dim, "], got ", q.sizes());
   TORCH_CHECK_VALUE(std::isfinite(scale) && scale > 0, "scale must be positive and finite, got ", scale);
+  TORCH_CHECK_VALUE(window >= 0 && window <= int64_t{1} << 31, "a window is not negative, got ", window);
   const Number type = number(q, "q");
   CheckedBatch checked{by_token(q), tables.contiguous(), starts.contiguous(), lengths.contiguous(), {}};
-  check_metadata(g, checked.tables, checked.starts, checked.lengths, q.size(0));
+  check_metadata(g, checked.tables, checked.starts, checked.lengths, q.size(0), window);
   checked.batch = {checked.q.const_data_ptr(),
                    checked.q.stride(0),
                    type,
@@ -128,7 +131,8 @@ inline CheckedBatch check_batch(const Geometry& g, const Tensor& q, const Tensor
                    checked.lengths.const_data_ptr<int32_t>(),
                    checked.lengths.size(0),
                    scale,
-                   whole_blocks};
+                   whole_blocks,
+                   window};
   return checked;
 }
 

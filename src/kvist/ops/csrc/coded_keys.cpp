@@ -155,7 +155,7 @@ void CodedKeys::add_scores(const Split& split, int64_t head, int64_t index, floa
                                  : (index ? scale_sums<2, false> : scale_sums<2, true>);
   fetcher.pace(kFetchedInProduct * static_cast<float>(segment.dims) / static_cast<float>(coding.dim * group.heads),
                split.seen() / size * ticks(columns.columns, columns.steps));
-  for (int64_t key = 0; key < split.seen(); key += size) {
+  for (int64_t key = split.begin; key < split.seen(); key += size) {
     const int64_t id = batch_.block(group, split.start + key) * batch_.heads + group.head + head;
     columns.codes = stream_.codes + id * coding.code_bytes(size) + coding.bytes_before(index, kLanes);
     multiply(columns, fetcher);

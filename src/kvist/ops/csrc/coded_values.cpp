@@ -85,7 +85,8 @@ void CodedValues::scale_weights(const Split& split, int64_t head, int64_t segmen
   const int64_t dims = stream_.coding.segments[segment].dims;
   alignas(64) float scales[kSplit];
   Vec poison = zero();
-  for (int64_t key = 0; key < seen; key += size) {
+  std::fill_n(scales, split.begin, 0.0f);
+  for (int64_t key = split.begin; key < seen; key += size) {
     const int64_t id = batch_.block(group, split.start + key) * batch_.heads + group.head + head;
     for (int64_t i = 0; i < size; i += kLanes) {
       const Vec scale = load(stream_.scales + (id * segments + segment) * size + i);
@@ -95,7 +96,7 @@ void CodedValues::scale_weights(const Split& split, int64_t head, int64_t segmen
   }
   const bool poisoned = sum(poison) != 0;
   fetcher.pace((1 - kFetchedInProduct) / static_cast<float>(group.heads * segments), split.rows() * seen / kLanes);
-  for (int64_t row = split.first; row < group.rows; row++) {
+  for (int64_t row = split.first; row < split.last; row++) {
     const int64_t index = head * group.rows + row, visible = split.visible[row];
     int32_t total;
     weighed.scale[row] = quantize_weights(weights + index * kScoreStride, scales, visible, weighed.digits[row][0],
@@ -103,7 +104,7 @@ void CodedValues::scale_weights(const Split& split, int64_t head, int64_t segmen
     std::fill_n(weighed.sums[row][0], dims, 0);
     std::fill_n(weighed.sums[row][1], dims, -128 * total);  // levels are unsigned in a product, see Columns
     const auto infinite = [](float scale) { return !std::isfinite(scale); };
-    if (poisoned && std::any_of(scales, scales + visible, infinite))
+    if (poisoned && std::any_of(scales + split.hidden[row], scales + visible, infinite))
       state_.sum(states + index * state_.stride()) = std::numeric_limits<float>::quiet_NaN();
   }
 }
@@ -125,9 +126,9 @@ void CodedValues::add_values(const Split& split, int64_t head, int64_t index, We
   columns.out_stride = kMaxCodedDim;
   fetcher.pace(kFetchedInProduct * static_cast<float>(segment.dims) / static_cast<float>(coding.dim * group.heads),
                split.seen() / size * ticks(segment.dims / kLanes, columns.steps));
-  for (int64_t key = 0, first = split.first; key < split.seen(); key += size) {
+  for (int64_t key = split.begin, first = split.first; key < split.seen(); key += size) {
     while (split.visible[first] <= key) first++;
-    columns.rows = 2 * (group.rows - first);
+    columns.rows = 2 * (split.last - first);
     const int64_t id = batch_.block(group, split.start + key) * batch_.heads + group.head + head;
     columns.codes = stream_.codes + id * coding.code_bytes(size) + coding.bytes_before(index, size);
     columns.scalars = weighed.digits[first][0] + key;
@@ -143,7 +144,7 @@ void CodedValues::add_values(const Split& split, int64_t head, int64_t index, We
 void CodedValues::store_sums(const Split& split, int64_t head, int64_t index, const Weighed& weighed,
                              float* states) const {
   const Segment& segment = stream_.coding.segments[index];
-  for (int64_t row = split.first; row < split.group.rows; row++) {
+  for (int64_t row = split.first; row < split.last; row++) {
     const Vec scale = set1(weighed.scale[row]);
     float* out = states + (head * split.group.rows + row) * state_.stride() + segment.first;
     for (int64_t i = 0; i < segment.dims / kLanes; i++)

@@ -50,7 +50,7 @@ class DenseKeys : public Keys {
     const int64_t seen = split.seen(), size = batch_.block_size, row = head * group.rows + split.first;
     fetcher.pace(kFetchedInProduct / static_cast<float>(group.heads),
                  ticks(split.rows(), (seen + kLanes - 1) / kLanes * batch_.head_dim / Plane::kPack));
-    for (int64_t key = 0; key < seen; key += size) {
+    for (int64_t key = split.begin; key < seen; key += size) {
       Product<Plane> product;
       product.vectors = block_of<Plane>(batch_, plane_, group, split.start + key) + head * size * batch_.head_dim;
       product.column_stride = kLanes * batch_.head_dim;
@@ -101,8 +101,8 @@ class DenseValues : public Values {
   // value, were it infinite, touches a row that does not see it.
   void weigh(const Split& split, float* weights, float* states, Fetcher& fetcher) const override {
     const int64_t seen = split.visible[split.first], shared = seen - seen % Plane::kPack;
-    weigh_rows(split, split.first, split.rows(), 0, shared, weights, states, fetcher);
-    for (int64_t row = split.first; row < split.group.rows; row++)
+    weigh_rows(split, split.first, split.rows(), split.begin, shared, weights, states, fetcher);
+    for (int64_t row = split.first; row < split.last; row++)
       weigh_rows(split, row, 1, shared, split.visible[row], weights, states, fetcher);
   }
 
@@ -125,7 +125,7 @@ class DenseValues : public Values {
       product.scalars = reinterpret_cast<const Scalar*>(weights + row * kScoreStride) + key / Plane::kPack;
       product.out = states + row * state_.stride();
       product.rows = rows;
-      product.fresh = key == 0;
+      product.fresh = key == split.begin;
       product.fetcher = &fetcher;
       multiply_heads(split.group, count, product);
       key += count;

@@ -19,14 +19,16 @@ void add_groups(const Batch& batch, int64_t sequence, int64_t heads_limit, std::
   for (int64_t first = 0; first < rows; first += kGroupRows) {
     const int64_t count = std::min(kGroupRows, rows - first);
     for (int64_t head = 0; head < batch.heads; head += together) {
-      Group group{sequence, head, std::min(together, batch.heads - head), first, count, 0};
+      Group group{sequence, head, std::min(together, batch.heads - head), first, count, 0, 0};
       group.splits = ceil_divide(batch.seen(group, count - 1), kSplit);
+      group.first_split = std::min(batch.oldest(group, 0) / kSplit, group.splits);
       groups.push_back(group);
     }
   }
 }
 
-int64_t cost(const Group& group) { return group.all_rows() * group.splits; }
+int64_t splits_of(const Group& group) { return group.splits - group.first_split; }
+int64_t cost(const Group& group) { return group.all_rows() * splits_of(group); }
 
 }  // namespace
 
@@ -35,8 +37,9 @@ Plan make_plan(const Batch& batch, int64_t head_bytes, int64_t most_threads) {
   int64_t work = 0, pieces = 0, total = 0;
   for (int64_t s = 0; s < batch.sequences; s++) {
     const int64_t rows = batch.queries(s) * batch.heads_per_kv();
-    work += 2 * rows * batch.heads * batch.lengths[s] * batch.head_dim;
-    pieces += ceil_divide(rows, kGroupRows) * ceil_divide(batch.lengths[s], kSplit);
+    const int64_t length = batch.lengths[s], tokens = batch.window ? std::min(length, batch.window) : length;
+    work += 2 * rows * batch.heads * tokens * batch.head_dim;
+    pieces += ceil_divide(rows, kGroupRows) * ceil_divide(tokens, kSplit);
   }
   plan.threads = std::min(most_threads, 1 + work / kWorkPerThread);
   const int64_t wanted = plan.threads == 1 ? 1 : plan.threads * kTasksPerThread;
@@ -54,13 +57,13 @@ Plan make_plan(const Batch& batch, int64_t head_bytes, int64_t most_threads) {
   for (size_t i = 0; i < plan.groups.size(); i++) {
     Group& group = plan.groups[i];
     const int64_t index = static_cast<int64_t>(i);
-    if (plan.threads == 1 || group.splits <= 1 || cost(group) * wanted <= total) {
+    if (plan.threads == 1 || splits_of(group) <= 1 || cost(group) * wanted <= total) {
       plan.tasks.push_back({index, -1});
       continue;
     }
     group.kept = plan.kept_rows;
     plan.kept_rows += cost(group);
-    for (int64_t split = 0; split < group.splits; split++) plan.tasks.push_back({index, split});
+    for (int64_t split = group.first_split; split < group.splits; split++) plan.tasks.push_back({index, split});
   }
   return plan;
 }
