@@ -19,6 +19,7 @@ from kvist.evals import tradeoff
 from kvist.evals.fidelity import FidelityReport, compare, run, summarize, windows
 from kvist.evals.vectors import Agreement, VectorMeter, compare_outputs, decoded
 from kvist.models.config import Activation, ModelConfig, Rope
+from kvist.models.linear import weights_of
 from kvist.models.load import build, randomize
 from kvist.models.plain import CodedPlainView
 from kvist.service import calibration as calibration_module
@@ -332,6 +333,27 @@ def test_a_stop_leaves_what_is_measured(bundled: Loaded) -> None:
     assert report is not None
     # One step of the widest, 512 tokens, of two windows.
     assert (report.tokens, report.predictions) == (512, 512 - 65)
+
+
+def test_packed_weights(bundled: Loaded) -> None:
+    """Against the same weights as they were, over the same cache."""
+    packed = [open_model(None, weights=weights) for weights in ("int8", "int4")]
+    report = run(bundled, {}, "some.txt", text_windows(bundled, 400), packed=packed)
+    assert report is not None
+    assert report.rows == []
+    eight, four = report.packed
+    assert (eight.weights, four.weights) == ("int8", "int4")
+    assert 8 < eight.bits_per_weight < 8.5
+    assert 4.4 < four.bits_per_weight < 4.7
+    assert 0.005 < eight.loss < 0.01 < 0.07 < four.loss < 0.1
+    assert 0 < eight.divergence.kld_mean < 0.001 < four.divergence.kld_mean < 0.03
+    assert eight.nbytes == sum(weight.codes.nbytes for weight in weights_of(packed[0].model).values())
+    documented = (Path(__file__).parents[2] / "docs" / "json.md").read_text()
+    for key in json.loads(json.dumps(report.to_json()))["packed"][0]:
+        assert f"`{key}`" in documented
+    unchanged = run(bundled, {}, "some.txt", text_windows(bundled, 200), packed=[bundled])
+    assert unchanged is not None
+    assert unchanged.packed[0].divergence.kld_max == 0
 
 
 def test_report_and_picture(bundled: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,10 @@ def decode(
     kv: Kvs = None,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved measurements of each.")] = 7,
     dtype: Annotated[str, typer.Option(metavar="fp32|bf16|fp16", help="Of the random weights.")] = "bf16",
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(metavar="int8|int4", help="Packed weights instead; may be given several times."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Whole decode steps and prefills at growing depths over each KV codec, random weights in standard shapes."""
@@ -69,7 +73,11 @@ def decode(
     from kvist.bench import decode as bench
     from kvist.bench.models import random_model
 
-    models = [(name, random_model(name, dtype)) for name in shape.split(",")]
+    models = [
+        (name if how is None else f"{name} {how}", random_model(name, dtype, weights=how))
+        for name in shape.split(",")
+        for how in weights or [None]
+    ]
     with Console(stderr=True).status("measuring", spinner="line") as status:
         observe = lambda what: status.update(f"measuring {what}")  # noqa: E731
         report = bench.run(models, numbers(context, "--context", "1024,4096"), kv or KVS, rounds, observe)

@@ -154,14 +154,15 @@ def run(
     after the step under way with the report on what there is by then, or None where that is nothing.
     """
     layouts, length, tokens = [other.layout for other in others.values()], max(map(len, parts)), 0
-    vectors = VectorMeter(layouts)
+    vectors = VectorMeter(layouts) if layouts else None
     predictions = _Predictions([loaded.engine(length).runner for loaded in (base, *others.values(), *packed)])
     for number, window in enumerate(parts, start=1):
         if stop():
             break
         where = f"window {number} of {len(parts)}"
-        watch(f"{where}, vectors")
-        observe(base.model, window, vectors.see)
+        if vectors is not None:
+            watch(f"{where}, vectors")
+            observe(base.model, window, vectors.see)
         for count in predictions.feed(window, lambda kv, where=where: watch(f"{where}, {kv}")):
             tokens += count
             if stop():
@@ -169,7 +170,8 @@ def run(
     if not predictions.count:
         return None
     divergences = predictions.divergences()
-    measured = zip(others, layouts, vectors.scores(), divergences[: len(others)], strict=True)
+    scores = [] if vectors is None else vectors.scores()
+    measured = zip(others, layouts, scores, divergences[: len(others)], strict=True)
     rows = [
         Row(kv, layout.kv, layout.bits_per_value, layout.bytes_per_token, score, divergence)
         for kv, layout, score, divergence in measured
@@ -190,7 +192,8 @@ def run(
 def _weights_row(loaded: Loaded, found: Divergence) -> WeightsRow:
     forms = [weight.form for weight in weights_of(loaded.model).values() if weight.form is not None]
     nbytes, numbers = sum(form.nbytes for form in forms), sum(form.rows * form.columns for form in forms)
-    return WeightsRow(loaded.model.weights, nbytes * 8 / numbers, nbytes, loaded.model.packing_loss, found)
+    bits = nbytes * 8 / numbers if numbers else 0.0
+    return WeightsRow(loaded.model.weights, bits, nbytes, loaded.model.packing_loss, found)
 
 
 class _Predictions:
