@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-clients test-remote soak check format bench clean
+.PHONY: help demo test test-slow test-clients test-remote soak check format bench bench-peers clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1 · /p' $(MAKEFILE_LIST) | awk -F' · ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -45,6 +45,13 @@ bench: $(VENV)/.run ## the figures of the README
 	@$(BIN)/kvist bench decode
 	@$(BIN)/kvist bench cache
 	@$(BIN)/kvist bench serve
+
+# Every part with native flags: without them its own library of types is the slow part. Several minutes on two cores.
+LLAMA_CPP_PYTHON := 0.3.36
+bench-peers: ## llama.cpp in an environment of its own, for kvist bench decode --peer llama.cpp
+	@test -x build/peers/llama.cpp/bin/python || $(PYTHON) -m venv build/peers/llama.cpp
+	@echo "building llama.cpp for this processor (once, several minutes)"
+	@CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DCMAKE_C_FLAGS=-march=native -DCMAKE_CXX_FLAGS=-march=native -DLLAVA_BUILD=OFF" build/peers/llama.cpp/bin/pip install --quiet --disable-pip-version-check --no-binary llama-cpp-python llama-cpp-python==$(LLAMA_CPP_PYTHON)
 
 clean: ## remove the environment and what tools left behind
 	@rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -28,6 +28,7 @@ Kvs = Annotated[
     list[str] | None,
     typer.Option("--kv", metavar="CODECS", help="May be given several times; by default bf16, turbo4."),
 ]
+Peer = Annotated[str | None, typer.Option(metavar="llama.cpp", help="Beside this engine; make bench-peers builds it.")]
 KVS = ("bf16", "turbo4")
 
 
@@ -65,10 +66,16 @@ def decode(
         list[str] | None,
         typer.Option(metavar="int8|int4", help="Packed weights instead; may be given several times."),
     ] = None,
+    peer: Peer = None,
     as_json: Json = False,
 ) -> None:
-    """Whole decode steps and prefills at growing depths over each KV codec, random weights in standard shapes."""
+    """Whole decode steps and prefills at growing depths over each KV codec, random weights in standard shapes; or steps
+    alone, beside another engine."""
     from rich.console import Console
+
+    if peer is not None:
+        _beside("decode", peer, shape, weights, context, "--context", kv, rounds, as_json)
+        return
 
     from kvist.bench import decode as bench
     from kvist.bench.models import random_model
@@ -82,6 +89,63 @@ def decode(
         observe = lambda what: status.update(f"measuring {what}")  # noqa: E731
         report = bench.run(models, numbers(context, "--context", "1024,4096"), kv or KVS, rounds, observe)
     _print(report, as_json)
+
+
+@app.command()
+def prefill(
+    peer: Peer,
+    shape: Shapes = DECODE_SHAPES,
+    tokens: Annotated[str, typer.Option(metavar="N,...", help="Tokens of whole prompts.")] = "512,4096",
+    kv: Kvs = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved measurements of each.")] = 3,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(metavar="int8|int4|bf16", help="May be given several times; by default int8."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Whole prompts beside another engine, random weights in standard shapes."""
+    _beside("prefill", peer or "", shape, weights, tokens, "--tokens", kv, rounds, as_json)
+
+
+def _beside(
+    what: str,
+    peer: str,
+    shape: str,
+    weights: list[str] | None,
+    lengths: str,
+    option: str,
+    kv: list[str] | None,
+    rounds: int,
+    as_json: bool,
+) -> None:
+    from rich.console import Console
+
+    from kvist.bench import beside
+    from kvist.bench.report import Report
+
+    if peer != beside.LLAMA_CPP:
+        raise KvistError(f"--peer {peer} is not known; {beside.LLAMA_CPP} is")
+    if unknown := next((name for name in weights or () if name not in ("int8", "int4", "bf16")), None):
+        raise KvistError(f"--weights {unknown} is not compared; choose among int8, int4, bf16")
+    found, measure = list[Report](), {"decode": beside.decode, "prefill": beside.prefill}[what]
+    counts = [
+        number - 1
+        for number in numbers(
+            ",".join(str(int(n) + 1) if n.isdigit() else n for n in lengths.split(",")), option, "0,4096"
+        )
+    ]
+    with Console(stderr=True).status("measuring", spinner="line") as status:
+        for name in shape.split(","):
+            for how in weights or ["int8"]:
+                observe = lambda text: status.update(f"measuring · {text}")  # noqa: E731
+                found.append(measure(name, how, counts, kv or ("turbo4",), rounds, observe))
+    reads = [report.machine["read_gb_s"] for report in found]
+    whole = Report(found[0].machine | {"read_gb_s": sorted(reads)[len(reads) // 2]})
+    for report in found:
+        whole.rows.extend(report.rows)
+        whole.ratios.extend(report.ratios)
+    _print(whole, as_json)
 
 
 @app.command()

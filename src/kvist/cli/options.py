@@ -57,13 +57,13 @@ def note(text: str) -> None:
     print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr)
 
 
-def numbers(text: str, option: str, example: str) -> list[int]:
-    """Positive numbers between commas. Raises `KvistError` that names the option."""
+def numbers(text: str, option: str, example: str, least: int = 1) -> list[int]:
+    """Numbers from `least` on between commas. Raises `KvistError` that names the option."""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) < 1:
+    if not found or min(found) < least:
         raise KvistError(f"{option} takes numbers of tokens, as in {example}; got {text!r}")
     return found
 
