@@ -112,10 +112,10 @@ def test_a_token_that_is_not_written_fails(monkeypatch: pytest.MonkeyPatch) -> N
     write = PagedView.write
 
     def forgetful(self: PagedView, k: torch.Tensor, v: torch.Tensor) -> None:
-        slots = self.step.slots.clone()
+        slots = self.step.slots[0].clone()
         if int(self.step.starts[-1]) == 1:
             slots[0] = -1
-        write(dataclasses.replace(self, step=dataclasses.replace(self.step, slots=slots)), k, v)
+        write(dataclasses.replace(self, step=dataclasses.replace(self.step, slots=[slots])), k, v)
 
     monkeypatch.setattr(PagedView, "write", forgetful)
     assert {"greedy", "seeded"} <= failures(random_model(LLAMA))

@@ -75,12 +75,12 @@ class FakeRunner:
         self.store = self
         self.layout = SimpleNamespace(block_bytes=SIZE)
 
-    def read_block(self, block: int) -> list[int | None]:
-        return self.blocks[block].copy()
+    def read_block(self, blocks: Tokens[int]) -> list[int | None]:
+        return self.blocks[blocks[0]].copy()
 
-    def write_block(self, block: int, data: list[int | None]) -> None:
+    def write_block(self, blocks: Tokens[int], data: list[int | None]) -> None:
         assert None not in data
-        self.blocks[block] = list(data)
+        self.blocks[blocks[0]] = list(data)
 
     def run(self, works: Tokens[Work]) -> list[Tensor]:
         self.widest = max(self.widest, sum(len(work.tokens) for work in works))
@@ -425,7 +425,7 @@ class ForgetsWhoWasPreempted(Scheduler):
 class CopiesAnotherBlock(Keeper):
     def _hand_over(self, node: Node) -> None:
         todo = self._unwritten.pop(node)
-        self.kept.save(todo.block, self._store.read_block(node.block ^ 1), todo.until)
+        self.kept.save(todo.block, self._store.read_block([node.block ^ 1]), todo.until)
 
 
 @pytest.mark.parametrize(
