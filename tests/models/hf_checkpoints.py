@@ -91,6 +91,25 @@ CASES: dict[str, dict[str, object]] = {
         "head_dim": 80,
         "attention_bias": True,
     },
+    "phi3-partial": _SMALL
+    | {
+        "model_type": "phi3",
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 40,
+        "pad_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+    },
+    "smollm3": _SMALL
+    | {
+        "model_type": "smollm3",
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "no_rope_layer_interval": 2,
+        "pad_token_id": None,
+    },
     "gpt2-8": {
         "model_type": "gpt2",
         "vocab_size": VOCAB,

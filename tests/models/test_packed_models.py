@@ -24,7 +24,16 @@ from kvist.service.packing import packed_path
 from kvist.weights.checkpoint import stamp_of
 from oracle import QWEN3, feed, fresh, make_runner, tokens_of
 
-CASES = ("llama-8-scaled", "llama-48-biased", "qwen2-64", "qwen3-80", "gpt2-64-exact-gelu")
+CASES = (
+    "llama-8-scaled",
+    "llama-48-biased",
+    "qwen2-64",
+    "qwen3-80",
+    "phi3-partial",
+    "smollm3",
+    "mistral-window",
+    "gpt2-64-exact-gelu",
+)
 
 
 def unpacked(directory: Path, model) -> torch.nn.Module:

@@ -79,6 +79,8 @@ class ModelConfig:
     qk_norm: bool = False
     tied: bool = False
     windows: tuple[int, ...] = ()  # of each layer, 0: none; or of no layer
+    rotated: int | None = None  # first dimensions of a head that positions rotate; None: all
+    without_rope: tuple[int, ...] = ()  # layers that do not rotate
 
     def __post_init__(self) -> None:
         for name in (
@@ -102,12 +104,20 @@ class ModelConfig:
             raise ConfigError(f"{self.family}: {self.heads} query heads do not divide among {self.kv_heads} KV heads")
         if len(self.windows) not in (0, self.layers) or any(window < 0 for window in self.windows):
             raise ConfigError(f"{self.family}: windows are stated for {len(self.windows)} of {self.layers} layers")
-        if self.rope is not None and self.head_dim % 2:
-            raise ConfigError(f"{self.family}: rotary positions need an even head_dim, got {self.head_dim}")
-        if self.rope is not None and self.rope.divisors and len(self.rope.divisors) != self.head_dim // 2:
+        if self.rope is not None and (self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_dim):
             raise ConfigError(
-                f"{self.family}: RoPE has {len(self.rope.divisors)} divisors for {self.head_dim // 2} frequencies"
+                f"{self.family}: rotary positions need an even number of a head's {self.head_dim} dimensions, got "
+                f"{self.rotary_dim}"
             )
+        if self.rope is not None and self.rope.divisors and len(self.rope.divisors) != self.rotary_dim // 2:
+            raise ConfigError(
+                f"{self.family}: RoPE has {len(self.rope.divisors)} divisors for {self.rotary_dim // 2} frequencies"
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that positions rotate."""
+        return self.head_dim if self.rotated is None else self.rotated
 
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         """What the cache must keep for this model, layer by layer."""
@@ -197,8 +207,9 @@ def _activation(keys: _Keys, name: str, default: str, allowed: set[Activation]) 
     return activation
 
 
-def _rope(keys: _Keys, default_theta: float) -> Rope:
-    """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before it)."""
+def _rope(keys: _Keys, default_theta: float) -> tuple[Rope, float]:
+    """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before it); and which part of a head is
+    rotated."""
     theta = keys.take("rope_theta", float, default_theta)
     scaling, given = keys.take("rope_scaling", dict, {}), keys.take("rope_parameters", dict, {})
     if scaling and given:
@@ -207,6 +218,7 @@ def _rope(keys: _Keys, default_theta: float) -> Rope:
     legacy = parameters.take("type", str, "default")
     kind = parameters.take("rope_type", str, legacy)
     theta = parameters.take("rope_theta", float, theta)
+    share = parameters.take("partial_rotary_factor", float, keys.take("partial_rotary_factor", float, 1.0))
     rope = Rope(theta)
     if kind == "linear":
         rope = Rope(theta, linear_factor=parameters.take("factor", float))
@@ -228,7 +240,7 @@ def _rope(keys: _Keys, default_theta: float) -> Rope:
     elif kind != "default":
         raise ConfigError(f"{keys.where}: RoPE scaling {kind!r} is not supported (default, linear, llama3 are)")
     parameters.finish()
-    return rope
+    return rope, share
 
 
 def _gpt2(keys: _Keys) -> ModelConfig:
@@ -265,17 +277,21 @@ _STATED = {
     "mistral": ("max_position_embeddings", "num_key_value_heads", "sliding_window"),
     "qwen2": ("max_position_embeddings", "num_key_value_heads"),
     "qwen3": ("max_position_embeddings", "num_key_value_heads"),
+    "phi3": ("max_position_embeddings", "num_key_value_heads", "rms_norm_eps"),
+    "smollm3": ("max_position_embeddings", "num_key_value_heads"),
 }
 
 
 def _llama_like(keys: _Keys, family: str) -> ModelConfig:
-    """Llama, Mistral, Qwen2 and Qwen3: one decoder, told apart by biases, the norm on q and k, and defaults."""
+    """Llama, Mistral, Qwen2, Qwen3, Phi-3 and SmolLM3: one decoder, told apart by biases, the norm on q and k, what is
+    rotated, names, and defaults."""
     keys.stated(_STATED[family])
     hidden = keys.take("hidden_size", int)
     heads = keys.take("num_attention_heads", int)
     if heads < 1:
         raise ConfigError(f"{keys.where}: num_attention_heads must be at least 1, got {heads}")
-    qkv_bias, out_bias = {"qwen2": (True, False), "mistral": (False, False)}.get(family, (None, None))
+    fixed = {"qwen2": (True, False), "mistral": (False, False), "phi3": (False, False)}
+    qkv_bias, out_bias = fixed.get(family, (None, None))
     if qkv_bias is None or out_bias is None:
         qkv_bias = out_bias = keys.take("attention_bias", bool, False)
     positions = keys.take("max_position_embeddings", int, 2048)
@@ -283,6 +299,12 @@ def _llama_like(keys: _Keys, family: str) -> ModelConfig:
     keys.require("rope_interleaved", False)
     keys.require("use_mrope", False)
     layers = keys.take("num_hidden_layers", int)
+    head_dim = keys.take("head_dim", int, 128 if family == "qwen3" else hidden // heads)
+    rope, share = _rope(keys, 2_000_000.0 if family == "smollm3" else 10_000.0)
+    if share != 1 and family != "phi3":
+        raise ConfigError(f"{keys.where}: partial_rotary_factor={share} is not supported in a {family} model")
+    if family == "phi3":
+        keys.take("original_max_position_embeddings", int, positions)  # says something of scaled RoPE alone
     return ModelConfig(
         family=family,
         vocab_size=keys.take("vocab_size", int),
@@ -291,18 +313,35 @@ def _llama_like(keys: _Keys, family: str) -> ModelConfig:
         layers=layers,
         heads=heads,
         kv_heads=keys.take("num_key_value_heads", int, heads),
-        head_dim=keys.take("head_dim", int, 128 if family == "qwen3" else hidden // heads),
+        head_dim=head_dim,
         max_positions=positions,
         norm_eps=keys.take("rms_norm_eps", float, 1e-6),
         activation=_activation(keys, "hidden_act", "silu", {Activation.SILU}),
-        rope=_rope(keys, 10_000.0),
+        rope=rope,
+        rotated=None if share == 1 else int(head_dim * share),
+        without_rope=_without_rope(keys, layers) if family == "smollm3" else (),
         qkv_bias=qkv_bias,
         out_bias=out_bias,
-        mlp_bias=keys.take("mlp_bias", bool, False) if family == "llama" else False,
+        mlp_bias=keys.take("mlp_bias", bool, False) if family in ("llama", "smollm3") else False,
         qk_norm=family == "qwen3",
-        tied=keys.take("tie_word_embeddings", bool, False),
+        tied=keys.take("tie_word_embeddings", bool, family == "smollm3"),
         windows=_windows(keys, family, positions, layers),
     )
+
+
+def _without_rope(keys: _Keys, layers: int) -> tuple[int, ...]:
+    """SmolLM3's layers that do not rotate: those marked 0, or else every fourth."""
+    interval = keys.take("no_rope_layer_interval", int, 4)
+    marks = keys.take("no_rope_layers", list, None)
+    if not 1 <= layers <= MAX_LAYERS:  # which is said by who builds the config
+        return ()
+    if marks is None:
+        if interval < 1:
+            raise ConfigError(f"{keys.where}: no_rope_layer_interval must be positive, got {interval}")
+        return tuple(range(interval - 1, layers, interval))
+    if len(marks) < layers or any(type(mark) is not int or mark not in (0, 1) for mark in marks):
+        raise ConfigError(f"{keys.where}: no_rope_layers marks each of {layers} layers with 0 or 1, got {marks!r:.80}")
+    return tuple(layer for layer in range(layers) if not marks[layer])
 
 
 def _windows(keys: _Keys, family: str, positions: int, layers: int) -> tuple[int, ...]:
@@ -310,9 +349,11 @@ def _windows(keys: _Keys, family: str, positions: int, layers: int) -> tuple[int
     for it, off by default, and a number of first layers without."""
     window = keys.take("sliding_window", int, None)
     in_use, first = True, 0
-    if family in ("qwen2", "qwen3"):
+    if family in ("qwen2", "qwen3", "smollm3"):
         in_use = keys.take("use_sliding_window", bool, False)
         first = keys.take("max_window_layers", int, layers)
+    if family == "smollm3" and in_use:
+        keys.stated(["layer_types"])
     if not in_use or window is None or window >= positions:
         window = 0
     if window and family == "llama":
@@ -340,6 +381,8 @@ _READERS: dict[str, Callable[[_Keys], ModelConfig]] = {
     "mistral": lambda keys: _llama_like(keys, "mistral"),
     "qwen2": lambda keys: _llama_like(keys, "qwen2"),
     "qwen3": lambda keys: _llama_like(keys, "qwen3"),
+    "phi3": lambda keys: _llama_like(keys, "phi3"),
+    "smollm3": lambda keys: _llama_like(keys, "smollm3"),
 }
 
 

@@ -24,15 +24,18 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Rotation:
-    """`cos` and `sin` of one step's positions, `[T, 1, head_dim]`, in the dtype of what is rotated."""
+    """`cos` and `sin` of one step's positions, `[T, 1, rotated]`, in the dtype of what is rotated."""
 
     cos: Tensor
     sin: Tensor
 
     def apply(self, x: Tensor) -> Tensor:
-        """Rotate `x` `[T, heads, head_dim]`: dimension i pairs with i + head_dim / 2."""
-        first, second = x.chunk(2, dim=-1)
-        return x * self.cos + torch.cat((-second, first), dim=-1) * self.sin
+        """Rotate the first dimensions of `x` `[T, heads, head_dim]`: i pairs with i + rotated / 2. The others stay."""
+        rotated = self.cos.shape[-1]
+        turned, rest = x[..., :rotated], x[..., rotated:]
+        first, second = turned.chunk(2, dim=-1)
+        turned = turned * self.cos + torch.cat((-second, first), dim=-1) * self.sin
+        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
 class RopeTable:
@@ -42,11 +45,11 @@ class RopeTable:
 
     CHUNK = 256  # positions
 
-    def __init__(self, rope: Rope, head_dim: int) -> None:
+    def __init__(self, rope: Rope, rotated: int) -> None:
         with torch.device("cpu"):
-            self._frequencies = inverse_frequencies(rope, head_dim)
-            self._cos = torch.empty(0, 1, head_dim)
-            self._sin = torch.empty(0, 1, head_dim)
+            self._frequencies = inverse_frequencies(rope, rotated)
+            self._cos = torch.empty(0, 1, rotated)
+            self._sin = torch.empty(0, 1, rotated)
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """The rotation of each of `positions` `[T]` int64, rounded once to `dtype`."""
@@ -65,9 +68,9 @@ class RopeTable:
         self._cos, self._sin = torch.cat(cos), torch.cat(sin)
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """`[head_dim / 2]` float32 radians per token, scaling included."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+def inverse_frequencies(rope: Rope, rotated: int) -> Tensor:
+    """`[rotated / 2]` float32 radians per token, scaling included."""
+    exponents = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
     frequencies = 1.0 / (rope.theta**exponents) / rope.linear_factor
     if rope.divisors:
         return frequencies / torch.tensor(rope.divisors)

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3: rotary positions, RMSNorm, gated SiLU, grouped KV heads."""
+"""Llama, Mistral, Qwen2, Qwen3, Phi-3 and SmolLM3: rotary positions, RMSNorm, gated SiLU, grouped KV heads."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -26,14 +26,16 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rotation: Rotation, layer: LayerView) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, layer: LayerView) -> Tensor:
         """`x` `[T, hidden]` → `[T, hidden]`."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [T, heads + 2 kv_heads, head_dim]
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        layer.write(rotation.apply(k), v)
-        return self.out(layer.attend(rotation.apply(q), self.scale).flatten(1))
+        if rotation is not None:
+            q, k = rotation.apply(q), rotation.apply(k)
+        layer.write(k, v)
+        return self.out(layer.attend(q, self.scale).flatten(1))
 
 
 class Block(nn.Module):
@@ -49,7 +51,7 @@ class Block(nn.Module):
         self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
         self._activations = activations
 
-    def forward(self, x: Tensor, rotation: Rotation, layer: LayerView) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, layer: LayerView) -> Tensor:
         """`x` `[T, hidden]` → `[T, hidden]`. With packed weights in two fused operators, on either side of the
         attention."""
         if self.fuses:
@@ -69,11 +71,11 @@ class Block(nn.Module):
         q_norm, k_norm = (None if norm is None else norm.weight for norm in (a.q_norm, a.k_norm))
         return [self.attention_norm.weight, a.qkv.bias, q_norm, k_norm, a.out.bias, None, self.mlp_norm.weight, None]
 
-    def _fused(self, x: Tensor, rotation: Rotation, layer: LayerView) -> Tensor:
+    def _fused(self, x: Tensor, rotation: Rotation | None, layer: LayerView) -> Tensor:
         a, operators, eps = self.attention, self.gate_up.operators, self.mlp_norm.eps
         norm, qkv_bias, q_norm, k_norm, out_bias, _, mlp_norm, _ = self.extras
         heads = [a.heads, a.kv_heads, a.head_dim]
-        angles = rotation.cos, rotation.sin
+        angles = (None, None) if rotation is None else (rotation.cos, rotation.sin)
         rows = operators.packed_project(x, norm, eps, *a.qkv.operand, qkv_bias, heads, q_norm, k_norm, *angles)
         q, k, v = rows.unflatten(-1, (-1, a.head_dim)).split((a.heads, a.kv_heads, a.kv_heads), dim=1)
         layer.write(k, v)
@@ -89,7 +91,8 @@ class Llama(Decoder):
         blocks = (Block(config, activations) for _ in range(config.layers))
         super().__init__(config, blocks, RMSNorm(config.hidden_size, config.norm_eps))
         assert config.rope is not None
-        self._rope = RopeTable(config.rope, config.head_dim)
+        self._rope = RopeTable(config.rope, config.rotary_dim)
+        self._without_rope = frozenset(config.without_rope)
 
     def forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerView]) -> Tensor:
         x = self.embed(tokens)
@@ -97,8 +100,8 @@ class Llama(Decoder):
         if isinstance(layers, PagedViews) and layers.operands is not None and (whole := self._whole) is not None:
             x = whole(x, rotation.cos, rotation.sin, *layers.operands)
             return self.norm(x)
-        for block, layer in zip(self.blocks, layers, strict=True):
-            x = block(x, rotation, layer)
+        for index, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):
+            x = block(x, None if index in self._without_rope else rotation, layer)
         return self.norm(x)
 
     @cached_property
@@ -107,7 +110,8 @@ class Llama(Decoder):
         `x`, the angles and the cache's operands."""
         blocks = list(self.blocks)
         forms = [[weight.form for weight in weights_of(block).values()] for block in blocks]
-        if not all(block.fuses for block in blocks) or any(form != forms[0] for form in forms):
+        alike = all(form == forms[0] for form in forms) and not self._without_rope
+        if not alike or not all(block.fuses for block in blocks):
             return None
         products = [(b.attention.qkv, b.attention.out, b.gate_up, b.down) for b in blocks]
         weights = [linear.operand[0] for four in products for linear in four]
@@ -145,16 +149,23 @@ class Llama(Decoder):
                 slots.append(Slot(f"{theirs}{name}.bias", f"{ours}{parameter}.bias", start, (rows,)))
 
         slots.append(Slot(f"{theirs}input_layernorm.weight", f"{ours}attention_norm.weight", 0, (hidden,)))
-        linear("self_attn.q_proj", "attention.qkv", 0, q, hidden, config.qkv_bias)
-        linear("self_attn.k_proj", "attention.qkv", q, kv, hidden, config.qkv_bias)
-        linear("self_attn.v_proj", "attention.qkv", q + kv, kv, hidden, config.qkv_bias)
+        joined = config.family == "phi3"  # whose checkpoints have the products as they are computed
+        if joined:
+            linear("self_attn.qkv_proj", "attention.qkv", 0, q + 2 * kv, hidden, config.qkv_bias)
+        else:
+            linear("self_attn.q_proj", "attention.qkv", 0, q, hidden, config.qkv_bias)
+            linear("self_attn.k_proj", "attention.qkv", q, kv, hidden, config.qkv_bias)
+            linear("self_attn.v_proj", "attention.qkv", q + kv, kv, hidden, config.qkv_bias)
         linear("self_attn.o_proj", "attention.out", 0, hidden, q, config.out_bias)
         if config.qk_norm:
             for side in ("q", "k"):
                 name = f"{side}_norm.weight"
                 slots.append(Slot(f"{theirs}self_attn.{name}", f"{ours}attention.{name}", 0, (config.head_dim,)))
         slots.append(Slot(f"{theirs}post_attention_layernorm.weight", f"{ours}mlp_norm.weight", 0, (hidden,)))
-        linear("mlp.gate_proj", "gate_up", 0, inner, hidden, config.mlp_bias)
-        linear("mlp.up_proj", "gate_up", inner, inner, hidden, config.mlp_bias)
+        if joined:
+            linear("mlp.gate_up_proj", "gate_up", 0, 2 * inner, hidden, config.mlp_bias)
+        else:
+            linear("mlp.gate_proj", "gate_up", 0, inner, hidden, config.mlp_bias)
+            linear("mlp.up_proj", "gate_up", inner, inner, hidden, config.mlp_bias)
         linear("mlp.down_proj", "down", 0, hidden, inner, config.mlp_bias)
         return slots
