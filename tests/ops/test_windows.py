@@ -3,7 +3,7 @@
 import pytest
 import torch
 from coded import coded
-from paged import BACKENDS, Piece, backend, int32, paged, random_queries, random_sequence
+from paged import BACKENDS, COMPILED, Piece, backend, int32, paged, random_queries, random_sequence
 from torch import Tensor
 
 LENGTH, HEADS, GROUP, DIM = 1210, 2, 3, 32
@@ -65,6 +65,43 @@ def test_nothing_else_matters(name, dtype):
     if name != "reference":
         with pytest.raises(IndexError):
             attend(ops, cache, Piece(0, q[-5:], LENGTH), 200, torch.full_like(cache.tables, -1))
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_a_number_touches_only_the_rows_that_see_it(name, dtype):
+    ops = backend(name)
+    k, v = random_sequence(LENGTH, HEADS, DIM, 1)
+    q = random_queries(LENGTH, HEADS * GROUP, DIM, 2)
+    for window in (1, 5, 64, 65, 300):
+        piece = Piece(0, q, LENGTH)
+        expected = attend(ops, paged(ops, [(k, v)], dtype), piece, window)
+        for position in (700, 701):
+            broken_k, broken_v = k.clone(), v.clone()
+            broken_k[position] = torch.nan
+            broken_v[position] = torch.inf
+            seeing = torch.zeros(LENGTH, dtype=torch.bool)
+            seeing[position : position + window] = True
+            for sequence in ((broken_k, v), (k, broken_v)):
+                result = attend(ops, paged(ops, [sequence], dtype), piece, window)
+                assert torch.equal(result[~seeing], expected[~seeing]), (window, position)
+                assert not result[seeing].isfinite().any()
+
+
+@pytest.mark.parametrize("window", [30, 64, 65, 129])
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_scale_that_is_not_a_number_touches_only_the_rows_that_see_it(name, window):
+    ops = backend(name)
+    cache = coded(ops, [random_sequence(700, HEADS, DIM, 3)], ("turbo4", "turbo4"))
+    piece = Piece(0, random_queries(700, HEADS * GROUP, DIM, 4), 700)
+    expected, position = windowed(ops, cache, piece, window), 300
+    scales = cache.values.planes[1]  # [blocks, heads, segments, tokens]
+    scales[int(cache.tables[0, position // 64]), :, :, position % 64] = torch.inf
+    result = windowed(ops, cache, piece, window)
+    seeing = torch.zeros(700, dtype=torch.bool)
+    seeing[320 : max(320, position + window)] = True  # behind the position's own block
+    assert torch.equal(result[~seeing], expected[~seeing])
+    assert not result[seeing].isfinite().any()
 
 
 @pytest.mark.parametrize("kv", ["turbo4", "int8", "turbo2.5"])

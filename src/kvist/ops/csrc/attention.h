@@ -34,8 +34,7 @@ struct State {
 // One split of a group: row `r` of each head sees its keys from `hidden[r]` to `visible[r]`, both no less than those of
 // the row before it. Rows before `first` see none, nor do those from `last` on, whose windows begin later, nor, where
 // they see whole blocks, some in between. Keys before `begin`, where a block begins, are seen by none and not read. The
-// scores of a row, later its weights, are
-// kScoreStride apart, head after head.
+// scores of a row, later its weights, are kScoreStride apart, head after head.
 struct Split {
   const Group& group;
   int64_t start;  // its first token

@@ -97,14 +97,15 @@ void CodedValues::scale_weights(const Split& split, int64_t head, int64_t segmen
   const bool poisoned = sum(poison) != 0;
   fetcher.pace((1 - kFetchedInProduct) / static_cast<float>(group.heads * segments), split.rows() * seen / kLanes);
   for (int64_t row = split.first; row < split.last; row++) {
-    const int64_t index = head * group.rows + row, visible = split.visible[row];
+    const int64_t index = head * group.rows + row, visible = split.visible[row], hidden = split.hidden[row];
+    if (poisoned) std::fill_n(scales, std::min(hidden, visible), 0.0f);  // nor does a later row see these
     int32_t total;
     weighed.scale[row] = quantize_weights(weights + index * kScoreStride, scales, visible, weighed.digits[row][0],
                                           weighed.digits[row][1], total, fetcher);
     std::fill_n(weighed.sums[row][0], dims, 0);
     std::fill_n(weighed.sums[row][1], dims, -128 * total);  // levels are unsigned in a product, see Columns
     const auto infinite = [](float scale) { return !std::isfinite(scale); };
-    if (poisoned && std::any_of(scales + split.hidden[row], scales + visible, infinite))
+    if (poisoned && split.sees(row) && std::any_of(scales + hidden, scales + visible, infinite))
       state_.sum(states + index * state_.stride()) = std::numeric_limits<float>::quiet_NaN();
   }
 }

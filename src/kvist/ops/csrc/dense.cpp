@@ -97,13 +97,17 @@ class DenseValues : public Values {
     });
   }
 
-  // What all rows see, in whole pairs, is weighed for all rows at once. The rest is weighed row by row, so that no
-  // value, were it infinite, touches a row that does not see it.
+  // What all rows see, in whole pairs, is weighed for all rows at once. What stands before and behind it is weighed row
+  // by row, so that no value, were it infinite, touches a row that does not see it.
   void weigh(const Split& split, float* weights, float* states, Fetcher& fetcher) const override {
-    const int64_t seen = split.visible[split.first], shared = seen - seen % Plane::kPack;
-    weigh_rows(split, split.first, split.rows(), split.begin, shared, weights, states, fetcher);
+    const int64_t seen = split.visible[split.first], oldest = split.hidden[split.last - 1];
+    const int64_t start = oldest + oldest % Plane::kPack, end = std::max(start, seen - seen % Plane::kPack);
+    if (start) clear(split, states);
+    for (int64_t row = split.first; row < split.last && start; row++)
+      weigh_rows(split, row, 1, split.hidden[row], std::min(start, split.visible[row]), weights, states, fetcher);
+    weigh_rows(split, split.first, split.rows(), start, end, weights, states, fetcher);
     for (int64_t row = split.first; row < split.last; row++)
-      weigh_rows(split, row, 1, shared, split.visible[row], weights, states, fetcher);
+      weigh_rows(split, row, 1, end, split.visible[row], weights, states, fetcher);
   }
 
   int64_t head_bytes() const override { return head_bytes_of<Plane>(batch_); }
@@ -112,28 +116,35 @@ class DenseValues : public Values {
   }
 
  private:
-  // Keys [from, to) of the split, from an even one on, for `rows` rows of each head.
+  // Sums that do not begin with the split's first key begin here.
+  void clear(const Split& split, float* states) const {
+    for (int64_t head = 0; head < split.group.heads; head++)
+      for (int64_t row = split.first; row < split.last; row++)
+        std::fill_n(states + (head * split.group.rows + row) * state_.stride(), state_.width, 0.0f);
+  }
+
+  // Keys [from, to) of the split for `rows` rows of each head.
   void weigh_rows(const Split& split, int64_t row, int64_t rows, int64_t from, int64_t to, float* weights,
                   float* states, Fetcher& fetcher) const {
     const int64_t size = batch_.block_size, vectors = (to - from) / Plane::kPack * batch_.head_dim / kLanes;
     fetcher.pace(static_cast<float>(rows * (to - from)) / static_cast<float>(split.rows() * split.seen()),
                  ticks(rows, split.group.heads * vectors));
     for (int64_t key = from; key < to;) {
-      const int64_t count = std::min(to - key, size - key % size);
+      const int64_t late = key % Plane::kPack, pair = key - late, count = std::min(to - key, size - key % size);
       Product<Plane> product;
-      product.vectors = block_of<Plane>(batch_, plane_, split.group, split.start + key) + key % size * batch_.head_dim;
-      product.scalars = reinterpret_cast<const Scalar*>(weights + row * kScoreStride) + key / Plane::kPack;
+      product.vectors = block_of<Plane>(batch_, plane_, split.group, split.start + key) + pair % size * batch_.head_dim;
+      product.scalars = reinterpret_cast<const Scalar*>(weights + row * kScoreStride) + pair / Plane::kPack;
       product.out = states + row * state_.stride();
       product.rows = rows;
-      product.fresh = key == split.begin;
+      product.fresh = key == 0;
       product.fetcher = &fetcher;
-      multiply_heads(split.group, count, product);
-      key += count;
+      multiply_heads(split.group, late ? 1 : count, late, product);
+      key += late ? 1 : count;
     }
   }
 
-  // `count` tokens, all in one block, for all heads of the group.
-  void multiply_heads(const Group& group, int64_t count, Product<Plane> product) const {
+  // `count` tokens, all in one block, for all heads of the group; with `late` one, the second of its pair.
+  void multiply_heads(const Group& group, int64_t count, bool late, Product<Plane> product) const {
     const bool half = batch_.head_dim % kLanes != 0;
     const int64_t units = batch_.block_size * batch_.head_dim;
     product.column_stride = kLanes * Plane::kPack;
@@ -145,7 +156,10 @@ class DenseValues : public Values {
     for (int64_t head = 0; head < group.heads; head++) {
       if (product.steps) multiply(product, half);
       if constexpr (Plane::kPack == 2) {
-        if (count % 2) multiply(last_step(product), half);
+        if (late)
+          multiply(one_step<SecondOnly>(product, 0), half);
+        else if (count % 2)
+          multiply(one_step<FirstOnly>(product, product.steps), half);
       }
       product.vectors += units;
       product.scalars += group.rows * kScoreStride;

@@ -50,4 +50,14 @@ struct FirstOnly<BFloat16Plane> : BFloat16Plane {
   static Operand load_half(const Unit* from) { return first_of_pairs(load_half_pairs(from)); }
 };
 
+// The same where the first number of each pair lies before a window.
+template <class Plane>
+struct SecondOnly : Plane {};
+
+template <>
+struct SecondOnly<BFloat16Plane> : BFloat16Plane {
+  static Operand load(const Unit* from) { return second_of_pairs(load_pairs(from)); }
+  static Operand load_half(const Unit* from) { return second_of_pairs(load_half_pairs(from)); }
+};
+
 }  // namespace kvist

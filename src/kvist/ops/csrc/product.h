@@ -108,20 +108,20 @@ void multiply(const Product<Plane>& p, bool half) {
   if (half) product_columns<Plane, 1, true>(p, column, column + 1);
 }
 
-// The step after a product over pairs whose last pair is only half visible.
-template <class Plane>
-Product<FirstOnly<Plane>> last_step(const Product<Plane>& p) {
-  return {p.vectors + p.steps * p.step_stride,
+// One step of a product, of whose pairs only one half is visible.
+template <template <class> class Half, class Plane>
+Product<Half<Plane>> one_step(const Product<Plane>& p, int64_t step) {
+  return {p.vectors + step * p.step_stride,
           p.column_stride,
           p.step_stride,
-          p.scalars + p.steps,
+          p.scalars + step,
           p.scalar_stride,
           p.out,
           p.out_stride,
           p.rows,
           p.columns,
           1,
-          p.fresh && p.steps == 0,
+          p.fresh && step == 0,
           p.fetcher};
 }
 

@@ -110,6 +110,9 @@ inline Pairs load_pairs(const BFloat16* from) { return _mm512_loadu_si512(from);
 inline Pairs load_half_pairs(const BFloat16* from) { return _mm512_maskz_loadu_epi32(0xff, from); }
 inline Pairs spread_pair(uint32_t pair) { return _mm512_set1_epi32(static_cast<int>(pair)); }
 inline Pairs first_of_pairs(Pairs x) { return _mm512_and_si512(x, _mm512_set1_epi32(0xffff)); }
+inline Pairs second_of_pairs(Pairs x) {
+  return _mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+}
 
 // acc + both products of each pair.
 inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {

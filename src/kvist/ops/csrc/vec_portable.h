@@ -252,6 +252,11 @@ inline Pairs first_of_pairs(Pairs x) {
   return x;
 }
 
+inline Pairs second_of_pairs(Pairs x) {
+  KVIST_UNROLL for (int i = 0; i < kParts; i++) x.part[i] &= 0xffff0000u;
+  return x;
+}
+
 // acc + both products of each pair.
 inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
   return each([&](int i) {
