@@ -12,14 +12,20 @@ from typer.testing import CliRunner
 
 from kvist.base.errors import KvistError
 from kvist.bench import beside
-from kvist.bench.beside import SETTINGS, Setting, decode, prefill
+from kvist.bench.beside import SETTINGS, Setting, What
 from kvist.bench.gguf_models import random_gguf
 from kvist.bench.machine import Samples
 from kvist.bench.peers.worker import PeerError, Worker
 from kvist.bench.report import Report
 from kvist.bench.shapes import Shape
 from kvist.cli.app import app
+from kvist.models.config import read_config
+from kvist.models.gguf import config_of, parts_of
+from kvist.models.load import load
+from kvist.models.plain import PlainActivations
 from kvist.service.loaded import open_model
+from kvist.weights.gguf import GgufCheckpoint
+from kvist.weights.gguf_header import read_header
 
 FAKE = """
 import json, sys, time
@@ -96,7 +102,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[Setting, Fake]:
     made = {setting: Fake(0.5 * 2**number) for number, setting in enumerate(SETTINGS)}
 
     @contextlib.contextmanager
-    def workers(shape: str, weights: str, most: int, observe: Any) -> Any:
+    def workers(shape: str, weights: str, most: int, python: Path, observe: Any) -> Any:
         yield dict(made)
 
     monkeypatch.setattr(beside, "_workers", workers)
@@ -105,8 +111,12 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[Setting, Fake]:
     return made
 
 
+def measured(what: What, shape: str, lengths: list[int], kvs: list[str]) -> Report:
+    return beside.run(what, [shape], [beside.IK_WEIGHTS], lengths, kvs, 3, Path(), lambda what: None)
+
+
 def test_what_is_compared(fakes: dict[Setting, Fake]) -> None:
-    report = decode(beside.IK_SHAPE, beside.IK_WEIGHTS, [128, 0], ["fp32", "turbo4"], 3, lambda what: None)
+    report = measured(What.DECODE, beside.IK_SHAPE, [128, 0], ["fp32", "turbo4"])
     first = fakes[SETTINGS[0]]
     assert [asked for asked in first.asked if asked[0] == "fill"] == [("fill", 0), ("fill", 128)]
     assert first.asked.count(("decode", beside.STEPS)) == 2 * 4, (
@@ -129,7 +139,7 @@ def test_what_is_compared(fakes: dict[Setting, Fake]) -> None:
 
 
 def test_whole_prompts(fakes: dict[Setting, Fake]) -> None:
-    report = prefill("some", "int8", [70], ["fp32"], 3, lambda what: None)
+    report = measured(What.PREFILL, "some", [70], ["fp32"])
     speeds = {row.engine: row.value for row in report.rows if row.kv in ("fp32", SETTINGS[0].label)}
     assert speeds[beside.LLAMA_CPP] == pytest.approx(70 / 0.5)
     assert speeds["kvist"] > 0
@@ -148,16 +158,17 @@ def test_turns_go_there_and_back() -> None:
             order.append("read")
 
     asked = {SETTINGS[0]: lambda: call("theirs")}
-    mine, theirs, reads = beside._turns({"kv": lambda clock: call("ours")}, asked, Quiet(), 2)
+    mine, theirs, reads = beside._turns({"kv": lambda: call("ours")}, asked, Quiet(), 2)
     assert order == ["read", "theirs", "ours", "ours", "theirs", "read", "read", "theirs", "ours"]
     assert (len(mine["kv"].values), len(theirs[SETTINGS[0]].values), len(reads)) == (2, 2, 2)
     assert isinstance(mine["kv"], Samples)
 
 
-def test_without_the_other_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("KVIST_PEERS", str(tmp_path))
+def test_without_the_other_engine(tmp_path: Path) -> None:
     with pytest.raises(PeerError, match="make bench-peers"):
-        beside.peer_python(beside.LLAMA_CPP)
+        beside.peer_python(beside.LLAMA_CPP, tmp_path)
+    result = CliRunner().invoke(app, ["bench", "prefill", "--peers", str(tmp_path)])
+    assert "make bench-peers" in str(result.exception)
     result = CliRunner().invoke(app, ["bench", "decode", "--peer", "martian"])
     assert isinstance(result.exception, KvistError)
     assert "martian" in str(result.exception)
@@ -174,13 +185,6 @@ def test_the_same_random_weights_in_both_formats(monkeypatch: pytest.MonkeyPatch
     path = random_gguf("tiny", "bf16")
     plain = open_model(str(path.parent))
     assert path == random_gguf("tiny", "bf16")
-    from kvist.models.config import read_config
-    from kvist.models.gguf import config_of, parts_of
-    from kvist.models.load import load
-    from kvist.models.plain import PlainActivations
-    from kvist.weights.gguf import GgufCheckpoint
-    from kvist.weights.gguf_header import read_header
-
     header = read_header(path)
     config = replace(read_config(config_of(header), "x"), max_positions=plain.config.max_positions)
     model = load(GgufCheckpoint(header, parts_of(header, config)), config, PlainActivations(), torch.bfloat16)

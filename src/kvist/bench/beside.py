@@ -5,9 +5,9 @@ which computes its context once and goes back to it after each measurement; ours
 is left out at greater lengths, where filling it would take long. The best setting at each length is what counts."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -56,9 +56,8 @@ SETTINGS = (
 )
 
 
-def peer_python(name: str) -> Path:
-    """The python of a peer's environment. Raises `PeerError` where there is none."""
-    folder = Path(os.environ.get("KVIST_PEERS", "build/peers"))
+def peer_python(name: str, folder: Path) -> Path:
+    """The python of a peer's environment below `folder`. Raises `PeerError` where there is none."""
     python = folder / name / "bin" / "python"
     if not python.exists():
         raise PeerError(f"{name} is not in {folder}; make bench-peers builds it")
@@ -77,14 +76,14 @@ class Ours:
     def fill(self, tokens: int) -> None:
         FilledCache.of(self._runner).append_random(self._lease, tokens - self._lease.length)
 
-    def decode(self, clock: Callable[[], float]) -> float:
-        """Seconds a token."""
+    def decode(self, tokens: int, clock: Callable[[], float]) -> float:
+        """Seconds a token, of so many."""
         depth, start = self._lease.length, clock()
-        for _ in range(STEPS):
+        for _ in range(tokens):
             self._runner.run([Work(self._lease, [1], logits=1)])
         seconds = clock() - start
         self._runner.manager.rollback(self._lease, depth)
-        return seconds / STEPS
+        return seconds / tokens
 
     def prefill(self, tokens: int, clock: Callable[[], float]) -> float:
         """Seconds of a whole prompt."""
@@ -97,55 +96,94 @@ class Ours:
         return seconds
 
 
-def decode(
-    shape: str, weights: str, contexts: Sequence[int], kvs: Sequence[str], rounds: int, observe: Callable[[str], None]
+class What(StrEnum):
+    """What is measured: steps of one token behind contexts of each length, or whole prompts of each length."""
+
+    DECODE = "decode"
+    PREFILL = "prefill"
+
+
+def run(
+    what: What,
+    shapes: Sequence[str],
+    weights: Sequence[str],
+    lengths: Sequence[int],
+    kvs: Sequence[str],
+    rounds: int,
+    python: Path,
+    observe: Callable[[str], None],
 ) -> Report:
-    """Steps of one token at each length. Raises `PeerError` without llama.cpp."""
-    contexts = sorted(contexts)
+    """Every shape with each of `weights`, at each length. `python`: that of llama.cpp's environment. Raises
+    `PeerError` where it fails."""
     report, memory = Report(facts()), Memory()
-    ours = [Ours(loaded, contexts[-1]) for loaded in _models(shape, weights, kvs)]
     reads: list[float] = []
-    with _workers(shape, weights, contexts[-1], observe) as workers:
-        for context in contexts:
-            for one in ours:
-                one.fill(context)
-            for setting, worker in workers.items():
-                observe(f"{shape} {weights}: filling {context:,} tokens of {LLAMA_CPP}, {setting.label}")
-                worker.ask("fill", context)
-            observe(f"{shape} {weights}: decoding at {context:,}")
-            runs = {one.kv: one.decode for one in ours}
-            asked = {setting: partial(worker.ask, "decode", STEPS) for setting, worker in workers.items()}
-            mine, others, read = _turns(runs, asked, memory, rounds)
-            reads += read
-            what = f"decode {shape} {weights} {context}"
-            best = _compare(report, what, shape, weights, context, mine, others, 1)
-            _add_scaled(report, what, shape, weights, context, others)
-            for setting in [s for s, time in others.items() if best.median / time.median < FAR_BEHIND]:
-                workers.pop(setting).close()
+    for shape in shapes:
+        for bits in weights:
+            case = _Case(what, shape, bits, report, memory, rounds, observe)
+            reads += case.run(sorted(lengths), kvs, python)
     report.machine["read_gb_s"] = Samples(tuple(reads)).map(memory.gb_s).median
     return report
 
 
-def prefill(
-    shape: str, weights: str, lengths: Sequence[int], kvs: Sequence[str], rounds: int, observe: Callable[[str], None]
-) -> Report:
-    """Whole prompts of each length. Raises `PeerError` without llama.cpp."""
-    lengths = sorted(lengths)
-    report, memory = Report(facts()), Memory()
-    ours = [Ours(loaded, lengths[-1]) for loaded in _models(shape, weights, kvs)]
-    reads: list[float] = []
-    with _workers(shape, weights, lengths[-1], observe) as workers:
-        for length in lengths:
-            observe(f"{shape} {weights}: prompts of {length:,}")
-            runs = {one.kv: partial(one.prefill, length) for one in ours}
-            asked = {setting: partial(worker.ask, "prefill", length) for setting, worker in workers.items()}
-            mine, others, read = _turns(runs, asked, memory, rounds)
-            reads += read
-            best = _compare(report, f"prompt {shape} {weights} {length}", shape, weights, length, mine, others, length)
-            for setting in [s for s, time in others.items() if best.median / time.median < FAR_BEHIND]:
-                workers.pop(setting).close()
-    report.machine["read_gb_s"] = Samples(tuple(reads)).map(memory.gb_s).median
-    return report
+@dataclass(frozen=True)
+class _Case:
+    """One shape with weights of so many bits."""
+
+    what: What
+    shape: str
+    weights: str
+    report: Report
+    memory: Memory
+    rounds: int
+    observe: Callable[[str], None]
+
+    def run(self, lengths: Sequence[int], kvs: Sequence[str], python: Path) -> list[float]:
+        """Adds rows and ratios to the report. Returns how long each reading of the memory took."""
+        ours = [Ours(loaded, lengths[-1]) for loaded in _models(self.shape, self.weights, kvs)]
+        reads: list[float] = []
+        with _workers(self.shape, self.weights, lengths[-1], python, self.observe) as workers:
+            for length in lengths:
+                if self.what is What.DECODE:
+                    self._fill(ours, workers, length)
+                self.observe(f"{self.shape} {self.weights}: {self.what} at {length:,}")
+                tokens = STEPS if self.what is What.DECODE else length
+                runs = {one.kv: partial(getattr(one, self.what), tokens, perf_counter) for one in ours}
+                asked = {setting: partial(worker.ask, self.what, tokens) for setting, worker in workers.items()}
+                mine, others, read = _turns(runs, asked, self.memory, self.rounds)
+                reads += read
+                best = self._compare(length, mine, others)
+                for setting in [s for s, time in others.items() if best.median / time.median < FAR_BEHIND]:
+                    workers.pop(setting).close()
+        return reads
+
+    def _fill(self, ours: Sequence[Ours], workers: dict[Setting, Worker], length: int) -> None:
+        for one in ours:
+            one.fill(length)
+        for setting, worker in workers.items():
+            self.observe(f"{self.shape} {self.weights}: filling {length:,} tokens of {LLAMA_CPP}, {setting.label}")
+            worker.ask("fill", length)
+
+    def _compare(self, length: int, ours: dict[str, Samples], theirs: dict[Setting, Samples]) -> Samples:
+        """Rows of all, and ratios of ours to their best setting, round by round; returns that."""
+        name = f"{self.what} {self.shape} {self.weights} {length}"
+        tokens = 1 if self.what is What.DECODE else length
+        named = [("kvist", kv, time) for kv, time in ours.items()]
+        named += [(LLAMA_CPP, setting.label, time) for setting, time in theirs.items()]
+        for engine, kv, time in named:
+            self._add(name, engine, kv, length, time.map(lambda s: tokens / s))
+        setting, best = min(theirs.items(), key=lambda item: item[1].median)
+        for kv, time in ours.items():
+            ratio = best.over(time).median
+            self.report.ratios.append(Ratio(name, f"kvist {kv}", f"{LLAMA_CPP} {setting.label}", ratio))
+        if self.what is What.DECODE and self.shape == IK_SHAPE and self.weights == IK_WEIGHTS and length in IK:
+            # What it would reach here if it were as far ahead of llama.cpp as where both were measured.
+            fork, original = IK[length]
+            self._add(name, "ik_llama.cpp, scaled", "its best", length, best.map(lambda s: fork / original / s))
+        return best
+
+    def _add(self, name: str, engine: str, kv: str, length: int, speed: Samples) -> None:
+        row = Row(name, engine, self.shape, self.weights, kv, length, 1, speed.median, "tokens/s", speed.spread)
+        self.report.rows.append(row)
 
 
 def _models(shape: str, weights: str, kvs: Sequence[str]) -> Iterator[Loaded]:
@@ -154,8 +192,10 @@ def _models(shape: str, weights: str, kvs: Sequence[str]) -> Iterator[Loaded]:
 
 
 @contextlib.contextmanager
-def _workers(shape: str, weights: str, most: int, observe: Callable[[str], None]) -> Iterator[dict[Setting, Worker]]:
-    python, model, workers = peer_python(LLAMA_CPP), random_gguf(shape, weights), dict[Setting, Worker]()
+def _workers(
+    shape: str, weights: str, most: int, python: Path, observe: Callable[[str], None]
+) -> Iterator[dict[Setting, Worker]]:
+    model, workers = random_gguf(shape, weights), dict[Setting, Worker]()
     first = {"model": str(model), "most": most, "threads": torch.get_num_threads()}
     try:
         for setting in SETTINGS:
@@ -169,7 +209,7 @@ def _workers(shape: str, weights: str, most: int, observe: Callable[[str], None]
 
 
 def _turns(
-    ours: dict[str, Callable[[Callable[[], float]], float]],
+    ours: dict[str, Callable[[], float]],
     theirs: dict[Setting, Callable[[], float]],
     memory: Memory,
     rounds: int,
@@ -181,8 +221,7 @@ def _turns(
         memory.read()
         return perf_counter() - start
 
-    calls: list[tuple[object, Callable[[], float]]] = [(kv, partial(run, perf_counter)) for kv, run in ours.items()]
-    calls += [*theirs.items(), (None, read)]
+    calls: list[tuple[object, Callable[[], float]]] = [*ours.items(), *theirs.items(), (None, read)]
     seconds: dict[object, list[float]] = {name: [] for name, _ in calls}
     for number in range(rounds + 1):
         for name, call in calls if number % 2 else reversed(calls):
@@ -191,37 +230,3 @@ def _turns(
                 seconds[name].append(found)
     taken = {name: Samples(tuple(values)) for name, values in seconds.items()}
     return {kv: taken[kv] for kv in ours}, {s: taken[s] for s in theirs}, seconds[None]
-
-
-def _compare(
-    report: Report,
-    what: str,
-    shape: str,
-    weights: str,
-    context: int,
-    ours: dict[str, Samples],
-    theirs: dict[Setting, Samples],
-    tokens: int,
-) -> Samples:
-    """Rows of all, and ratios of ours to their best setting, round by round; returns that."""
-    named = [("kvist", kv, time) for kv, time in ours.items()]
-    named += [(LLAMA_CPP, setting.label, time) for setting, time in theirs.items()]
-    for engine, kv, time in named:
-        speed = time.map(lambda s: tokens / s)
-        report.rows.append(Row(what, engine, shape, weights, kv, context, 1, speed.median, "tokens/s", speed.spread))
-    setting, best = min(theirs.items(), key=lambda item: item[1].median)
-    for kv, time in ours.items():
-        report.ratios.append(Ratio(what, f"kvist {kv}", f"{LLAMA_CPP} {setting.label}", best.over(time).median))
-    return best
-
-
-def _add_scaled(
-    report: Report, what: str, shape: str, weights: str, context: int, theirs: dict[Setting, Samples]
-) -> None:
-    """What ik_llama.cpp would reach here if it were as far ahead of llama.cpp as where both were measured."""
-    if shape != IK_SHAPE or weights != IK_WEIGHTS or context not in IK:
-        return
-    fork, original = IK[context]
-    speed = fork / original / min(time.median for time in theirs.values())
-    row = Row(what, "ik_llama.cpp, scaled", shape, weights, "its best", context, 1, speed, "tokens/s", (speed, speed))
-    report.rows.append(row)

@@ -9,22 +9,12 @@ from gguf import GGMLQuantizationType as Kind
 from kvist.base.files import atomic_file
 from kvist.bench.models import CONTEXT, random_model
 from kvist.bench.shapes import shape_named
+from kvist.models.gguf import file_name
 from kvist.service.loaded import Loaded
 from kvist.weights.checkpoint import Checkpoint
+from kvist.weights.gguf import woven_rows
 
 KINDS = {"int8": Kind.Q8_0, "int4": Kind.Q4_0, "bf16": Kind.BF16}  # of GGUF, with as many bits
-_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 def random_gguf(name: str, weights: str) -> Path:
@@ -60,24 +50,15 @@ def _write(path: Path, loaded: Loaded, name: str, kind: Kind) -> None:
     writer.add_eos_token_id(1)
     checkpoint = Checkpoint(loaded.directory)
     for theirs, tensor in checkpoint.stream(checkpoint.names()):
-        numbers = tensor.float().numpy()
-        stem, _, ending = theirs.rpartition(".")
-        if family == "llama" and stem.endswith(("q_proj", "k_proj")):
-            heads = shape.heads if stem.endswith("q_proj") else shape.kv_heads
-            numbers = numbers.reshape(heads, 2, -1, numbers.shape[-1]).swapaxes(1, 2).reshape(numbers.shape)
+        numbers, (where, heads) = tensor.float().numpy(), file_name(family, theirs, config)
+        if heads is not None:  # rows in the order in which they are read back
+            numbers = numbers[np.argsort(woven_rows(len(numbers), heads))]
         numbers = np.ascontiguousarray(numbers)
         if numbers.ndim == 1:
-            writer.add_tensor(_named(stem, ending), numbers)
+            writer.add_tensor(where, numbers)
         else:
-            writer.add_tensor(_named(stem, ending), gguf.quants.quantize(numbers, kind), raw_dtype=kind)
+            writer.add_tensor(where, gguf.quants.quantize(numbers, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _named(stem: str, ending: str) -> str:
-    if stem in _OUTER:
-        return f"{_OUTER[stem]}.{ending}"
-    _, _, number, inner = stem.split(".", 3)
-    return f"blk.{number}.{_NAMES[inner]}.{ending}"

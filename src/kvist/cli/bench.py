@@ -28,7 +28,10 @@ Kvs = Annotated[
     list[str] | None,
     typer.Option("--kv", metavar="CODECS", help="May be given several times; by default bf16, turbo4."),
 ]
-Peer = Annotated[str | None, typer.Option(metavar="llama.cpp", help="Beside this engine; make bench-peers builds it.")]
+PEERS = Path("build/peers")
+Folder = Annotated[
+    Path, typer.Option("--peers", metavar="DIR", help="Where make bench-peers has built the other engines.")
+]
 KVS = ("bf16", "turbo4")
 
 
@@ -66,7 +69,10 @@ def decode(
         list[str] | None,
         typer.Option(metavar="int8|int4", help="Packed weights instead; may be given several times."),
     ] = None,
-    peer: Peer = None,
+    peer: Annotated[
+        str | None, typer.Option(metavar="llama.cpp", help="Beside this engine; make bench-peers builds it.")
+    ] = None,
+    peers: Folder = PEERS,
     as_json: Json = False,
 ) -> None:
     """Whole decode steps and prefills at growing depths over each KV codec, random weights in standard shapes; or steps
@@ -74,7 +80,7 @@ def decode(
     from rich.console import Console
 
     if peer is not None:
-        _beside("decode", peer, shape, weights, context, "--context", kv, rounds, as_json)
+        _beside("decode", peer, peers, shape, weights, numbers(context, "--context", "0,4096", 0), kv, rounds, as_json)
         return
 
     from kvist.bench import decode as bench
@@ -93,7 +99,6 @@ def decode(
 
 @app.command()
 def prefill(
-    peer: Peer,
     shape: Shapes = DECODE_SHAPES,
     tokens: Annotated[str, typer.Option(metavar="N,...", help="Tokens of whole prompts.")] = "512,4096",
     kv: Kvs = None,
@@ -102,19 +107,21 @@ def prefill(
         list[str] | None,
         typer.Option(metavar="int8|int4|bf16", help="May be given several times; by default int8."),
     ] = None,
+    peer: Annotated[str, typer.Option(metavar="llama.cpp", help="The other engine.")] = "llama.cpp",
+    peers: Folder = PEERS,
     as_json: Json = False,
 ) -> None:
     """Whole prompts beside another engine, random weights in standard shapes."""
-    _beside("prefill", peer or "", shape, weights, tokens, "--tokens", kv, rounds, as_json)
+    _beside("prefill", peer, peers, shape, weights, numbers(tokens, "--tokens", "512,4096"), kv, rounds, as_json)
 
 
 def _beside(
     what: str,
     peer: str,
+    peers: Path,
     shape: str,
     weights: list[str] | None,
-    lengths: str,
-    option: str,
+    lengths: list[int],
     kv: list[str] | None,
     rounds: int,
     as_json: bool,
@@ -122,30 +129,17 @@ def _beside(
     from rich.console import Console
 
     from kvist.bench import beside
-    from kvist.bench.report import Report
 
     if peer != beside.LLAMA_CPP:
         raise KvistError(f"--peer {peer} is not known; {beside.LLAMA_CPP} is")
     if unknown := next((name for name in weights or () if name not in ("int8", "int4", "bf16")), None):
         raise KvistError(f"--weights {unknown} is not compared; choose among int8, int4, bf16")
-    found, measure = list[Report](), {"decode": beside.decode, "prefill": beside.prefill}[what]
-    counts = [
-        number - 1
-        for number in numbers(
-            ",".join(str(int(n) + 1) if n.isdigit() else n for n in lengths.split(",")), option, "0,4096"
-        )
-    ]
+    python, shapes = beside.peer_python(peer, peers), shape.split(",")
     with Console(stderr=True).status("measuring", spinner="line") as status:
-        for name in shape.split(","):
-            for how in weights or ["int8"]:
-                observe = lambda text: status.update(f"measuring · {text}")  # noqa: E731
-                found.append(measure(name, how, counts, kv or ("turbo4",), rounds, observe))
-    reads = [report.machine["read_gb_s"] for report in found]
-    whole = Report(found[0].machine | {"read_gb_s": sorted(reads)[len(reads) // 2]})
-    for report in found:
-        whole.rows.extend(report.rows)
-        whole.ratios.extend(report.ratios)
-    _print(whole, as_json)
+        observe = lambda text: status.update(f"measuring · {text}")  # noqa: E731
+        kvs, bits = kv or ("turbo4",), weights or ["int8"]
+        report = beside.run(beside.What(what), shapes, bits, lengths, kvs, rounds, python, observe)
+    _print(report, as_json)
 
 
 @app.command()

@@ -56,6 +56,10 @@ class _Architecture:
     woven: bool = False
     turned: frozenset[str] = frozenset()
 
+    def woven_heads(self, theirs: str, config: ModelConfig) -> int | None:
+        """Into how many heads the rows of a block's tensor are woven; None where they are not."""
+        return {"attn_q": config.heads, "attn_k": config.kv_heads}.get(theirs) if self.woven else None
+
 
 def config_of(header: GgufHeader) -> dict[str, Any]:
     """What would stand in the model's `config.json`. Raises `ConfigError` for an architecture that is not known,
@@ -85,10 +89,21 @@ def parts_of(header: GgufHeader, config: ModelConfig) -> dict[str, Part]:
             raise WeightsError(
                 f"{header.path}: tensor {name!r} has no place in the architecture {header.architecture!r}"
             )
-        heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(theirs) if architecture.woven else None
+        heads = architecture.woven_heads(theirs, config)
         turned = theirs in architecture.turned and ending == "weight"
         parts[f"{where}.{ending}"] = Part(tensor, heads, turned)
     return parts
+
+
+def file_name(architecture: str, name: str, config: ModelConfig) -> tuple[str, int | None]:
+    """The other way: what a tensor of Hugging Face is called in files of an architecture, and how many heads its rows
+    are woven into there, if any."""
+    known, (stem, _, ending) = _ARCHITECTURES[architecture], name.rpartition(".")
+    if found := next((theirs for theirs, ours in known.outer.items() if ours == stem), None):
+        return f"{found}.{ending}", None
+    number, _, inner = stem.removeprefix(known.prefix.partition("{")[0]).partition(".")
+    theirs = next(theirs for theirs, ours in known.block.items() if ours == inner)
+    return f"blk.{number}.{theirs}.{ending}", known.woven_heads(theirs, config)
 
 
 def _architecture(header: GgufHeader) -> _Architecture:

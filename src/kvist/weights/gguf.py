@@ -46,10 +46,12 @@ class Part:
 
     def order(self) -> np.ndarray | None:
         """In which order rows lie in the file; None where it is their own."""
-        if self.heads is None:
-            return None
-        half = self.rows // self.heads // 2
-        return np.arange(self.rows).reshape(self.heads, half, 2).swapaxes(1, 2).reshape(-1)
+        return None if self.heads is None else woven_rows(self.rows, self.heads)
+
+
+def woven_rows(rows: int, heads: int) -> np.ndarray:
+    """Where each row stands when the two halves of each of `heads` heads are woven into each other, [rows]."""
+    return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
 class GgufCheckpoint:
