@@ -141,7 +141,10 @@ def test_operators_satisfy_pytorch(name, dtype):
     planes = (cache.keys.nan_to_num(), cache.values.nan_to_num())
     vectors = (torch.randn(3, HEADS, DIM), torch.randn(3, HEADS, DIM), torch.tensor([5, -1, 9]))
     metadata = (cache.tables, int32([0, 4]), int32([LENGTH]), 0.25)
-    torch.library.opcheck(ops.write, (*planes, *vectors))
-    torch.library.opcheck(ops.attend, (torch.randn(5, HEADS * 2, DIM), *planes, *metadata))
-    torch.library.opcheck(ops.silu_mul, (torch.randn(5, 12).to(dtype),))
-    torch.library.opcheck(ops.gelu, (torch.randn(5, 12).to(dtype), True))
+    for operator, arguments in (
+        (ops.write, (*planes, *vectors)),
+        (ops.attend, (torch.randn(5, HEADS * 2, DIM), *planes, *metadata)),
+        (ops.silu_mul, (torch.randn(5, 12).to(dtype),)),
+        (ops.gelu, (torch.randn(5, 12).to(dtype), True)),
+    ):
+        assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}

@@ -42,8 +42,9 @@ class Kept:
         windows: list[int] | None = None,
     ):
         base = make_runner(config or (LLAMA if kv == "fp32" else TALL), kv=kv)
-        sizes = 4, 4, identity, windows
-        runner = Runner(base.model, base.layout, blocks, base.backend, None, *sizes)
+        runner = Runner(
+            base.model, base.layout, blocks, base.backend, sequences=4, tails=4, identity=identity, windows=windows
+        )
         self.disk = DiskTier(folder, budget)
         self.kept = KeptCache([self.disk], base.layout.block_bytes)
         self.engine = Engine(runner, kept=self.kept)

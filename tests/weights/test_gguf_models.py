@@ -224,7 +224,7 @@ def test_more_than_there_is_memory_for(tmp_path: Path, monkeypatch: pytest.Monke
     assert open_model(str(file), weights="int8").model.is_packed
     monkeypatch.setattr("kvist.service.packing.free_memory", lambda: 100)
     with pytest.raises(ConfigError, match="even as int4"):
-        check_memory(loaded.config, loaded.backend, torch.float32)
+        check_memory(loaded.model, torch.float32, loaded.backend)
 
 
 TEXTS = ["Hello  world\n\n", "naïve café 東京 123456 🙂", "don't   stop", "\tx = 3.14; // ok", "<|end|>a<|end|>", ""]

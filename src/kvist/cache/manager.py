@@ -10,10 +10,9 @@ lives in `table[i // block_size]` at offset `i % block_size`. The tokens of a le
 The table is always exactly as long as these tokens need. A block with several holders is never written: `reserve`
 replaces those that it would write by copies and says which bytes the store must copy before the step runs.
 
-A cache with lossy codecs also has a pool of open blocks, which hold tokens in full precision. `open` maps a block's
-index to its open block: between steps the one that is partly filled, during a step the first and the last that it
-writes. Those in between are filled within the step and need none of their own. Without its open block a block can only
-be kept whole: a lease that is cut within one ends where that block begins, and its owner computes the rest again.
+A cache with lossy codecs also has a pool of open blocks, which hold tokens in full precision; see `open_blocks`.
+Without its open block a block can only be kept whole: a lease that is cut within one ends where that block begins, and
+its owner computes the rest again.
 
 A prefix tree lets leases share what is already computed. `adopt` lengthens a lease by what the tree holds of its
 tokens, `publish` puts its full blocks there, `release` also its last, partly filled one. What the tree alone holds is
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 from kvist.base.errors import InvariantError, OutOfBlocks
 from kvist.base.events import Adopted, CacheEvent, Committed, Evicted, Listener, Released, Reserved, RolledBack
 from kvist.cache.keys import chain_key
+from kvist.cache.open_blocks import OpenBlocks
 from kvist.cache.pool import BlockPool
 from kvist.cache.spec import Window
 from kvist.cache.tree import Node, PrefixTree
@@ -96,6 +96,7 @@ class CacheManager:
         self.block_size = block_size
         self._open_tails = open_tails
         self.tree = PrefixTree(pool, block_size, open_pool, identity)
+        self._opened = None if open_pool is None else OpenBlocks(open_pool, self.tree, block_size, self._tell_evicted)
         self.evicted: Callable[[Node], None] = lambda node: None
         self.losing: Callable[[Node], None] = lambda node: None
         self.windows = [WindowGroup(*group, block_size, place) for place, group in enumerate(windows)]
@@ -169,12 +170,14 @@ class CacheManager:
         missing = max(0, end - len(lease.table))
         if missing + len(shared) > self.available:
             raise OutOfBlocks(missing + len(shared), self.available)
-        self._require_open(lease, first, end)
+        if self._opened is not None:
+            self._opened.require(lease, first, end)
         for group in self.windows:
             group.trim(lease)
             if (wanted := group.missing(lease, first, end)) > group.available:
                 raise OutOfBlocks(wanted, group.available)
-        copies = self._open_blocks(lease, first, end)
+        opened = self._opened.reserve(lease, first, end) if self._opened is not None else []
+        copies = [Copy(*pair, open=True) for pair in opened]
         for group in self.windows:
             copies += [Copy(*pair, window=group.place) for pair in group.reserve(lease, first, end)]
         taken = iter(self._take(missing + len(shared)))
@@ -290,10 +293,8 @@ class CacheManager:
             self.pool.share(block)
         for group in self.windows:
             group.share(lease, twin)
-        if self.open_pool is not None:
-            twin.open = lease.open.copy()
-            for block in twin.open.values():
-                self.open_pool.share(block)
+        if self._opened is not None:
+            self._opened.share(lease, twin)
         return twin
 
     def release(self, lease: Lease, tokens: Sequence[int] | None = None) -> None:
@@ -317,9 +318,10 @@ class CacheManager:
         """Raises `InvariantError` unless counts equal table entries and no block that may be written is shared."""
         self.pool.check()
         holders = [0] * self.pool.capacity
-        self._check_open()
+        if self._opened is not None:
+            self._opened.check(list(self._leases.values()))
         for group in self.windows:
-            group.check(list(self._leases.values()), self.block_size)
+            group.check(list(self._leases.values()))
         self.tree.check()
         for node in self.tree.nodes():
             holders[node.block] += 1
@@ -356,11 +358,10 @@ class CacheManager:
         Tail first: the free list is a stack, so it hands them out again in the order of positions.
         """
         partial = length // self.block_size if length % self.block_size else None
-        if self.open_pool is not None:
+        if self._opened is not None:
             if partial is not None and partial not in lease.open:
                 length, partial = partial * self.block_size, None
-            for index in [index for index in lease.open if index != partial]:
-                self.open_pool.give_back(lease.open.pop(index))
+            self._opened.cut(lease, partial)
         if not all(group.is_complete(lease, length) for group in self.windows):
             return self._keep(lease, 0)
         kept = self.blocks_for(length)
@@ -407,61 +408,6 @@ class CacheManager:
         key = chain_key(self.tree.root(PUBLIC).key, public, self.block_size)
         return self.tree.root(f"{namespace}{PUBLIC}{key.hex()}")
 
-    def _wanted_open(self, lease: Lease, first: int, end: int) -> tuple[list[int], list[int]]:
-        """Indices of the blocks to open for a step that writes blocks `first` to `end`, and of the shared open ones."""
-        assert self.open_pool is not None
-        wanted = sorted({first, end - 1})
-        held = [index for index in wanted if index in lease.open]
-        return [index for index in wanted if index not in lease.open], [
-            index for index in held if self.open_pool.count(lease.open[index]) > 1
-        ]
-
-    def _require_open(self, lease: Lease, first: int, end: int) -> None:
-        """Raises `OutOfBlocks` when the open blocks of a step cannot be had."""
-        if self.open_pool is None:
-            return
-        needed = sum(map(len, self._wanted_open(lease, first, end)))
-        if needed > self.open_pool.free + self.tree.idle_open:
-            raise OutOfBlocks(needed, self.open_pool.free + self.tree.idle_open)
-
-    def _open_blocks(self, lease: Lease, first: int, end: int) -> list[Copy]:
-        """Open what a step needs; returns the copies to make of open blocks that others hold too."""
-        if self.open_pool is None:
-            return []
-        fresh, shared = self._wanted_open(lease, first, end)
-        while self.open_pool.free < len(fresh) + len(shared):
-            self._tell_evicted(self.tree.evict_open())
-        taken = iter(self.open_pool.take(len(fresh) + len(shared)))
-        copies = []
-        for index in shared:
-            target = next(taken)
-            copies.append(Copy(lease.open[index], target, open=True))
-            self.open_pool.give_back(lease.open[index])
-            lease.open[index] = target
-        lease.open.update(zip(fresh, taken, strict=True))
-        return copies
-
-    def _check_open(self) -> None:
-        if self.open_pool is None:
-            return
-        self.open_pool.check()
-        holders = [0] * self.open_pool.capacity
-        for lease in self._leases.values():
-            first, end = lease.length // self.block_size, self.blocks_for(lease.length + lease.reserved)
-            expected = {first, end - 1} if lease.reserved else {first} if lease.length % self.block_size else set()
-            if set(lease.open) != expected:
-                raise InvariantError(f"lease {lease.id} has blocks {sorted(lease.open)} open and needs {expected}")
-            for block in lease.open.values():
-                holders[block] += 1
-                if lease.reserved and self.open_pool.count(block) != 1:
-                    raise InvariantError(f"lease {lease.id} shares an open block that it is about to write")
-        for node in self.tree.nodes():
-            if node.open is not None:
-                holders[node.open] += 1
-        for block, count in enumerate(holders):
-            if self.open_pool.count(block) != count:
-                raise InvariantError(f"open block {block} has count {self.open_pool.count(block)}, {count} holders")
-
     def _shared(self, lease: Lease, first: int, end: int) -> list[int]:
         """Indices of the lease's blocks from `first` to `end` that it shares, and would write."""
         return [index for index in range(first, min(end, len(lease.table))) if self.pool.count(lease.table[index]) > 1]
@@ -480,7 +426,7 @@ class CacheManager:
         """Put the lease's last, partly filled block into the prefix tree, unless something there already serves."""
         index, filled = divmod(lease.length, self.block_size)
         tail = tuple(tokens[lease.length - filled : lease.length])
-        if not filled or (self.open_pool is not None and not (self._open_tails and index in lease.open)):
+        if not filled or (self._opened is not None and not (self._open_tails and index in lease.open)):
             return
         if self.tree.partial(lease.tip, tail)[1] < filled:
             node = self._insert(lease.tip, tail, lease.table[index], lease.open.get(index))

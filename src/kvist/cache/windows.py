@@ -140,7 +140,7 @@ class WindowGroup:
         if node is not None and self.pool.count(block) == 1:
             self._idle[node] = None
 
-    def check(self, leases: Sequence["Lease"], block_size: int) -> None:
+    def check(self, leases: Sequence["Lease"]) -> None:
         """Raises `InvariantError` unless counts equal holders, and leases hold what they need."""
         self.pool.check()
         holders = [0] * self.pool.capacity
@@ -149,10 +149,10 @@ class WindowGroup:
             if node.windows[self.place] != block:
                 raise InvariantError(f"block {block} of a window is that of a node which says otherwise")
         for lease in leases:
-            table, end = lease.windows[self.place], -(-(lease.length + lease.reserved) // block_size)
+            table, end = lease.windows[self.place], -(-(lease.length + lease.reserved) // self._size)
             if not self.is_complete(lease, lease.length) or any(index >= end for index in table):
                 raise InvariantError(f"lease {lease.id} holds blocks {sorted(table)} of a window at {lease.length}")
-            first = lease.length // block_size
+            first = lease.length // self._size
             if lease.reserved and any(self.pool.count(table[index]) != 1 for index in range(first, end)):
                 raise InvariantError(f"lease {lease.id} shares a block of a window that it is about to write")
             for block in table.values():

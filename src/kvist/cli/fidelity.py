@@ -30,7 +30,10 @@ def fidelity(
     ] = None,
     weights: Annotated[
         list[str] | None,
-        typer.Option(metavar="int8|int4", help="Also packed weights, over the cache in full precision; several times."),
+        typer.Option(
+            metavar="int8|int4",
+            help="Also packed weights (and a quantized file's own), over the cache in full precision; several times.",
+        ),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Held-out text in UTF-8; a built-in one when left out.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Of the text, in all; 4096 when left out.")] = None,
@@ -54,8 +57,12 @@ def fidelity(
         raise KvistError("--plot needs matplotlib, which is missing; pip install 'kvist[plots]' brings it")
     words = None if text is None else read_text(text)
     base = open_model(model, dtype=dtype)
+    packed = []
+    if weights and base.model.is_packed:  # as the file has them; held against what they are decoded to
+        packed.append(base)
+        base = open_model(model, kv=base.layout.kv, weights=base.layout.kv)
     others = {choice: base.with_kv(choice) for choice in kv or (() if weights else DEFAULT_KV)}
-    packed = [open_model(model, dtype=dtype, kv=base.layout.kv, weights=one) for one in weights or ()]
+    packed += [open_model(model, dtype=dtype, kv=base.layout.kv, weights=one) for one in weights or ()]
     words = built_in_text(base.tokenizer()) if words is None else words
     parts = windows(base, words, tokens or TOKENS, length or min(base.config.max_positions, LENGTH))
     with Console(stderr=True).status("fidelity", spinner="line") as status, graceful_interrupt() as interrupt:

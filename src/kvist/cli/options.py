@@ -28,7 +28,10 @@ Kv = Annotated[
 ]
 Weights = Annotated[
     str | None,
-    typer.Option(metavar="int8|int4", help="Pack the matrices into numbers of so many bits; by default as stored."),
+    typer.Option(
+        metavar="int8|int4|bf16",
+        help="Pack the matrices into 8 or 4 bits, or decode a quantized file; default: as stored.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 

@@ -85,6 +85,12 @@ class Decoder(nn.Module, ABC):
         for name, weight in weights_of(self).items():
             weight.pack(*grouping(f"{name}.weight", weight.columns), operators)
 
+    def zero_packed(self) -> None:
+        """Have all packed weights hold zeros, as when they are allocated."""
+        for weight in weights_of(self).values():
+            if weight.codes is not None:
+                weight.codes.zero_()
+
     @property
     def is_packed(self) -> bool:
         return self.embed.is_packed

@@ -49,7 +49,7 @@ class _Architecture:
     `woven`: q and k have their rotated halves woven into each other. `turned`: linear weights that the checkpoints of
     Hugging Face store as [in, out]."""
 
-    config: Callable[[GgufHeader], dict[str, Any]]
+    config: Callable[["_Facts"], dict[str, Any]]
     block: Mapping[str, str]
     outer: Mapping[str, str]
     prefix: str = _BLOCK
@@ -68,8 +68,10 @@ def config_of(header: GgufHeader) -> dict[str, Any]:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise WeightsError(f"{header.path}: there is no tensor 'token_embd.weight' of two dimensions")
-    tied = "output.weight" not in header.tensors
-    return architecture.config(header) | {"vocab_size": embedding.shape[0], "tie_word_embeddings": tied}
+    tied, facts = "output.weight" not in header.tensors, _Facts(header)
+    config = architecture.config(facts)
+    facts.finish()
+    return config | {"vocab_size": embedding.shape[0], "tie_word_embeddings": tied}
 
 
 def parts_of(header: GgufHeader, config: ModelConfig) -> dict[str, Part]:
@@ -114,11 +116,47 @@ def _architecture(header: GgufHeader) -> _Architecture:
     return found
 
 
-def _llama_like(model_type: str) -> Callable[[GgufHeader], dict[str, Any]]:
-    def read(header: GgufHeader) -> dict[str, Any]:
-        def get(key: str, kind: type, default: Any = ...) -> Any:
-            return header.get(f"{header.architecture}.{key}", kind, default)
+# What changes nothing, or says again what the tensors say.
+_INERT = frozenset(
+    {
+        "attention.layer_norm_epsilon",
+        "expert_count",
+        "expert_used_count",
+        "rope.scaling.finetuned",
+        "rope.scaling.orig_ctx_len",
+        "rope.scaling.original_context_length",
+        "tensor_data_layout",
+        "vocab_size",
+    }
+)
 
+
+class _Facts:
+    """The metadata of the file's architecture, key by key. What nobody asked for may change the mathematics."""
+
+    def __init__(self, header: GgufHeader) -> None:
+        self.header = header
+        self._prefix = f"{header.architecture}."
+        self._rest = {key.removeprefix(self._prefix) for key in header.metadata if key.startswith(self._prefix)}
+
+    def get(self, key: str, kind: type, default: Any = ...) -> Any:
+        """See `GgufHeader.get`; without the architecture's name before the key."""
+        self._rest.discard(key)
+        return self.header.get(self._prefix + key, kind, default)
+
+    def finish(self) -> None:
+        """Raises `ConfigError` for keys that were not asked for and are not known to change nothing."""
+        zero = {key for key in self._rest if self.header.metadata[self._prefix + key] in (0, False, "")}
+        if unknown := sorted(self._rest - _INERT - zero):
+            raise ConfigError(
+                f"{self.header.path}: {', '.join(self._prefix + key for key in unknown)} may change the mathematics "
+                "and is not supported"
+            )
+
+
+def _llama_like(model_type: str) -> Callable[[_Facts], dict[str, Any]]:
+    def read(facts: _Facts) -> dict[str, Any]:
+        header, get = facts.header, facts.get
         hidden, heads = get("embedding_length", int), get("attention.head_count", int)
         if heads < 1:
             raise WeightsError(f"{header.path}: {header.architecture}.attention.head_count should be positive")
@@ -136,19 +174,20 @@ def _llama_like(model_type: str) -> Callable[[GgufHeader], dict[str, Any]]:
             "head_dim": dim,
             "max_position_embeddings": get("context_length", int),
             "rms_norm_eps": get("attention.layer_norm_rms_epsilon", float),
-            "rope_parameters": _rope(header),
+            "rope_parameters": _rope(facts),
         }
         if model_type == "llama":
+            if window := get("attention.sliding_window", int, 0):
+                return config | {"model_type": "mistral", "sliding_window": window}
             config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
         return config
 
     return read
 
 
-def _rope(header: GgufHeader) -> dict[str, Any]:
-    prefix = f"{header.architecture}.rope"
-    theta = header.get(f"{prefix}.freq_base", float, 10_000.0)
-    kind = header.get(f"{prefix}.scaling.type", str, "none")
+def _rope(facts: _Facts) -> dict[str, Any]:
+    header, theta = facts.header, facts.get("rope.freq_base", float, 10_000.0)
+    kind, factor = facts.get("rope.scaling.type", str, "none"), facts.get("rope.scaling.factor", float, None)
     factors = header.tensors.get(_ROPE_FACTORS)
     if factors is not None:
         if factors.kind is not Kind.F32 or len(factors.shape) != 1 or factors.nbytes > 1 << 16:
@@ -158,22 +197,24 @@ def _rope(header: GgufHeader) -> dict[str, Any]:
             divisors = np.frombuffer(file.read(factors.nbytes), np.float32)
         return {"rope_type": "divided", "rope_theta": theta, "divisors": [float(number) for number in divisors]}
     if kind == "linear":
-        return {"rope_type": "linear", "rope_theta": theta, "factor": header.get(f"{prefix}.scaling.factor", float)}
+        if factor is None:
+            raise WeightsError(f"{header.path}: the key '{header.architecture}.rope.scaling.factor' is missing")
+        return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
     if kind != "none":
         raise ConfigError(f"{header.path}: RoPE scaling {kind!r} is not supported (none and linear are)")
     return {"rope_type": "default", "rope_theta": theta}
 
 
-def _gpt2(header: GgufHeader) -> dict[str, Any]:
-    hidden = header.get("gpt2.embedding_length", int)
+def _gpt2(facts: _Facts) -> dict[str, Any]:
+    hidden = facts.get("embedding_length", int)
     return {
         "model_type": "gpt2",
         "n_embd": hidden,
-        "n_head": header.get("gpt2.attention.head_count", int),
-        "n_layer": header.get("gpt2.block_count", int),
-        "n_inner": header.get("gpt2.feed_forward_length", int, 4 * hidden),
-        "n_positions": header.get("gpt2.context_length", int),
-        "layer_norm_epsilon": header.get("gpt2.attention.layer_norm_epsilon", float),
+        "n_head": facts.get("attention.head_count", int),
+        "n_layer": facts.get("block_count", int),
+        "n_inner": facts.get("feed_forward_length", int, 4 * hidden),
+        "n_positions": facts.get("context_length", int),
+        "layer_norm_epsilon": facts.get("attention.layer_norm_epsilon", float),
     }
 
 

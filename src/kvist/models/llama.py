@@ -97,7 +97,7 @@ class Llama(Decoder):
     def forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerView]) -> Tensor:
         x = self.embed(tokens)
         rotation = self._rope.at(positions, x.dtype)
-        if isinstance(layers, PagedViews) and layers.operands is not None and (whole := self._whole) is not None:
+        if isinstance(layers, PagedViews) and (whole := self._whole) is not None and layers.operands is not None:
             x = whole(x, rotation.cos, rotation.sin, *layers.operands)
             return self.norm(x)
         for index, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):

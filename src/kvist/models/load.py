@@ -39,7 +39,7 @@ class Operators(Activations, PackedOperators, Protocol):
 
 def build(config: ModelConfig, activations: Activations, dtype: torch.dtype) -> Decoder:
     """A decoder whose parameters are allocated and not yet filled."""
-    return _allocate(describe(config, activations), dtype)
+    return allocate(describe(config, activations), dtype)
 
 
 class Source(Protocol):
@@ -56,11 +56,6 @@ class Source(Protocol):
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]: ...
 
     def copy_into(self, targets: Mapping[str, Any]) -> None: ...
-
-
-def build_packed(config: ModelConfig, operators: Operators, grouping: Grouping) -> Decoder:
-    """A decoder of packed weights that are all zero yet; what is not packed is not yet filled."""
-    return _allocate(describe_packed(config, operators, grouping), torch.float32)
 
 
 def stored_dtype(checkpoint: Source) -> torch.dtype:
@@ -83,29 +78,31 @@ def load(
     is allocated before the weight files' headers agree with `config`.
     """
     checkpoint = Checkpoint(source) if isinstance(source, Path) else source
-    return _fill(describe(config, activations), dtype or stored_dtype(checkpoint), checkpoint)
+    model = describe(config, activations)
+    slots = slots_in(checkpoint, model)
+    return fill(allocate(model, dtype or stored_dtype(checkpoint)), checkpoint, slots)
 
 
 def load_packed(source: Path | Source, config: ModelConfig, operators: Operators, grouping: Grouping) -> Decoder:
     """The same, its matrices packed as they are read. Peak memory is the packed weights, and a read buffer with what
     packing it takes. Raises `WeightsError` as `load` does."""
     checkpoint = Checkpoint(source) if isinstance(source, Path) else source
-    return _fill(describe_packed(config, operators, grouping), torch.float32, checkpoint)
+    model = describe(config, operators)
+    slots = slots_in(checkpoint, model)
+    model.pack(grouping, operators)
+    return fill(allocate(model, torch.float32), checkpoint, slots)
 
 
-def parameters_of(config: ModelConfig, activations: Activations) -> dict[str, list[Slot]]:
-    """The tensors of a checkpoint that make each parameter of a decoder, by its name."""
-    found: dict[str, list[Slot]] = {}
-    for slot in describe(config, activations).slots():
-        found.setdefault(slot.parameter, []).append(slot)
-    return found
-
-
-def _fill(model: Decoder, dtype: torch.dtype, checkpoint: Source) -> Decoder:
-    """Allocate a decoder that is on the meta device, and read it."""
+def slots_in(checkpoint: Source, model: Decoder) -> dict[str, Slot]:
+    """Where each tensor of a checkpoint goes, by its name there. Raises `WeightsError` unless the checkpoint holds
+    exactly the tensors of this model, in their shapes."""
     slots = {_stored_name(checkpoint, slot): slot for slot in model.slots()}
     _check(checkpoint, slots, model.config)
-    _allocate(model, dtype)
+    return slots
+
+
+def fill(model: Decoder, checkpoint: Source, slots: Mapping[str, Slot]) -> Decoder:
+    """Read a decoder that is allocated; `slots` as `slots_in` gives them."""
     places = _places(model)
     direct, turned = {}, {}
     for name, slot in slots.items():
@@ -147,13 +144,6 @@ def randomize(model: Decoder, seed: int, std: float = 0.02) -> Decoder:
     return model
 
 
-def describe_packed(config: ModelConfig, operators: Operators, grouping: Grouping) -> Decoder:
-    """The same with its matrices packed."""
-    model = describe(config, operators)
-    model.pack(grouping, operators)
-    return model
-
-
 def describe(config: ModelConfig, activations: Activations) -> Decoder:
     """A decoder on the meta device: shapes, and no memory yet."""
     kind = GPT2 if config.family == "gpt2" else Llama
@@ -161,7 +151,7 @@ def describe(config: ModelConfig, activations: Activations) -> Decoder:
         return kind(config, activations)
 
 
-def _allocate(model: Decoder, dtype: torch.dtype) -> Decoder:
+def allocate(model: Decoder, dtype: torch.dtype) -> Decoder:
     """Memory for all parameters, and for the packed weights, zeros, side by side in the order in which a step reads
     them."""
     for module in model.modules():

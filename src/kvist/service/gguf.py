@@ -3,6 +3,7 @@ cache, once, so that everybody finds config, tokenizer and chat template where a
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 from kvist.base.errors import WeightsError
 from kvist.base.files import atomic_folder, cache_folder
 from kvist.models.config import ModelConfig
+from kvist.models.decoder import Slot
 from kvist.models.gguf import config_of, parts_of
 from kvist.models.linear import Grouping, uniform
-from kvist.models.load import load_config, parameters_of
-from kvist.models.plain import PlainActivations
+from kvist.models.load import load_config
 from kvist.text.gguf_tokenizer import GgufVocabulary, build
 from kvist.weights.checkpoint import Stamp, stamp_of
 from kvist.weights.gguf import GROUPS, GgufCheckpoint
@@ -32,16 +33,16 @@ class GgufModel:
     checkpoint: GgufCheckpoint
     stamp: Stamp
 
-    def grouping(self) -> Grouping | None:
-        """How its matrices are packed where nothing else is asked for: Q8_0 and Q4_0 in their own groups, what else is
-        quantized in 8 bits. None where nothing is quantized."""
-        checkpoint, own = self.checkpoint, dict[str, tuple[int, int]]()
+    def grouping(self, slots: Sequence[Slot]) -> Grouping | None:
+        """How the matrices of its decoder, which has these slots, are packed where nothing else is asked for: Q8_0 and
+        Q4_0 in their own groups, what else is quantized in 8 bits. None where nothing is quantized."""
+        checkpoint, found = self.checkpoint, dict[str, set[tuple[int, int] | None]]()
         if not checkpoint.is_quantized:
             return None
-        for parameter, slots in parameters_of(self.config, PlainActivations()).items():
-            found = {GROUPS.get(checkpoint.kind(slot.name)) for slot in slots if slot.name in checkpoint.names()}
-            if len(found) == 1 and (group := found.pop()) is not None:
-                own[parameter] = group
+        for slot in slots:
+            if slot.name in checkpoint.names():
+                found.setdefault(slot.parameter, set()).add(GROUPS.get(checkpoint.kind(slot.name)))
+        own = {name: group for name, groups in found.items() if len(groups) == 1 for group in groups}
         others = uniform(8)
         return lambda name, columns: own.get(name) or others(name, columns)
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from kvist.cache.codecs import BF16, FP16, FP32
 from kvist.cache.kept import KeptCache
 from kvist.cache.layout import BLOCK_SIZE, Layout, plan_layout
 from kvist.models.config import ModelConfig
-from kvist.models.decoder import Decoder
+from kvist.models.decoder import Decoder, Slot
 from kvist.models.linear import Grouping, uniform
-from kvist.models.load import DTYPES, Source, load, load_config, stored_dtype
+from kvist.models.load import DTYPES, Source, allocate, describe, fill, load_config, slots_in, stored_dtype
 from kvist.ops.backend import Backend, select
 from kvist.runtime.engine import Engine
 from kvist.runtime.runner import Runner
@@ -77,8 +78,17 @@ class Loaded:
         identity: bytes = b"",
     ) -> Engine:
         """An engine whose cache is that of the budget. `kept`: the tiers behind it, under `identity`."""
-        sizes = budget.running, budget.tails, identity, budget.windows
-        runner = Runner(self.model, self.layout, budget.blocks, self.backend, listener, *sizes)
+        runner = Runner(
+            self.model,
+            self.layout,
+            budget.blocks,
+            self.backend,
+            listener,
+            sequences=budget.running,
+            tails=budget.tails,
+            identity=identity,
+            windows=budget.windows,
+        )
         return Engine(runner, kept=kept)
 
 
@@ -110,12 +120,16 @@ def open_model(
         plan_layout(config.layer_specs(), parse_choice(kv), full=_FULL[compute])
     backend = select_backend(config, compute)
     stamp = stamp_of(origin.files)
-    how, grouping = _packing(origin, weights)
-    check_memory(config, backend, compute if grouping is None else grouping)
+    model = describe(config, backend)
+    how, grouping = _packing(origin, weights, model)
+    if grouping is not None:
+        model.pack(grouping, backend)
+    check_memory(model, compute if grouping is None else torch.float32, backend)
     if grouping is None:
-        model = load(checkpoint, config, backend, compute)
+        slots = slots_in(checkpoint, model)
+        fill(allocate(model, compute), checkpoint, slots)
     else:
-        model = open_packed(checkpoint, config, backend, how, grouping, stamp, lambda: _tell_packing(origin, how))
+        open_packed(model, checkpoint, how, stamp, lambda: _tell_packing(origin, how))
     if stamp_of(origin.files) != stamp:
         raise WeightsError(f"the weight files in {origin.files} were changed while they were read; try again")
     layout = planned(model, origin.directory, kv, _FULL[compute])
@@ -125,13 +139,13 @@ def open_model(
 @dataclass(frozen=True)
 class _Origin:
     """What a model's name means. `directory`: of config and tokenizer; `files`: the folder, or the file, of weights.
-    `grouping`: how its matrices are packed where nothing else is asked for."""
+    `grouping`: how the matrices of its decoder are packed where nothing else is asked for, if at all."""
 
     directory: Path
     files: Path
     config: ModelConfig
     checkpoint: Source
-    grouping: Grouping | None = None
+    grouping: Callable[[Sequence[Slot]], Grouping | None] = lambda slots: None
 
 
 def _find(name: str | None) -> _Origin:
@@ -139,7 +153,7 @@ def _find(name: str | None) -> _Origin:
         from kvist.service.gguf import open_gguf  # it imports much that nothing else needs
 
         found = open_gguf(path)
-        return _Origin(found.directory, path, found.config, found.checkpoint, found.grouping())
+        return _Origin(found.directory, path, found.config, found.checkpoint, found.grouping)
     directory = BUNDLED if name is None else resolve(name, progress=True)
     return _Origin(directory, directory, load_config(directory), Checkpoint(directory))
 
@@ -158,11 +172,11 @@ def find_gguf(name: str) -> Path | None:
     return found[0] if found else None
 
 
-def _packing(origin: _Origin, weights: str | None) -> tuple[str, Grouping | None]:
+def _packing(origin: _Origin, weights: str | None, model: Decoder) -> tuple[str, Grouping | None]:
     """How the matrices are packed, and what people call that; None where they are not."""
     if weights in BITS:
         return weights, uniform(BITS[weights])
-    return "gguf", None if weights in DTYPES else origin.grouping
+    return "gguf", None if weights in DTYPES else origin.grouping(model.slots())
 
 
 def _tell_packing(origin: _Origin, how: str) -> None:

@@ -3,10 +3,12 @@
 A file there belongs to one checkpoint as it was when it was read, by the sizes and times of its files. What does not
 fit is made anew. The files that were not used for longest go when all of them together are large."""
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,8 +18,8 @@ from kvist.base.files import cache_folder
 from kvist.base.units import format_bytes
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Decoder
-from kvist.models.linear import Grouping, tensors_of, uniform
-from kvist.models.load import Operators, Source, build_packed, describe, describe_packed, load_packed
+from kvist.models.linear import tensors_of, uniform
+from kvist.models.load import Operators, Source, allocate, describe, fill, slots_in
 from kvist.service.budget import free_memory
 from kvist.weights.checkpoint import Stamp, save
 
@@ -28,28 +30,24 @@ _MOST_HEADER = 16 << 20  # bytes
 _KINDS = {torch.uint8: "U8", torch.float32: "F32"}
 
 
-def open_packed(
-    checkpoint: Source,
-    config: ModelConfig,
-    operators: Operators,
-    how: str,
-    grouping: Grouping,
-    stamp: Stamp,
-    tell: Callable[[], None],
-) -> Decoder:
-    """The decoder of a checkpoint with its matrices packed by `grouping`, which people call `how`. `stamp`: of the
-    weight files. `tell` is called where they have to be packed first. Raises `WeightsError`."""
-    path = packed_path(checkpoint.directory, config, how, stamp)
-    model = build_packed(config, operators, grouping)
-    if _read(path, model):
-        return model
+def open_packed(model: Decoder, checkpoint: Source, how: str, stamp: Stamp, tell: Callable[[], None]) -> Decoder:
+    """Allocate and read a decoder that is described with packed matrices, which people call `how`. `stamp`: of the
+    checkpoint's files. `tell` is called where they have to be packed first. Raises `WeightsError`."""
+    path = packed_path(checkpoint.directory, model.config, how, stamp)
+    if (places := _header(path, model)) is not None:
+        allocate(model, torch.float32)
+        if _read(path, model, places):
+            return model
+        model.zero_packed()
+        slots = slots_in(checkpoint, model)
+    else:
+        slots = slots_in(checkpoint, model)
+        allocate(model, torch.float32)
     tell()
-    model = load_packed(checkpoint, config, operators, grouping)
-    try:
+    fill(model, checkpoint, slots)
+    with contextlib.suppress(KvistError, OSError):  # it is only slower next time
         save(path, tensors_of(model), {"weights": how, "lost": f"{model.packing_loss:.3e}"})
         _make_room(path)
-    except KvistError:
-        pass  # it is only slower next time
     return model
 
 
@@ -59,33 +57,61 @@ def packed_path(source: Path, config: ModelConfig, how: str, stamp: Stamp) -> Pa
     return cache_folder() / "packed" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
 
 
-def _read(path: Path, model: Decoder) -> bool:
-    """Fill the model from a file; whether that was possible. Otherwise its tensors hold anything.
+@dataclass(frozen=True)
+class _Places:
+    """Where the tensors of a file begin, by name, in the file's order; and what packing them lost."""
+
+    starts: dict[str, int]
+    loss: float
+
+
+def _header(path: Path, model: Decoder) -> _Places | None:
+    """Where a file has the tensors of a model; None unless it has all of them, whole, and nothing else."""
+    wanted = tensors_of(model)
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > _MOST_HEADER:
+                return None
+            header = json.loads(file.read(size))
+            whole, first = file.seek(0, os.SEEK_END), 8 + size
+        loss = float(header.pop("__metadata__")["lost"])
+        if header.keys() != wanted.keys():
+            return None
+        starts = {}
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            tensor, (start, end) = wanted[name], entry["data_offsets"]
+            if list(tensor.shape) != entry["shape"] or _KINDS[tensor.dtype] != entry["dtype"]:
+                return None
+            if not 0 <= start <= end <= whole - first or end - start != tensor.nbytes:
+                return None
+            starts[name] = first + start
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return _Places(starts, loss)
+
+
+def _read(path: Path, model: Decoder, places: _Places) -> bool:
+    """Fill a model that is allocated from a file; whether that was possible. Otherwise its tensors hold anything.
 
     Straight into its memory: through the library's mapping every page would be faulted in on its own, which takes five
     times as long."""
-    wanted = tensors_of(model)
+    tensors = tensors_of(model)
     try:
         with path.open("rb", buffering=0) as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > _MOST_HEADER:
-                return False
-            header = json.loads(file.read(size))
-            loss = float(header.pop("__metadata__")["lost"])
-            if header.keys() != wanted.keys():
-                return False
-            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                tensor, (start, end) = wanted[name], entry["data_offsets"]
-                if list(tensor.shape) != entry["shape"] or _KINDS[tensor.dtype] != entry["dtype"]:
-                    return False
-                if end - start != tensor.nbytes or file.seek(8 + size + start) != 8 + size + start:
-                    return False
-                if file.readinto(tensor.detach().view(torch.uint8).numpy()) != tensor.nbytes:
-                    return False
+            for name, start in places.starts.items():
+                file.seek(start)
+                raw = tensors[name].detach().view(torch.uint8).numpy().reshape(-1)
+                done = 0
+                while done < len(raw):  # one call reads at most 2 GiB
+                    count = file.readinto(raw[done:])
+                    if not count:
+                        return False
+                    done += count
         os.utime(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except OSError:
         return False
-    model.packing_loss = loss
+    model.packing_loss = places.loss
     return True
 
 
@@ -101,12 +127,13 @@ def _make_room(kept: Path) -> None:
             total -= size
 
 
-def check_memory(config: ModelConfig, operators: Operators, how: torch.dtype | Grouping) -> None:
-    """Raises `ConfigError` where the weights in that form take more memory than there is, and says what would fit."""
-    needed, free = weight_bytes(config, operators, how), free_memory()
+def check_memory(model: Decoder, dtype: torch.dtype, operators: Operators) -> None:
+    """Raises `ConfigError` where the weights of a decoder that is described take more memory than there is, and says
+    what would fit. `dtype`: of those that are not packed."""
+    needed, free = weight_bytes(model, dtype), free_memory()
     if needed <= free:
         return
-    sizes = {name: weight_bytes(config, operators, uniform(bits)) for name, bits in BITS.items()}
+    sizes = {name: _packed_bytes(model.config, operators, bits) for name, bits in BITS.items()}
     fitting = [f"--weights {name} takes {format_bytes(size)}" for name, size in sizes.items() if size <= free]
     raise ConfigError(
         f"the weights take {format_bytes(needed)} and {format_bytes(free)} of memory are free; "
@@ -114,8 +141,14 @@ def check_memory(config: ModelConfig, operators: Operators, how: torch.dtype | G
     )
 
 
-def weight_bytes(config: ModelConfig, operators: Operators, how: torch.dtype | Grouping) -> int:
-    """Bytes of a decoder's weights, in a type of numbers or packed. Nothing is allocated."""
-    if isinstance(how, torch.dtype):
-        return sum(tensor.numel() for tensor in tensors_of(describe(config, operators)).values()) * how.itemsize
-    return sum(tensor.nbytes for tensor in tensors_of(describe_packed(config, operators, how)).values())
+def weight_bytes(model: Decoder, dtype: torch.dtype) -> int:
+    """Bytes of a decoder's weights once they are allocated in a type of numbers; packed ones as they are."""
+    return sum(
+        tensor.numel() * (1 if tensor.dtype == torch.uint8 else dtype.itemsize) for tensor in tensors_of(model).values()
+    )
+
+
+def _packed_bytes(config: ModelConfig, operators: Operators, bits: int) -> int:
+    model = describe(config, operators)
+    model.pack(uniform(bits), operators)
+    return weight_bytes(model, torch.float32)
