@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ linear = F.linear
 @pytest.fixture(autouse=True)
 def measured_afresh() -> Iterator[None]:
     """What a process remembers of its products must not outlive the products that a test replaces."""
-    widths._most_agreeing.cache_clear()
+    widths._known.cache_clear()
     yield
-    widths._most_agreeing.cache_clear()
+    widths._known.cache_clear()
 
 
 def nudged(out: Tensor) -> Tensor:
@@ -139,3 +140,29 @@ def test_rows_keep_their_bits_in_every_width_that_agrees(dtype: torch.dtype) -> 
             for width in agreeing:
                 places = torch.tensor([rng.randrange(512) for _ in range(width)])
                 assert torch.equal(F.linear(rows[places], weight, b), standard[places]), (outputs, columns, width)
+
+
+def test_what_was_found_is_kept_for_the_next_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    products, ladder = [(torch.empty(48, 32), None)], (4, 8, 16)
+    first = probe(products, ladder, tmp_path)
+    (kept,) = tmp_path.iterdir()
+
+    def next_process(found: object) -> Widths:
+        widths._known.cache_clear()
+        monkeypatch.setattr(widths, "_most_agreeing", lambda *of: found)
+        return probe(products, ladder, tmp_path)
+
+    assert next_process("not asked") == first
+    for damaged in ("", "[]", "[5]", "[16, 8]", '{"4": 8}', "[" * 9000, "null"):
+        kept.write_text(damaged)
+        assert next_process((4, 8)) == Widths((4, 8)), damaged
+        assert kept.read_text() == "[4, 8]"
+    # Another machine, or the same told to compute otherwise, asks anew.
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    widths._machine.cache_clear()
+    assert next_process((4,)) == Widths((4,))
+    assert len(list(tmp_path.iterdir())) == 2
+    # A folder that cannot be written changes nothing.
+    widths._known.cache_clear()
+    assert probe(products, ladder, kept) == Widths((4,))
+    widths._machine.cache_clear()

@@ -54,9 +54,8 @@ class Report:
         ratios = Table("what", "as fast as", "times", box=None, pad_edge=False)
         for ratio in self.ratios:
             ratios.add_row(ratio.what, f"{ratio.a} as {ratio.b}", f"{ratio.value:.2f}")
-        console.print(rows)
-        console.print()
-        console.print(ratios)
-        console.print()
+        for table in (rows, ratios) if self.ratios else (rows,):
+            console.print(table)
+            console.print()
         facts = (f"{name} {value:.4g}" if isinstance(value, float) else value for name, value in self.machine.items())
         console.print(" · ".join(facts))

@@ -277,6 +277,43 @@ def vectors(
     _print(report, as_json)
 
 
+@app.command()
+def products(
+    shape: Shapes = DECODE_SHAPES,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved measurements of each.")] = 7,
+    as_json: Json = False,
+) -> None:
+    """Products over packed weights: one row against the memory's read bandwidth, more rows beside oneDNN's."""
+    from rich.console import Console
+
+    from kvist.bench import products as bench
+
+    with Console(stderr=True).status("measuring", spinner="line") as status:
+        report = bench.run(shape.split(","), rounds, lambda what: status.update(f"measuring {what}"))
+    _print(report, as_json)
+
+
+@app.command()
+def start(
+    shape: Shapes = SERVE_SHAPE,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(metavar="int8|int4|bf16", help="May be given several times; by default bf16, int8."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved measurements of each.")] = 7,
+    as_json: Json = False,
+) -> None:
+    """From starting kvist run to its first token, beside a bare import of torch."""
+    from rich.console import Console
+
+    from kvist.bench import start as bench
+
+    with Console(stderr=True).status("measuring", spinner="line") as status:
+        observe = lambda what: status.update(f"measuring · {what}")  # noqa: E731
+        report = bench.run(shape.split(","), weights or ["bf16", "int8"], rounds, observe)
+    _print(report, as_json)
+
+
 def _print(report: "Report", as_json: bool) -> None:
     from rich.console import Console
 

@@ -16,7 +16,7 @@ from kvist.cache.view import PagedViews
 from kvist.models.decoder import Decoder
 from kvist.ops.backend import Backend
 from kvist.runtime.batch import Batch, Work, build_batch, pad_rows
-from kvist.runtime.widths import HEAD_LADDER, probe
+from kvist.runtime.widths import HEAD_LADDER, probe, widths_folder
 
 SEQUENCES = 8
 
@@ -46,8 +46,8 @@ class Runner:
         self.model = model
         self.layout = layout
         self.backend = backend
-        self.widths = probe(model.linears())
-        self.head_widths = probe(model.head_products(), HEAD_LADDER)
+        self.widths = probe(model.linears(), folder=widths_folder())
+        self.head_widths = probe(model.head_products(), HEAD_LADDER, widths_folder())
         self.sequences = sequences
         open_pool = BlockPool(OPEN_BLOCKS * sequences + tails) if layout.open_bytes else None
         pool = BlockPool(blocks)

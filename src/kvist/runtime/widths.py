@@ -6,20 +6,29 @@ steps are padded to one of few widths, and each width is tested on this machine,
 weights: widths that differ from each other in a single bit are not used together.
 """
 
+import contextlib
+import hashlib
+import json
+import os
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvist.base.errors import BackendError
+from kvist.base.errors import BackendError, KvistError
+from kvist.base.files import atomic_file, cache_folder
 
 # The head's products are the widest by far, so fewer and narrower widths are tried for them.
 HEAD_LADDER = (4, 8, 16, 32, 64)
 LADDER = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_MOST_BYTES = 4096  # of a file that keeps what was found
+_PROCESSOR = {"vendor_id", "cpu family", "model", "model name", "stepping", "microcode", "cache size", "flags"}
+_CHOOSING = ("ATEN_", "DNNL_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "TORCH_")  # beginnings of environment variables
 _PATTERN = 64  # distinct rows of a test weight, so that a large one is quickly made
 
 
@@ -52,8 +61,16 @@ class _Shape:
     bias: bool
 
 
-def probe(products: Iterable[tuple[Tensor, Tensor | None]], ladder: tuple[int, ...] = LADDER) -> Widths:
-    """Of `ladder`, the most widths that agree on every product (weight `[out, in]`, bias `[out]` or none).
+def widths_folder() -> Path:
+    """Where every process of this user keeps what it found."""
+    return cache_folder() / "widths"
+
+
+def probe(
+    products: Iterable[tuple[Tensor, Tensor | None]], ladder: tuple[int, ...] = LADDER, folder: Path | None = None
+) -> Widths:
+    """Of `ladder`, the most widths that agree on every product (weight `[out, in]`, bias `[out]` or none). `folder`:
+    where what was found is kept for the next process on this machine.
 
     Only shapes and dtypes are read of the products, so damaged weights change nothing. Raises `BackendError` when
     rows differ even within one width. Where there is no product, every width does: ours do not depend on it.
@@ -63,12 +80,40 @@ def probe(products: Iterable[tuple[Tensor, Tensor | None]], ladder: tuple[int, .
     )
     if not shapes:
         return Widths(range(1, ladder[-1] + 1))
-    return Widths(_most_agreeing(tuple(shapes), ladder, torch.get_num_threads()))
+    return Widths(_known(tuple(shapes), ladder, torch.get_num_threads(), folder))
 
 
 @cache
+def _known(shapes: tuple[_Shape, ...], ladder: tuple[int, ...], threads: int, folder: Path | None) -> tuple[int, ...]:
+    """Found in the folder, or measured, once a process."""
+    if folder is None:
+        return _most_agreeing(shapes, ladder, threads)
+    facts = [_machine(), threads, [repr(shape) for shape in shapes], ladder]
+    path = folder / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        with path.open("rb") as file:
+            kept = json.loads(file.read(_MOST_BYTES))
+        if isinstance(kept, list) and kept and kept == [width for width in ladder if width in kept]:
+            return tuple(kept)
+    found = _most_agreeing(shapes, ladder, threads)
+    with contextlib.suppress(KvistError, OSError), atomic_file(path) as target:  # it is only slower next time
+        target.write_text(json.dumps(found))
+    return found
+
+
+@cache
+def _machine() -> list[str]:
+    """All that decides which routine of a library computes a product, but the product itself."""
+    with contextlib.suppress(OSError):
+        processor = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        kinds = [line for line in processor if line.partition("\t")[0] in _PROCESSOR]
+        chosen = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_CHOOSING)]
+        return [torch.__config__.show(), torch.get_float32_matmul_precision(), *kinds, *chosen]
+    return [os.urandom(16).hex()]  # a machine that does not say what it is: nothing is kept of it
+
+
 def _most_agreeing(shapes: tuple[_Shape, ...], ladder: tuple[int, ...], threads: int) -> tuple[int, ...]:
-    """A fact of this machine and PyTorch, and of how many `threads` share a product; measured once a process."""
+    """A fact of this machine and PyTorch, and of how many `threads` share a product."""
     # Few outputs show less of a difference, so such products are tested with more weights.
     tests = [shape for shape in shapes for _ in range(max(1, 256 // shape.outputs))]
     best: tuple[int, ...] = ()

@@ -21,7 +21,7 @@ from kvist.models.load import DTYPES, Source, allocate, describe, fill, load_con
 from kvist.ops.backend import Backend, select
 from kvist.runtime.engine import Engine
 from kvist.runtime.runner import Runner
-from kvist.runtime.widths import probe
+from kvist.runtime.widths import probe, widths_folder
 from kvist.service.budget import KvBudget, plan_budget
 from kvist.service.calibration import AUTO, planned
 from kvist.service.packing import BITS, check_memory, open_packed
@@ -66,7 +66,7 @@ class Loaded:
 
     def budget(self, nbytes: int | None = None, running: int | None = None) -> KvBudget:
         """What `nbytes` of KV memory buy for this model; see `plan_budget`. Nothing is allocated."""
-        most = probe(self.model.linears()).most
+        most = probe(self.model.linears(), folder=widths_folder()).most
         passing = most // self.layout.block_size if self.layout.open_bytes else 0
         return plan_budget(self.layout, nbytes, running, passing, self.config.max_positions, most)
 
