@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kvist.models.config import read_config
+from kvist.models.families import read_config
 from kvist.models.load import build, export, randomize
 from kvist.models.plain import PlainActivations
 from kvist.service.calibration import TEXT

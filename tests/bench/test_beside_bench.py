@@ -19,7 +19,7 @@ from kvist.bench.peers.worker import PeerError, Worker
 from kvist.bench.report import Report
 from kvist.bench.shapes import Shape
 from kvist.cli.app import app
-from kvist.models.config import read_config
+from kvist.models.families import read_config
 from kvist.models.gguf import config_of, parts_of
 from kvist.models.load import load
 from kvist.models.plain import PlainActivations

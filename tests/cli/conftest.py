@@ -10,7 +10,7 @@ import torch
 from command import CONFIG, Kvist, Outcome
 
 from kvist.cli import main
-from kvist.models.config import read_config
+from kvist.models.families import read_config
 from kvist.models.load import build, export, randomize
 from kvist.models.plain import PlainActivations
 from kvist.text.training import save_tokenizer, train_characters

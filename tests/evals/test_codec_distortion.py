@@ -16,7 +16,8 @@ from kvist.cache.codecs.turbo import TURBO2
 from kvist.cache.spec import Role, Stream
 from kvist.cli.eval_codecs import codecs as verb
 from kvist.evals.codecs import AVERAGES, distortion, logit_correlation, run, value_rules
-from kvist.models.load import load, load_config
+from kvist.models.families import load_config
+from kvist.models.load import load
 from kvist.models.plain import PlainActivations, PlainView
 from kvist.ops.coding import Frame, Rule, decode, encode
 from kvist.service.calibration import built_in_text

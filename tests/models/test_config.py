@@ -8,7 +8,9 @@ from hf_checkpoints import CASES, Written
 from transformers import AutoConfig
 
 from kvist.base.errors import ConfigError
-from kvist.models.config import INERT, Activation, Llama3Scaling, ModelConfig, Rope, read_config
+from kvist.models.config import Activation, Llama3Scaling, ModelConfig, Rope
+from kvist.models.families import read_config
+from kvist.models.keys import INERT
 
 
 def saved(case: str, written: Callable[[str], Written]) -> dict[str, object]:

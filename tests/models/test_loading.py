@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from kvist.base.errors import ConfigError, KvistError, WeightsError
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Decoder
-from kvist.models.load import build, export, load, load_config, randomize, stored_dtype
+from kvist.models.families import load_config
+from kvist.models.load import build, export, load, randomize, stored_dtype
 from kvist.ops.backend import Backend, select
 from kvist.weights.checkpoint import Checkpoint, save
 from oracle import GPT2, LLAMA, QWEN3

@@ -13,8 +13,9 @@ from kvist.base.errors import WeightsError
 from kvist.cache.codecs import codec
 from kvist.cache.layout import plan_layout
 from kvist.cache.view import PagedViews
+from kvist.models.families import load_config
 from kvist.models.linear import Weight, uniform, weights_of
-from kvist.models.load import export, load, load_config, load_packed
+from kvist.models.load import export, load, load_packed
 from kvist.models.plain import PlainActivations
 from kvist.ops import packed
 from kvist.ops.backend import select

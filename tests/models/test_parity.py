@@ -12,7 +12,8 @@ from hf_checkpoints import CASES, VOCAB, Written
 from kvist.cache.codecs import codec
 from kvist.cache.layout import plan_layout
 from kvist.models.config import Activation, ModelConfig, Rope
-from kvist.models.load import load, load_config
+from kvist.models.families import load_config
+from kvist.models.load import load
 from kvist.models.plain import plain_views
 from kvist.ops.backend import select
 from kvist.runtime.runner import Runner

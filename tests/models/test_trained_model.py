@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from kvist.cache.codecs import codec
 from kvist.cache.layout import plan_layout
-from kvist.models.load import load, load_config
+from kvist.models.families import load_config
+from kvist.models.load import load
 from kvist.ops.backend import select
 from kvist.runtime.engine import Engine
 from kvist.runtime.request import Request

@@ -18,7 +18,8 @@ from runs import BYTES, GPT2, LLAMA, SMALL
 from safetensors.torch import load_file
 
 from kvist.base.errors import KvistError, RequestError
-from kvist.models.load import load, load_config
+from kvist.models.families import load_config
+from kvist.models.load import load
 from kvist.runtime.request import Sampling
 from kvist.text.tokenizer import Tokenizer
 from kvist.train.data import read_corpus

@@ -6,8 +6,8 @@ import pytest
 import torch
 from runs import GPT2, SMALL
 
-from kvist.models.config import read_config
 from kvist.models.decoder import Decoder
+from kvist.models.families import read_config
 from kvist.models.load import build
 from kvist.train.dense import DenseActivations, Dropout
 from kvist.train.optimizer import Optimizer, initialize

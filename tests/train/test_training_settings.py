@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from runs import GPT2, SMALL
 
-from kvist.models.config import read_config
+from kvist.models.families import read_config
 from kvist.train.settings import PRESETS, TrainError, TrainSettings, Vocabulary
 
 

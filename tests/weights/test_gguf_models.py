@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
 from kvist.base.errors import ConfigError, KvistError, TextError, WeightsError
-from kvist.models.config import read_config
+from kvist.models.families import read_config
 from kvist.models.linear import weights_of
 from kvist.models.load import build, export, randomize
 from kvist.models.plain import PlainActivations

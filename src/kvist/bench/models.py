@@ -9,7 +9,7 @@ import torch
 from kvist.base.files import atomic_folder, cache_folder
 from kvist.bench.shapes import Shape, shape_named
 from kvist.bench.vocabulary import write_tokenizer
-from kvist.models.config import read_config
+from kvist.models.families import read_config
 from kvist.models.load import DTYPES, build, export, randomize
 from kvist.models.plain import PlainActivations
 from kvist.service.loaded import Loaded, open_model

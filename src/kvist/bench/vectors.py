@@ -17,7 +17,8 @@ from torch import Tensor
 from kvist.base.errors import ConfigError
 from kvist.bench.machine import Samples, facts, interleave
 from kvist.bench.report import Ratio, Report, Row
-from kvist.models.load import load, load_config
+from kvist.models.families import load_config
+from kvist.models.load import load
 from kvist.models.plain import PlainActivations, PlainView
 from kvist.service.calibration import built_in_text
 from kvist.service.loaded import BUNDLED

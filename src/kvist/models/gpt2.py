@@ -4,10 +4,41 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from kvist.base.errors import ConfigError
 from kvist.cache.view import LayerView
 from kvist.models.config import Activation, ModelConfig
 from kvist.models.decoder import Activations, Decoder, Slot
+from kvist.models.keys import Keys, read_activation
 from kvist.models.linear import Linear
+
+
+def read(keys: Keys) -> ModelConfig:
+    """The config of a checkpoint."""
+    keys.require("scale_attn_weights", True)
+    keys.require("scale_attn_by_inverse_layer_idx", False)
+    hidden, heads = keys.take("n_embd", int, 768), keys.take("n_head", int, 12)
+    positions = keys.take("n_positions", int, 1024)
+    keys.require("n_ctx", positions)
+    if heads < 1 or hidden % heads:
+        raise ConfigError(f"{keys.where}: n_embd={hidden} does not divide among n_head={heads}")
+    return ModelConfig(
+        family="gpt2",
+        vocab_size=keys.take("vocab_size", int, 50257),
+        hidden_size=hidden,
+        intermediate_size=keys.take("n_inner", int, 4 * hidden),
+        layers=keys.take("n_layer", int, 12),
+        heads=heads,
+        kv_heads=heads,
+        head_dim=hidden // heads,
+        max_positions=positions,
+        norm_eps=keys.take("layer_norm_epsilon", float, 1e-5),
+        activation=read_activation(keys, "activation_function", "gelu_new", {Activation.GELU, Activation.GELU_TANH}),
+        rope=None,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        tied=keys.take("tie_word_embeddings", bool, True),
+    )
 
 
 class Attention(nn.Module):

@@ -6,11 +6,116 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kvist.base.errors import ConfigError
 from kvist.cache.view import LayerView, PagedViews
-from kvist.models.config import ModelConfig
+from kvist.models.config import MAX_LAYERS, Activation, ModelConfig
 from kvist.models.decoder import Activations, Decoder, Slot
+from kvist.models.keys import Keys, read_activation, read_rope
 from kvist.models.layers import RMSNorm, RopeTable, Rotation
 from kvist.models.linear import Linear, weights_of
+
+# Where a family's defaults are not Llama's, these keys must be stated rather than guessed.
+FAMILIES = {
+    "llama": (),
+    "mistral": ("max_position_embeddings", "num_key_value_heads", "sliding_window"),
+    "qwen2": ("max_position_embeddings", "num_key_value_heads"),
+    "qwen3": ("max_position_embeddings", "num_key_value_heads"),
+    "phi3": ("max_position_embeddings", "num_key_value_heads", "rms_norm_eps"),
+    "smollm3": ("max_position_embeddings", "num_key_value_heads"),
+}
+
+
+def read(keys: Keys, family: str) -> ModelConfig:
+    """Llama, Mistral, Qwen2, Qwen3, Phi-3 and SmolLM3: one decoder, told apart by biases, the norm on q and k, what is
+    rotated, names, and defaults."""
+    keys.stated(FAMILIES[family])
+    hidden = keys.take("hidden_size", int)
+    heads = keys.take("num_attention_heads", int)
+    if heads < 1:
+        raise ConfigError(f"{keys.where}: num_attention_heads must be at least 1, got {heads}")
+    fixed = {"qwen2": (True, False), "mistral": (False, False), "phi3": (False, False)}
+    qkv_bias, out_bias = fixed.get(family, (None, None))
+    if qkv_bias is None or out_bias is None:
+        qkv_bias = out_bias = keys.take("attention_bias", bool, False)
+    positions = keys.take("max_position_embeddings", int, 2048)
+    keys.require("pretraining_tp", 1)
+    keys.require("rope_interleaved", False)
+    keys.require("use_mrope", False)
+    layers = keys.take("num_hidden_layers", int)
+    head_dim = keys.take("head_dim", int, 128 if family == "qwen3" else hidden // heads)
+    rope, share = read_rope(keys, 2_000_000.0 if family == "smollm3" else 10_000.0)
+    if share != 1 and family != "phi3":
+        raise ConfigError(f"{keys.where}: partial_rotary_factor={share} is not supported in a {family} model")
+    if family == "phi3":
+        keys.take("original_max_position_embeddings", int, positions)  # says something of scaled RoPE alone
+    return ModelConfig(
+        family=family,
+        vocab_size=keys.take("vocab_size", int),
+        hidden_size=hidden,
+        intermediate_size=keys.take("intermediate_size", int),
+        layers=layers,
+        heads=heads,
+        kv_heads=keys.take("num_key_value_heads", int, heads),
+        head_dim=head_dim,
+        max_positions=positions,
+        norm_eps=keys.take("rms_norm_eps", float, 1e-6),
+        activation=read_activation(keys, "hidden_act", "silu", {Activation.SILU}),
+        rope=rope,
+        rotated=None if share == 1 else int(head_dim * share),
+        without_rope=_without_rope(keys, layers) if family == "smollm3" else (),
+        qkv_bias=qkv_bias,
+        out_bias=out_bias,
+        mlp_bias=keys.take("mlp_bias", bool, False) if family in ("llama", "smollm3") else False,
+        qk_norm=family == "qwen3",
+        tied=keys.take("tie_word_embeddings", bool, family == "smollm3"),
+        windows=_windows(keys, family, positions, layers),
+    )
+
+
+def _without_rope(keys: Keys, layers: int) -> tuple[int, ...]:
+    """SmolLM3's layers that do not rotate: those marked 0, or else every fourth."""
+    interval = keys.take("no_rope_layer_interval", int, 4)
+    marks = keys.take("no_rope_layers", list, None)
+    if not 1 <= layers <= MAX_LAYERS:  # which is said by who builds the config
+        return ()
+    if marks is None:
+        if interval < 1:
+            raise ConfigError(f"{keys.where}: no_rope_layer_interval must be positive, got {interval}")
+        return tuple(range(interval - 1, layers, interval))
+    if len(marks) < layers or any(type(mark) is not int or mark not in (0, 1) for mark in marks):
+        raise ConfigError(f"{keys.where}: no_rope_layers marks each of {layers} layers with 0 or 1, got {marks!r:.80}")
+    return tuple(layer for layer in range(layers) if not marks[layer])
+
+
+def _windows(keys: Keys, family: str, positions: int, layers: int) -> tuple[int, ...]:
+    """The window of each layer. One that is at least as long as the context is none. Only Qwen's configs have a switch
+    for it, off by default, and a number of first layers without."""
+    window = keys.take("sliding_window", int, None)
+    in_use, first = True, 0
+    if family in ("qwen2", "qwen3", "smollm3"):
+        in_use = keys.take("use_sliding_window", bool, False)
+        first = keys.take("max_window_layers", int, layers)
+    if family == "smollm3" and in_use:
+        keys.stated(["layer_types"])
+    if not in_use or window is None or window >= positions:
+        window = 0
+    if window and family == "llama":
+        raise ConfigError(
+            f"{keys.where}: sliding_window={window} below max_position_embeddings={positions} is not supported in a "
+            "model of type 'llama'"
+        )
+    kinds = keys.take("layer_types", list, [])
+    if not 1 <= layers <= MAX_LAYERS:  # which is said by who builds the config
+        return ()
+    if not kinds:
+        return (0,) * min(first, layers) + (window,) * (layers - min(first, layers)) if window else ()
+    known = {"full_attention": 0, "sliding_attention": window}
+    for kind in kinds:
+        if not isinstance(kind, str) or kind not in known:
+            raise ConfigError(f"{keys.where}: layer type {kind!r} is not supported ({', '.join(known)} are)")
+    if len(kinds) != layers:
+        raise ConfigError(f"{keys.where}: layer_types names {len(kinds)} layers of {layers}")
+    return tuple(known[kind] for kind in kinds) if window else ()
 
 
 class Attention(nn.Module):

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from kvist.base.errors import WeightsError
-from kvist.base.files import read_json
-from kvist.models.config import ModelConfig, read_config
+from kvist.models.config import ModelConfig
 from kvist.models.decoder import Activations, Decoder, Slot
-from kvist.models.gpt2 import GPT2
+from kvist.models.families import describe
 from kvist.models.linear import Grouping, PackedOperators, PackedRows, weights_of
-from kvist.models.llama import Llama
 from kvist.ops.memory import CACHE_LINE, zeros
 from kvist.weights.checkpoint import Checkpoint
 
@@ -25,12 +23,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DERIVED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 _HEAD = "lm_head.weight"
 _HASHED_ROWS = 4096  # at once
-
-
-def load_config(directory: Path) -> ModelConfig:
-    """The config of a checkpoint directory. Raises `ConfigError` or `KvistError` naming the file."""
-    path = directory / "config.json"
-    return read_config(read_json(path), str(path))
 
 
 class Operators(Activations, PackedOperators, Protocol):
@@ -142,13 +134,6 @@ def randomize(model: Decoder, seed: int, std: float = 0.02) -> Decoder:
         else:
             parameter.data.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
     return model
-
-
-def describe(config: ModelConfig, activations: Activations) -> Decoder:
-    """A decoder on the meta device: shapes, and no memory yet."""
-    kind = GPT2 if config.family == "gpt2" else Llama
-    with torch.device("meta"):
-        return kind(config, activations)
 
 
 def allocate(model: Decoder, dtype: torch.dtype) -> Decoder:

@@ -12,9 +12,9 @@ from kvist.base.errors import WeightsError
 from kvist.base.files import atomic_folder, cache_folder
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Slot
+from kvist.models.families import load_config
 from kvist.models.gguf import config_of, parts_of
 from kvist.models.linear import Grouping, uniform
-from kvist.models.load import load_config
 from kvist.text.gguf_tokenizer import GgufVocabulary, build
 from kvist.weights.checkpoint import Stamp, stamp_of
 from kvist.weights.gguf import GROUPS, GgufCheckpoint

@@ -16,8 +16,9 @@ from kvist.cache.kept import KeptCache
 from kvist.cache.layout import BLOCK_SIZE, Layout, plan_layout
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Decoder, Slot
+from kvist.models.families import describe, load_config
 from kvist.models.linear import Grouping, uniform
-from kvist.models.load import DTYPES, Source, allocate, describe, fill, load_config, slots_in, stored_dtype
+from kvist.models.load import DTYPES, Source, allocate, fill, slots_in, stored_dtype
 from kvist.ops.backend import Backend, select
 from kvist.runtime.engine import Engine
 from kvist.runtime.runner import Runner

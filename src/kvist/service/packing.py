@@ -18,8 +18,9 @@ from kvist.base.files import cache_folder
 from kvist.base.units import format_bytes
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Decoder
+from kvist.models.families import describe
 from kvist.models.linear import tensors_of, uniform
-from kvist.models.load import Operators, Source, allocate, describe, fill, slots_in
+from kvist.models.load import Operators, Source, allocate, fill, slots_in
 from kvist.service.budget import free_memory
 from kvist.weights.checkpoint import Stamp, save
 

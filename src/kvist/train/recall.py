@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvist.base.files import atomic_folder
-from kvist.models.config import read_config
+from kvist.models.families import read_config
 from kvist.models.load import build, export, randomize
 from kvist.text.recall import BEGIN, FIRST_KEY, VOCAB_SIZE, recall_batch
 from kvist.train.dense import DenseActivations, Dropout, row_logits

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvist.models.config import read_config
+from kvist.models.families import read_config
 from kvist.models.load import build
 from kvist.train.data import Corpus, training_rows
 from kvist.train.dense import DenseActivations, Dropout, row_logits

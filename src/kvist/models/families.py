@@ -1,0 +1,59 @@
+"""Every family: which reader understands its `config.json`, and which decoder computes it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvist.base.errors import ConfigError
+from kvist.base.files import read_json
+from kvist.models import gpt2, llama
+from kvist.models.config import ModelConfig
+from kvist.models.decoder import Activations, Decoder
+from kvist.models.keys import Keys
+
+
+@dataclass(frozen=True)
+class Family:
+    """`read`: the config of a checkpoint. `decoder`: from that config and the element-wise operators."""
+
+    read: Callable[[Keys], ModelConfig]
+    decoder: Callable[[Any, Activations], Decoder]
+
+
+# By `model_type`, which is the `family` of a config.
+FAMILIES = {
+    "gpt2": Family(gpt2.read, gpt2.GPT2),
+    **{name: Family(partial(llama.read, family=name), llama.Llama) for name in llama.FAMILIES},
+}
+
+
+def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
+    """The config of a checkpoint. `raw`: the parsed `config.json`; `where`: its path, for messages.
+
+    Raises `ConfigError` for an unknown architecture, a missing or ill-typed key, and any key or value that would
+    change the mathematics in a way that is not implemented.
+    """
+    keys = Keys(raw, where)
+    name = keys.take("model_type", str)
+    family = FAMILIES.get(name)
+    if family is None:
+        raise ConfigError(f"{where}: architecture {name!r} is not supported ({', '.join(FAMILIES)} are)")
+    config = family.read(keys)
+    keys.finish()
+    return config
+
+
+def load_config(directory: Path) -> ModelConfig:
+    """The config of a checkpoint directory. Raises `ConfigError` or `KvistError` naming the file."""
+    path = directory / "config.json"
+    return read_config(read_json(path), str(path))
+
+
+def describe(config: ModelConfig, activations: Activations) -> Decoder:
+    """A decoder on the meta device: shapes, and no memory yet."""
+    with torch.device("meta"):
+        return FAMILIES[config.family].decoder(config, activations)

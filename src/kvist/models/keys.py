@@ -1,0 +1,127 @@
+"""A checkpoint's `config.json`, read key by key.
+
+A key that nobody asks for may change the mathematics, so it is refused by name; keys known to change nothing at
+inference stand in `INERT`.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from kvist.base.errors import ConfigError
+from kvist.models.config import Activation, Llama3Scaling, Rope
+
+INERT = frozenset(
+    """
+    _attn_implementation_autoset _name_or_path add_cross_attention architectures attention_dropout attn_pdrop
+    auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    embd_pdrop encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder
+    is_encoder_decoder is_llama_config keys_to_ignore_at_inference label2id length_penalty max_length
+    max_window_layers     min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads
+    remove_invalid_values reorder_and_upcast_attn repetition_penalty resid_pdrop return_dict
+    return_dict_in_generate sep_token_id summary_activation summary_first_dropout summary_proj_to_labels
+    summary_type summary_use_proj suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    """.split()
+)
+
+
+class Keys:
+    """Hands out a config's keys one by one, with their types checked, and refuses what nobody asked for."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+        self._raw = dict(raw)
+        self.where = where
+
+    def take(self, name: str, kind: type, default: Any = ...) -> Any:
+        """The value of `name` as `kind`; null counts as absent. Raises `ConfigError` when absent without default."""
+        value = self._raw.pop(name, None)
+        if value is None:
+            if default is ...:
+                raise ConfigError(f"{self.where}: the key {name!r} is missing")
+            return default
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ConfigError(f"{self.where}: {name} should be of type {kind.__name__}, got {value!r}")
+        return value
+
+    def stated(self, names: Iterable[str]) -> None:
+        """Raises `ConfigError` unless each of `names` stands in the config, be it as null."""
+        for name in names:
+            if name not in self._raw:
+                raise ConfigError(f"{self.where}: the key {name!r} is missing")
+
+    def require(self, name: str, expected: Any) -> None:
+        """The key may be absent or null; any other value than `expected` changes the maths and is refused."""
+        value = self._raw.pop(name, None)
+        if value is not None and value != expected:
+            raise ConfigError(
+                f"{self.where}: {name}={value!r} changes the maths and is not supported ({expected!r} is)"
+            )
+
+    def finish(self) -> None:
+        """Refuse every key that was not taken and is not known to be inert."""
+        unknown = sorted(set(self._raw) - INERT)
+        if unknown:
+            raise ConfigError(
+                f"{self.where}: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}, which "
+                "may change the maths; remove from config.json what is known to be harmless"
+            )
+
+
+_ACTIVATIONS = {
+    "gelu": Activation.GELU,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "silu": Activation.SILU,
+    "swish": Activation.SILU,
+}
+
+
+def read_activation(keys: Keys, name: str, default: str, allowed: set[Activation]) -> Activation:
+    value = keys.take(name, str, default)
+    activation = _ACTIVATIONS.get(value)
+    if activation not in allowed:
+        known = ", ".join(name for name, kind in _ACTIVATIONS.items() if kind in allowed)
+        raise ConfigError(f"{keys.where}: {name}={value!r} is not supported ({known})")
+    return activation
+
+
+def read_rope(keys: Keys, default_theta: float) -> tuple[Rope, float]:
+    """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before it); and which part of a head is
+    rotated."""
+    theta = keys.take("rope_theta", float, default_theta)
+    scaling, given = keys.take("rope_scaling", dict, {}), keys.take("rope_parameters", dict, {})
+    if scaling and given:
+        raise ConfigError(f"{keys.where}: rope_scaling and rope_parameters both stand there; one of them must go")
+    parameters = Keys(given or scaling, f"{keys.where}: rope parameters")
+    legacy = parameters.take("type", str, "default")
+    kind = parameters.take("rope_type", str, legacy)
+    theta = parameters.take("rope_theta", float, theta)
+    share = parameters.take("partial_rotary_factor", float, keys.take("partial_rotary_factor", float, 1.0))
+    rope = Rope(theta)
+    if kind == "linear":
+        rope = Rope(theta, linear_factor=parameters.take("factor", float))
+    elif kind == "llama3":
+        rope = Rope(
+            theta,
+            llama3=Llama3Scaling(
+                parameters.take("factor", float),
+                parameters.take("low_freq_factor", float),
+                parameters.take("high_freq_factor", float),
+                parameters.take("original_max_position_embeddings", int),
+            ),
+        )
+    elif kind == "divided":
+        divisors = parameters.take("divisors", list)
+        if not all(type(number) is float for number in divisors):
+            raise ConfigError(f"{keys.where}: RoPE divisors should be a list of numbers")
+        rope = Rope(theta, divisors=tuple(divisors))
+    elif kind != "default":
+        raise ConfigError(f"{keys.where}: RoPE scaling {kind!r} is not supported (default, linear, llama3 are)")
+    parameters.finish()
+    return rope, share
