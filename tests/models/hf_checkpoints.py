@@ -110,6 +110,61 @@ CASES: dict[str, dict[str, object]] = {
         "no_rope_layer_interval": 2,
         "pad_token_id": None,
     },
+    "neox": _SMALL | {"model_type": "gpt_neox", "hidden_size": 128, "num_attention_heads": 4, "pad_token_id": None},
+    "neox-serial": _SMALL
+    | {
+        "model_type": "gpt_neox",
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "use_parallel_residual": False,
+        "attention_bias": False,
+        "hidden_act": "gelu_new",
+        "tie_word_embeddings": True,
+        "pad_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0},
+    },
+    "phi2": _SMALL
+    | {
+        "model_type": "phi",
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+    },
+    "stablelm": _SMALL
+    | {
+        "model_type": "stablelm",
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "qk_layernorm": True,
+        "use_qkv_bias": True,
+        "pad_token_id": None,
+    },
+    "stablelm-parallel": _SMALL
+    | {
+        "model_type": "stablelm",
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "use_parallel_residual": True,
+        "pad_token_id": None,
+    },
+    "qwen3-moe": _SMALL
+    | {
+        "model_type": "qwen3_moe",
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+        "pad_token_id": None,
+    },
     "gpt2-8": {
         "model_type": "gpt2",
         "vocab_size": VOCAB,

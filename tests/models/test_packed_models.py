@@ -34,6 +34,10 @@ CASES = (
     "smollm3",
     "mistral-window",
     "gpt2-64-exact-gelu",
+    "neox",
+    "phi2",
+    "stablelm",
+    "qwen3-moe",
 )
 
 

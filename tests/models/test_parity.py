@@ -1,5 +1,7 @@
 """The same logits as transformers in float32, through the loader, the cache and each backend."""
 
+import copy
+import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +19,7 @@ from kvist.models.load import load
 from kvist.models.plain import plain_views
 from kvist.ops.backend import select
 from kvist.runtime.runner import Runner
+from kvist.weights.checkpoint import SINGLE_FILE
 from oracle import feed, tokens_of
 
 TOLERANCE = 1e-4
@@ -70,3 +73,20 @@ def test_the_tolerance_notices_a_config_that_is_misread(
     tokens = tokens_of(random.Random(0), PREFILL + STEPS, VOCAB)
     error = (prefill_and_decode(runner, tokens) - theirs.logits(tokens)).abs().max()
     assert float(error) > 2 * TOLERANCE
+
+
+def test_mobilellm_runs_each_layer_twice(written: Callable[[str], Written], tmp_path: Path) -> None:
+    """Held against a Llama that has each of these layers two times."""
+    theirs = written("llama-48-biased")
+    raw = json.loads((theirs.directory / "config.json").read_text())
+    changes = {"model_type": "mobilellm", "layer_sharing": True, "share_embedding": True, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(raw | changes))
+    (tmp_path / SINGLE_FILE).symlink_to(theirs.directory / SINGLE_FILE)
+    config = load_config(tmp_path)
+    assert len(config.layer_specs()) == 2 * config.layers
+    twice = copy.deepcopy(theirs.model)
+    twice.model.layers = torch.nn.ModuleList(layer for layer in theirs.model.model.layers for _ in range(2))
+    twice.config.num_hidden_layers *= 2
+    tokens = tokens_of(random.Random(0), PREFILL + STEPS, VOCAB)
+    found = prefill_and_decode(runner_of(tmp_path, config), tokens)
+    torch.testing.assert_close(found, Written(twice, tmp_path).logits(tokens), rtol=0, atol=TOLERANCE)

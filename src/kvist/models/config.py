@@ -75,6 +75,8 @@ class ModelConfig:
     windows: tuple[int, ...] = ()  # of each layer, 0: none; or of no layer
     rotated: int | None = None  # first dimensions of a head that positions rotate; None: all
     without_rope: tuple[int, ...] = ()  # layers that do not rotate
+    head_bias: bool = False
+    repeats: int = 1  # times that each layer is run in a row, each time with a cache of its own (MobileLLM)
 
     def __post_init__(self) -> None:
         for name in (
@@ -115,6 +117,6 @@ class ModelConfig:
 
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         """What the cache must keep for this model, layer by layer."""
-        windows = self.windows or (0,) * self.layers
+        windows = self.windows or (0,) * self.layers * self.repeats
         retentions = (Window(window) if window else Full() for window in windows)
         return tuple(key_value(self.kv_heads, self.head_dim, retention) for retention in retentions)

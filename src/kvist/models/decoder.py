@@ -1,7 +1,7 @@
 """What every decoder offers to the runtime, the loader and the trainer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kvist.cache.view import LayerView
 from kvist.models.config import ModelConfig
+from kvist.models.experts import Experts
 from kvist.models.linear import Embedding, Grouping, Linear, PackedOperators, weights_of
 
 
@@ -38,6 +39,12 @@ class Slot:
     transposed: bool = False
 
 
+def linear_slots(name: str, parameter: str, start: int, shape: tuple[int, int], bias: bool) -> list[Slot]:
+    """Of a product: its weight and, where it has one, its bias."""
+    weight = Slot(f"{name}.weight", f"{parameter}.weight", start, shape)
+    return [weight, Slot(f"{name}.bias", f"{parameter}.bias", start, shape[:1])] if bias else [weight]
+
+
 Product = tuple[Tensor, Tensor | None]  # a weight [out, in] and its bias [out]
 
 
@@ -52,7 +59,7 @@ class Decoder(nn.Module, ABC):
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
         self.packing_loss = 0.0  # what packing changed of its matrices, relative, in squares
-        self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size)
+        self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, config.head_bias)
 
     @abstractmethod
     def forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerView]) -> Tensor:
@@ -78,7 +85,13 @@ class Decoder(nn.Module, ABC):
     def head_products(self) -> list[Product]:
         """The head's, unless it is packed."""
         weight = self.head_weight()
-        return [] if weight is None else [(weight, None)]
+        return [] if weight is None else [(weight, None if self.head is None else self.head.bias)]
+
+    def pad_rows(self, fit: Callable[[int], int]) -> None:
+        """From now on products of some of a step's rows are of `fit(rows)` rows: widths that agree with each other."""
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.fit = fit
 
     def pack(self, grouping: Grouping, operators: PackedOperators) -> None:
         """Have all matrices packed; `grouping` says how. What else there is has to be in float32."""

@@ -10,7 +10,7 @@ import torch
 
 from kvist.base.errors import ConfigError
 from kvist.base.files import read_json
-from kvist.models import gpt2, llama
+from kvist.models import gpt2, llama, neox, qwen3_moe
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Activations, Decoder
 from kvist.models.keys import Keys
@@ -28,6 +28,10 @@ class Family:
 FAMILIES = {
     "gpt2": Family(gpt2.read, gpt2.GPT2),
     **{name: Family(partial(llama.read, family=name), llama.Llama) for name in llama.FAMILIES},
+    "gpt_neox": Family(neox.read_neox, neox.Neox),
+    "phi": Family(neox.read_phi, neox.Neox),
+    "stablelm": Family(neox.read_stablelm, neox.Neox),
+    "qwen3_moe": Family(qwen3_moe.read, qwen3_moe.Qwen3Moe),
 }
 
 

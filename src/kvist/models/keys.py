@@ -13,17 +13,17 @@ from kvist.models.config import Activation, Llama3Scaling, Rope
 INERT = frozenset(
     """
     _attn_implementation_autoset _name_or_path add_cross_attention architectures attention_dropout attn_pdrop
-    auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-    embd_pdrop encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder
+    auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing hidden_dropout id2label initializer_range is_decoder
     is_encoder_decoder is_llama_config keys_to_ignore_at_inference label2id length_penalty max_length
-    max_window_layers     min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads
-    remove_invalid_values reorder_and_upcast_attn repetition_penalty resid_pdrop return_dict
-    return_dict_in_generate sep_token_id summary_activation summary_first_dropout summary_proj_to_labels
-    summary_type summary_use_proj suppress_tokens task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    max_window_layers min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix problem_type
+    pruned_heads remove_invalid_values reorder_and_upcast_attn repetition_penalty resid_pdrop return_dict
+    return_dict_in_generate router_aux_loss_coef sep_token_id summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
     transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()
 )
@@ -91,7 +91,7 @@ def read_activation(keys: Keys, name: str, default: str, allowed: set[Activation
     return activation
 
 
-def read_rope(keys: Keys, default_theta: float) -> tuple[Rope, float]:
+def read_rope(keys: Keys, default_theta: float, default_share: float = 1.0) -> tuple[Rope, float]:
     """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before it); and which part of a head is
     rotated."""
     theta = keys.take("rope_theta", float, default_theta)
@@ -102,7 +102,7 @@ def read_rope(keys: Keys, default_theta: float) -> tuple[Rope, float]:
     legacy = parameters.take("type", str, "default")
     kind = parameters.take("rope_type", str, legacy)
     theta = parameters.take("rope_theta", float, theta)
-    share = parameters.take("partial_rotary_factor", float, keys.take("partial_rotary_factor", float, 1.0))
+    share = parameters.take("partial_rotary_factor", float, keys.take("partial_rotary_factor", float, default_share))
     rope = Rope(theta)
     if kind == "linear":
         rope = Rope(theta, linear_factor=parameters.take("factor", float))

@@ -1,4 +1,5 @@
-"""Llama, Mistral, Qwen2, Qwen3, Phi-3 and SmolLM3: rotary positions, RMSNorm, gated SiLU, grouped KV heads."""
+"""Llama, Mistral, Qwen2, Qwen3, Phi-3, SmolLM3 and MobileLLM: rotary positions, RMSNorm, gated SiLU, grouped KV
+heads."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from kvist.base.errors import ConfigError
 from kvist.cache.view import LayerView, PagedViews
 from kvist.models.config import MAX_LAYERS, Activation, ModelConfig
-from kvist.models.decoder import Activations, Decoder, Slot
+from kvist.models.decoder import Activations, Decoder, Slot, linear_slots
 from kvist.models.keys import Keys, read_activation, read_rope
 from kvist.models.layers import RMSNorm, RopeTable, Rotation
 from kvist.models.linear import Linear, weights_of
@@ -20,8 +21,10 @@ FAMILIES = {
     "mistral": ("max_position_embeddings", "num_key_value_heads", "sliding_window"),
     "qwen2": ("max_position_embeddings", "num_key_value_heads"),
     "qwen3": ("max_position_embeddings", "num_key_value_heads"),
+    "qwen3_moe": ("max_position_embeddings", "num_key_value_heads"),
     "phi3": ("max_position_embeddings", "num_key_value_heads", "rms_norm_eps"),
     "smollm3": ("max_position_embeddings", "num_key_value_heads"),
+    "mobilellm": ("max_position_embeddings", "num_key_value_heads"),
 }
 
 
@@ -48,6 +51,10 @@ def read(keys: Keys, family: str) -> ModelConfig:
         raise ConfigError(f"{keys.where}: partial_rotary_factor={share} is not supported in a {family} model")
     if family == "phi3":
         keys.take("original_max_position_embeddings", int, positions)  # says something of scaled RoPE alone
+    repeats = 1 + keys.take("layer_sharing", bool, False) if family == "mobilellm" else 1
+    tied = keys.take("tie_word_embeddings", bool, family == "smollm3")
+    if family == "mobilellm":
+        tied = keys.take("share_embedding", bool, tied) or tied
     return ModelConfig(
         family=family,
         vocab_size=keys.take("vocab_size", int),
@@ -65,9 +72,10 @@ def read(keys: Keys, family: str) -> ModelConfig:
         without_rope=_without_rope(keys, layers) if family == "smollm3" else (),
         qkv_bias=qkv_bias,
         out_bias=out_bias,
-        mlp_bias=keys.take("mlp_bias", bool, False) if family in ("llama", "smollm3") else False,
-        qk_norm=family == "qwen3",
-        tied=keys.take("tie_word_embeddings", bool, family == "smollm3"),
+        mlp_bias=keys.take("mlp_bias", bool, False) if family in ("llama", "smollm3", "mobilellm") else False,
+        qk_norm=family in ("qwen3", "qwen3_moe"),
+        tied=tied,
+        repeats=repeats,
         windows=_windows(keys, family, positions, layers),
     )
 
@@ -92,7 +100,7 @@ def _windows(keys: Keys, family: str, positions: int, layers: int) -> tuple[int,
     for it, off by default, and a number of first layers without."""
     window = keys.take("sliding_window", int, None)
     in_use, first = True, 0
-    if family in ("qwen2", "qwen3", "smollm3"):
+    if family in ("qwen2", "qwen3", "qwen3_moe", "smollm3"):
         in_use = keys.take("use_sliding_window", bool, False)
         first = keys.take("max_window_layers", int, layers)
     if family == "smollm3" and in_use:
@@ -205,7 +213,8 @@ class Llama(Decoder):
         if isinstance(layers, PagedViews) and (whole := self._whole) is not None and layers.operands is not None:
             x = whole(x, rotation.cos, rotation.sin, *layers.operands)
             return self.norm(x)
-        for index, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):
+        for index, layer in enumerate(layers):
+            block = self.blocks[index // self.config.repeats]
             x = block(x, None if index in self._without_rope else rotation, layer)
         return self.norm(x)
 
@@ -215,7 +224,7 @@ class Llama(Decoder):
         `x`, the angles and the cache's operands."""
         blocks = list(self.blocks)
         forms = [[weight.form for weight in weights_of(block).values()] for block in blocks]
-        alike = all(form == forms[0] for form in forms) and not self._without_rope
+        alike = all(form == forms[0] for form in forms) and not self._without_rope and self.config.repeats == 1
         if not alike or not all(block.fuses for block in blocks):
             return None
         products = [(b.attention.qkv, b.attention.out, b.gate_up, b.down) for b in blocks]
@@ -232,45 +241,48 @@ class Llama(Decoder):
         return whole
 
     def slots(self) -> list[Slot]:
-        config = self.config
-        embedding = (config.vocab_size, config.hidden_size)
-        slots = [Slot("model.embed_tokens.weight", "embed.weight", 0, embedding)]
-        for index in range(config.layers):
-            slots += self._block_slots(f"model.layers.{index}.", f"blocks.{index}.")
-        slots.append(Slot("model.norm.weight", "norm.weight", 0, (config.hidden_size,)))
-        if not config.tied:
-            slots.append(Slot("lm_head.weight", "head.weight", 0, embedding))
+        slots = outer_slots(self.config)
+        for index in range(self.config.layers):
+            theirs, ours = f"model.layers.{index}.", f"blocks.{index}."
+            slots += attention_slots(self.config, theirs, ours) + mlp_slots(self.config, theirs, ours)
         return slots
 
-    def _block_slots(self, theirs: str, ours: str) -> list[Slot]:
-        config = self.config
-        hidden, inner = config.hidden_size, config.intermediate_size
-        q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        slots: list[Slot] = []
 
-        def linear(name: str, parameter: str, start: int, rows: int, columns: int, bias: bool) -> None:
-            slots.append(Slot(f"{theirs}{name}.weight", f"{ours}{parameter}.weight", start, (rows, columns)))
-            if bias:
-                slots.append(Slot(f"{theirs}{name}.bias", f"{ours}{parameter}.bias", start, (rows,)))
+def outer_slots(config: ModelConfig) -> list[Slot]:
+    """Of the embedding, the last norm and the head."""
+    embedding = (config.vocab_size, config.hidden_size)
+    slots = [
+        Slot("model.embed_tokens.weight", "embed.weight", 0, embedding),
+        Slot("model.norm.weight", "norm.weight", 0, (config.hidden_size,)),
+    ]
+    return slots if config.tied else [*slots, Slot("lm_head.weight", "head.weight", 0, embedding)]
 
-        slots.append(Slot(f"{theirs}input_layernorm.weight", f"{ours}attention_norm.weight", 0, (hidden,)))
-        joined = config.family == "phi3"  # whose checkpoints have the products as they are computed
-        if joined:
-            linear("self_attn.qkv_proj", "attention.qkv", 0, q + 2 * kv, hidden, config.qkv_bias)
-        else:
-            linear("self_attn.q_proj", "attention.qkv", 0, q, hidden, config.qkv_bias)
-            linear("self_attn.k_proj", "attention.qkv", q, kv, hidden, config.qkv_bias)
-            linear("self_attn.v_proj", "attention.qkv", q + kv, kv, hidden, config.qkv_bias)
-        linear("self_attn.o_proj", "attention.out", 0, hidden, q, config.out_bias)
-        if config.qk_norm:
-            for side in ("q", "k"):
-                name = f"{side}_norm.weight"
-                slots.append(Slot(f"{theirs}self_attn.{name}", f"{ours}attention.{name}", 0, (config.head_dim,)))
-        slots.append(Slot(f"{theirs}post_attention_layernorm.weight", f"{ours}mlp_norm.weight", 0, (hidden,)))
-        if joined:
-            linear("mlp.gate_up_proj", "gate_up", 0, 2 * inner, hidden, config.mlp_bias)
-        else:
-            linear("mlp.gate_proj", "gate_up", 0, inner, hidden, config.mlp_bias)
-            linear("mlp.up_proj", "gate_up", inner, inner, hidden, config.mlp_bias)
-        linear("mlp.down_proj", "down", 0, hidden, inner, config.mlp_bias)
-        return slots
+
+def attention_slots(config: ModelConfig, theirs: str, ours: str) -> list[Slot]:
+    """Of one block's attention and both norms."""
+    hidden, q, kv = config.hidden_size, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+    slots = [Slot(f"{theirs}{name}.weight", f"{ours}{norm}.weight", 0, (hidden,)) for name, norm in norms.items()]
+    # Phi-3's checkpoints have the products as they are computed.
+    parts = {"qkv": q + 2 * kv} if config.family == "phi3" else {"q": q, "k": kv, "v": kv}
+    start = 0
+    for name, rows in parts.items():
+        place = f"{ours}attention.qkv"
+        slots += linear_slots(f"{theirs}self_attn.{name}_proj", place, start, (rows, hidden), config.qkv_bias)
+        start += rows
+    slots += linear_slots(f"{theirs}self_attn.o_proj", f"{ours}attention.out", 0, (hidden, q), config.out_bias)
+    for side in ("q", "k") if config.qk_norm else ():
+        name = f"{side}_norm.weight"
+        slots.append(Slot(f"{theirs}self_attn.{name}", f"{ours}attention.{name}", 0, (config.head_dim,)))
+    return slots
+
+
+def mlp_slots(config: ModelConfig, theirs: str, ours: str) -> list[Slot]:
+    """Of one block's gated MLP."""
+    hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    parts = {"gate_up": 2 * inner} if config.family == "phi3" else {"gate": inner, "up": inner}
+    slots, start = list[Slot](), 0
+    for name, rows in parts.items():
+        slots += linear_slots(f"{theirs}mlp.{name}_proj", f"{ours}gate_up", start, (rows, hidden), bias)
+        start += rows
+    return slots + linear_slots(f"{theirs}mlp.down_proj", f"{ours}down", 0, (hidden, inner), bias)

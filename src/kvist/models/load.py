@@ -20,7 +20,13 @@ from kvist.weights.checkpoint import Checkpoint
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Tensors that checkpoints carry and no decoder needs: masks and frequencies that are computed, not learned.
-_DERIVED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+_DERIVED = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".rotary_emb.inv_freq",
+)
 _HEAD = "lm_head.weight"
 _HASHED_ROWS = 4096  # at once
 

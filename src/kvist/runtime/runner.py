@@ -48,6 +48,7 @@ class Runner:
         self.backend = backend
         self.widths = probe(model.linears(), folder=widths_folder())
         self.head_widths = probe(model.head_products(), HEAD_LADDER, widths_folder())
+        model.pad_rows(self.widths.fit)
         self.sequences = sequences
         open_pool = BlockPool(OPEN_BLOCKS * sequences + tails) if layout.open_bytes else None
         pool = BlockPool(blocks)

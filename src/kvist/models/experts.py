@@ -1,0 +1,55 @@
+"""A mixture of experts: a router chooses a few gated MLPs for each row, and weighs what they give."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kvist.models.linear import Linear
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """`count` experts of `intermediate_size` numbers, of which each row has `chosen`. `normed`: their weights add up to
+    one. `scale`: of all weights."""
+
+    count: int
+    chosen: int
+    intermediate_size: int
+    normed: bool
+    scale: float = 1.0
+
+
+def choose(scores: Tensor, config: ExpertsConfig) -> tuple[Tensor, Tensor]:
+    """Router logits `[T, count]` → weights `[T, chosen]` float32 and experts `[T, chosen]` int64."""
+    weights, experts = scores.softmax(-1, dtype=torch.float32).topk(config.chosen, dim=-1)
+    if config.normed:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights * config.scale, experts
+
+
+class Experts(nn.Module):
+    """The MLPs themselves. A row's bits depend on the row alone: experts are added in their order, and each computes
+    as many rows as `fit` says, so that its products have widths whose rows agree."""
+
+    def __init__(self, hidden: int, config: ExpertsConfig, activate: Callable[[Tensor], Tensor]) -> None:
+        """`activate`: gates and ups `[T, 2 I]` → `[T, I]`."""
+        super().__init__()
+        inner, count = config.intermediate_size, config.count
+        self.gate_up = nn.ModuleList(Linear(hidden, 2 * inner) for _ in range(count))
+        self.down = nn.ModuleList(Linear(inner, hidden) for _ in range(count))
+        self.fit: Callable[[int], int] = lambda rows: rows
+        self._activate = activate
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """`x` `[T, hidden]`, each row's `weights` and `experts` `[T, chosen]` → `[T, hidden]`."""
+        out = torch.zeros_like(x)
+        for expert in experts.unique().tolist():
+            rows, places = torch.where(experts == expert)
+            count = len(rows)
+            padded = x.new_zeros(self.fit(count), x.shape[1])
+            padded[:count] = x[rows]
+            found = self.down[expert](self._activate(self.gate_up[expert](padded)))[:count]
+            out[rows] += found * weights[rows, places, None].to(x.dtype)
+        return out
