@@ -199,8 +199,8 @@ def test_a_fingerprint_is_the_same_in_another_process() -> None:
         (lambda: plan_layout([OWNER], codec("bf16"), 8), "not 8"),
         (lambda: plan_layout([OWNER], codec("bf16"), 0), "not 0"),
         (lambda: plan_layout([OWNER], codec("bf16"), 1024), "not 1024"),
-        (lambda: plan_layout([key_value(1, 12)], codec("bf16")), "'k'.*multiple of 8 up to 256, got 12"),
-        (lambda: plan_layout([key_value(1, 512)], codec("fp32")), "'k'.*multiple of 8 up to 256, got 512"),
+        (lambda: plan_layout([key_value(1, 12)], codec("bf16")), "'k'.*multiple of 8 up to 512, got 12"),
+        (lambda: plan_layout([key_value(1, 520)], codec("fp32")), "'k'.*multiple of 8 up to 512, got 520"),
         (lambda: codec("fp8"), "no KV codec 'fp8'; choose one of fp32, bf16, fp16"),
     ],
 )

@@ -24,6 +24,35 @@ _LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 
+_GEMMA4 = _SMALL | {
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "sliding_window": 20,
+    "vocab_size_per_layer_input": VOCAB,
+    "pad_token_id": None,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+_DEEPSEEK = _SMALL | {
+    "model_type": "deepseek_v2",
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 48,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "pad_token_id": None,
+}
+
 # What each case is there for: grouped heads throughout; head sizes 8, 48, 64, 80, 128; biases; tied or not; RoPE
 # scaling; both GELUs.
 CASES: dict[str, dict[str, object]] = {
@@ -165,6 +194,77 @@ CASES: dict[str, dict[str, object]] = {
         "mlp_only_layers": [1],
         "pad_token_id": None,
     },
+    "gemma2": _SMALL
+    | {
+        "model_type": "gemma2",
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 40,
+        "sliding_window": 20,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "pad_token_id": None,
+    },
+    "gemma3": _SMALL
+    | {
+        "model_type": "gemma3_text",
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "sliding_window": 20,
+        "pad_token_id": None,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 3_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    },
+    "gemma4-small": _GEMMA4
+    | {
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "final_logit_softcapping": 4.0,
+    },
+    "gemma4-large": _GEMMA4
+    | {
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "enable_moe_block": True,
+        "num_experts": 5,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    },
+    "gemma4-shared-tied": _GEMMA4
+    | {
+        "hidden_size_per_layer_input": 8,
+        "attention_k_eq_v": True,
+        "num_kv_shared_layers": 2,
+    },
+    "deepseek": _DEEPSEEK | {"q_lora_rank": None, "first_k_dense_replace": 1},
+    "deepseek-large": _DEEPSEEK
+    | {
+        "q_lora_rank": 48,
+        "topk_method": "group_limited_greedy",
+        "n_group": 3,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.5,
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.9,
+        },
+    },
     "gpt2-8": {
         "model_type": "gpt2",
         "vocab_size": VOCAB,
@@ -210,9 +310,11 @@ def write_checkpoint(case: str, directory: Path, seed: int) -> Written:
     config = AutoConfig.for_model(raw.pop("model_type"), **raw)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         # Vectors are biases, zero at first, or norms, one at first: each needs a value that is missed.
         noise = torch.empty(parameter.shape).normal_(generator=generator)
         parameter.data.copy_(parameter.data + 0.3 * noise if parameter.dim() == 1 else 0.1 * noise)
+        if config.model_type == "gemma4_text" and name.endswith("q_norm.weight"):
+            parameter.data *= 0.2  # there is no other scale of q.k
     model.save_pretrained(directory)
     return Written(model, directory)

@@ -46,10 +46,14 @@ def test_a_config_is_read_key_by_key(written: Callable[[str], Written]) -> None:
 def test_a_key_left_out_means_what_it_means_to_transformers(case: str, written: Callable[[str], Written]) -> None:
     """Each key in turn is dropped: the config is then refused, or it is the one transformers makes of the rest."""
     raw = saved(case, written)
-    for key in ("layer_types", "no_rope_layers"):  # transformers fails on them where the number of layers is another
-        raw.pop(key, None)
+    fixed = {"model_type"}
+    if "per_layer_config" in raw:  # which belongs to these layers
+        fixed |= {"per_layer_config", "layer_types", "num_hidden_layers"}
+    else:  # transformers fails on them where the number of layers is another
+        for key in ("layer_types", "no_rope_layers"):
+            raw.pop(key, None)
     kept = 0
-    for key in raw.keys() - {"model_type"}:
+    for key in raw.keys() - fixed:
         rest = {name: value for name, value in raw.items() if name != key}
         theirs = AutoConfig.for_model(raw["model_type"], **{k: v for k, v in rest.items() if k != "model_type"})
         try:
@@ -118,7 +122,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ("llama-8-scaled", {"logit_scale": 2.0}, "unknown key 'logit_scale', which may change the maths"),
         ("llama-8-scaled", {"b": 1, "a": 2}, "unknown keys 'a', 'b', which"),
         ("llama-8-scaled", {"sliding_window": 100}, "sliding_window=100 below max_position_embeddings=512"),
-        ("llama-8-scaled", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "RoPE scaling 'yarn'"),
+        ("llama-8-scaled", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "RoPE scaling 'longrope'"),
         ("llama-8-scaled", {"rope_parameters": {"rope_type": "dynamic"}}, "RoPE scaling 'dynamic'"),
         (
             "llama-8-scaled",

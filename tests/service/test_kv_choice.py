@@ -95,6 +95,6 @@ def test_auto_wants_a_proposal() -> None:
 def test_a_choice_that_cannot_be_is_refused_before_weights_are_read(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvist.service import loaded as module
 
-    monkeypatch.setattr(module, "load", lambda *arguments: pytest.fail("the weights were read"))
+    monkeypatch.setattr(module, "fill", lambda *arguments: pytest.fail("the weights were read"))
     with pytest.raises(ConfigError):
         open_model(None, kv=kv)

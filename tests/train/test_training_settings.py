@@ -19,7 +19,7 @@ from kvist.train.settings import PRESETS, TrainError, TrainSettings, Vocabulary
         ({"hidden_size": 33}, "33 does not divide among 4 heads"),
         ({"kv_heads": 3}, "4 heads do not divide among 3 KV heads"),
         ({"heads": 8, "kv_heads": 8}, "multiple of 8"),
-        ({"hidden_size": 2048}, "up to 256, got 512"),
+        ({"hidden_size": 4096}, "up to 512, got 1024"),
         ({"layers": 10**9}, "too many to train here"),
         ({"rows": 10**6}, "1,000,000 rows of 32 tokens are too much for one step"),
         ({"rows": 0}, "rows must be at least 1"),

@@ -48,6 +48,7 @@ def attend_decoded(
     values: tuple[StreamLayout, Sequence[Tensor]],
     where: Sequences,
     scale: float,
+    softcap: float,
 ) -> Tensor:
     """As the operator `attend_coded`, over whatever the codecs decode to. A stream comes with its planes."""
     out, size = torch.zeros_like(q), where.block_size
@@ -56,17 +57,16 @@ def attend_decoded(
         def load(start: int, count: int, table: Tensor = where.tables[sequence]) -> tuple[Tensor, Tensor]:
             found = table[start // size :][: -(-count // size)]
             blocks = found.clamp(min=0).tolist()  # what is gone is not seen
-            k, v = (torch.cat([_decode(*stream, block) for block in blocks]) for stream in (keys, values))
+            k, v = (torch.cat([decode_block(*stream, block) for block in blocks]) for stream in (keys, values))
             return k[:count], v[:count]
 
         layout, _ = keys
-        result = Rows(layout.stream.heads, length, scale, load, own_block=size, window=where.window).attend(
-            q[rows].float()
-        )
+        attention = Rows(layout.stream.heads, length, scale, load, size, window=where.window, softcap=softcap)
+        result = attention.attend(q[rows].float())
         out[rows] = merge(q[rows].float(), *result, own[rows], lse[rows], layout.frame.mean, scale).to(q.dtype)
     return out
 
 
-def _decode(stream: StreamLayout, planes: Sequence[Tensor], block: int) -> Tensor:
+def decode_block(stream: StreamLayout, planes: Sequence[Tensor], block: int) -> Tensor:
     """One block [B, heads, dim] float32."""
     return stream.codec.decode(tuple(plane[block] for plane in planes), stream.stream, stream.frame)

@@ -13,8 +13,8 @@ from kvist.base.errors import ConfigError
 from kvist.cache.calibration import Calibration
 from kvist.cache.choice import KvChoice
 from kvist.cache.codecs import FP32, Codec, DenseCodec, Plane
-from kvist.cache.spec import SLACK, Full, LayerSpec, Retention, Role, Stream, Window, check_sources
-from kvist.ops.coding import Frame
+from kvist.cache.spec import SLACK, Full, LayerSpec, Reading, Retention, Role, Stream, Window, check_sources
+from kvist.ops.coding import MAX_KERNEL_DIM, Frame
 
 # Part of the fingerprint: raised whenever the same description comes to mean other bytes.
 FORMAT_VERSION = 2
@@ -36,7 +36,7 @@ class StreamLayout:
     @property
     def has_kernel(self) -> bool:
         """Whether the operators read its planes. Otherwise its codec decodes them."""
-        return self.codec.in_place or self.codec.coding(self.stream) is not None
+        return self.codec.in_place or (self.codec.coding(self.stream) is not None and self.stream.dim <= MAX_KERNEL_DIM)
 
     @cached_property
     def operands(self) -> tuple[list[int], list[Tensor]]:
@@ -161,7 +161,7 @@ class Layout:
             "full": self.full.name if self.open_bytes else None,
             "layers": [
                 {
-                    "spec": asdict(layer.spec) | {"retention": repr(layer.spec.retention)},
+                    "spec": _facts(layer.spec),
                     "codecs": [stream.codec.name for stream in layer.streams],
                     "frames": [_digest(stream.frame) for stream in layer.streams],
                     "planes": [[plane.name, list(plane.shape), str(plane.dtype)] for plane in layer.planes],
@@ -202,7 +202,8 @@ def plan_layout(
         streams = []
         for stream in spec.streams:
             codec = choice.codec(index, stream.name)
-            frame = _frame(codec, index, stream, calibration)
+            # A mean that keys have lost moves all scores of a row alike, but not once they are capped.
+            frame = _frame(codec, index, stream, None if spec.softcap else calibration)
             planes = codec.planes(stream, block_size)
             streams.append(StreamLayout(stream, codec, frame, planes, *full.planes(stream, block_size)))
         layers.append(LayerLayout(spec, tuple(streams)))
@@ -227,6 +228,13 @@ def _frame(codec: Codec, layer: int, stream: Stream, calibration: Calibration | 
         )
     centred = codec.centred and stream.role is Role.KEYS
     return Frame(found.mean if centred else frame.mean, found.order() if codec.ordered else frame.order, frame.signs)
+
+
+def _facts(spec: LayerSpec) -> dict[str, object]:
+    """What a fingerprint says of a spec: as it always was where a layer is read in the usual way."""
+    facts = asdict(spec) | {"retention": repr(spec.retention)}
+    unusual = {"reading": spec.reading is not Reading.APART, "softcap": spec.softcap != 0}
+    return {name: value for name, value in facts.items() if unusual.get(name, True)}
 
 
 def _digest(frame: Frame) -> str:

@@ -71,13 +71,24 @@ def window_of(retention: Retention) -> int:
 SLACK = 64
 
 
+class Reading(StrEnum):
+    """How attention has its keys and values from a layer's streams."""
+
+    APART = "apart"  # keys from the first stream, values from the second
+    JOINED = "joined"  # values from the second stream; keys are the same vectors and, behind them, those of the first
+    TIED = "tied"  # values from the only stream; keys are made of the same vectors, in a way that the model says
+
+
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one layer keeps. A layer with a `source` reads that earlier layer's streams and owns none."""
+    """What one layer keeps, and how attention reads it. A layer with a `source` reads that earlier layer's streams and
+    owns none. `softcap`: scores s become softcap * tanh(s / softcap); 0: they stay."""
 
     streams: tuple[Stream, ...]
     retention: Retention = Full()
     source: int | None = None
+    reading: Reading = Reading.APART
+    softcap: float = 0.0
 
     def __post_init__(self) -> None:
         names = [stream.name for stream in self.streams]
@@ -85,11 +96,31 @@ class LayerSpec:
             raise ConfigError(f"a layer's streams need different names, got {', '.join(names)}")
         if (self.source is None) == (not self.streams):
             raise ConfigError("a layer either owns streams or reads a source layer's, never both or neither")
+        if self.softcap and self.reading is not Reading.APART:
+            raise ConfigError("scores are capped over keys and values that stand apart, and no others")
 
 
-def key_value(heads: int, dim: int, retention: Retention = Full()) -> LayerSpec:
+def key_value(heads: int, dim: int, retention: Retention = Full(), softcap: float = 0.0) -> LayerSpec:
     """The usual layer: one key and one value stream, `heads` KV heads of `dim` numbers each."""
-    return LayerSpec((Stream("k", Role.KEYS, heads, dim), Stream("v", Role.VALUES, heads, dim)), retention)
+    streams = Stream("k", Role.KEYS, heads, dim), Stream("v", Role.VALUES, heads, dim)
+    return LayerSpec(streams, retention, softcap=softcap)
+
+
+def latent(dim: int, rope_dim: int) -> LayerSpec:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): a latent of `dim` numbers for all
+    heads, and what of the keys positions rotate."""
+    streams = Stream("rope", Role.KEYS, 1, rope_dim), Stream("latent", Role.VALUES, 1, dim)
+    return LayerSpec(streams, reading=Reading.JOINED)
+
+
+def tied(heads: int, dim: int, retention: Retention = Full()) -> LayerSpec:
+    """One stream that is read twice, as keys and as values."""
+    return LayerSpec((Stream("kv", Role.VALUES, heads, dim),), retention, reading=Reading.TIED)
+
+
+def shared(source: int, owner: LayerSpec) -> LayerSpec:
+    """A layer that reads what layer `source`, which `owner` describes, keeps."""
+    return LayerSpec((), owner.retention, source, owner.reading, owner.softcap)
 
 
 def check_sources(layers: Sequence[LayerSpec]) -> None:
@@ -102,5 +133,7 @@ def check_sources(layers: Sequence[LayerSpec]) -> None:
         owner = layers[layer.source]
         if owner.source is not None:
             raise ConfigError(f"layer {index} reads layer {layer.source}, which owns no cache itself")
+        if (owner.reading, owner.softcap) != (layer.reading, layer.softcap):
+            raise ConfigError(f"layer {index} and its source, layer {layer.source}, are read in different ways")
         if owner.retention != layer.retention:
             raise ConfigError(f"layer {index} and its source, layer {layer.source}, keep different tokens")

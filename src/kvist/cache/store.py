@@ -13,6 +13,7 @@ from kvist.base.units import format_bytes
 from kvist.cache.codecs import Plane
 from kvist.cache.layout import Layout, StreamLayout
 from kvist.cache.manager import Copy
+from kvist.cache.spec import Reading
 from kvist.ops.memory import zeros
 
 StoreOperands = tuple[list[Tensor], list[int], list[Tensor], list[Tensor], list[int], list[Tensor]]
@@ -20,17 +21,24 @@ StoreOperands = tuple[list[Tensor], list[int], list[Tensor], list[Tensor], list[
 
 @dataclass(frozen=True)
 class OpenPlanes:
-    """The open blocks of all layers of one shape, in full precision, in one pair of planes.
+    """The open blocks of all layers of one shape, in full precision, in one plane for each stream.
 
     First `passing` blocks that every layer uses in its turn, for blocks that a step fills whole; then `kept` blocks of
     each layer, by the ids of the pool of open blocks.
     """
 
-    keys: Tensor
-    values: Tensor
+    planes: tuple[Tensor, ...]  # of keys, where there are some, then of values
     layers: tuple[int, ...]
     passing: int
     kept: int
+
+    @property
+    def keys(self) -> Tensor:
+        return self.planes[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self.planes[-1]
 
     def for_layers(self, ids: Tensor, size: int) -> Tensor:
         """Ids of blocks, or of slots in blocks of `size` tokens, as they lie for each layer: [layers, *ids.shape].
@@ -82,7 +90,7 @@ class Store:
     def nbytes(self) -> int:
         """Bytes of all planes, read from the tensors themselves."""
         own = sum(plane.nbytes for planes in self._layers for plane in planes)
-        return own + sum(open.keys.nbytes + open.values.nbytes for open in self.open_planes)
+        return own + sum(plane.nbytes for open in self.open_planes for plane in open.planes)
 
     @cached_property
     def operands(self) -> StoreOperands | None:
@@ -91,7 +99,9 @@ class Store:
         layers = self.layout.layers
         if len(set(self.layout.group_of)) > 1 or any(layer.spec.source is not None for layer in layers):
             return None
-        if any(len(layer.streams) != 2 or not all(s.has_kernel for s in layer.streams) for layer in layers):
+        if any(layer.spec.reading is not Reading.APART or layer.spec.softcap for layer in layers):
+            return None
+        if not all(stream.has_kernel for layer in layers for stream in layer.streams):
             return None
         keys, values = (_side([layer.streams[side] for layer in layers], self._layers, side) for side in (0, 1))
         one_open = len(self.open_planes) == 1 and len(self.open_planes[0].layers) == len(layers)
@@ -140,8 +150,8 @@ class Store:
         opened = _ids(copy for copy in copies if copy.open)
         for open in self.open_planes if opened.numel() else ():
             sources, targets = open.for_layers(open.passing + opened, 1).transpose(0, 1).flatten(1)
-            open.keys[targets] = open.keys[sources]
-            open.values[targets] = open.values[sources]
+            for plane in open.planes:
+                plane[targets] = plane[sources]
 
 
 def _side(
@@ -162,7 +172,7 @@ def _ids(copies: Iterable[Copy]) -> Tensor:
 
 
 def _open_planes(layout: Layout, kept: int, passing: int) -> list[OpenPlanes]:
-    """One pair of planes for each shape of heads that a layer with open blocks has."""
+    """Planes for each shape of streams that a layer with open blocks has."""
     shapes: dict[tuple[Plane, ...], list[int]] = {}
     for index, layer in enumerate(layout.layers):
         if layer.opens:
@@ -170,6 +180,6 @@ def _open_planes(layout: Layout, kept: int, passing: int) -> list[OpenPlanes]:
     planes = []
     for streams, layers in shapes.items():
         count = passing + kept * len(layers)
-        keys, values = (zeros((count, *plane.shape), plane.dtype) for plane in streams)
-        planes.append(OpenPlanes(keys, values, tuple(layers), passing, kept))
+        opened = tuple(zeros((count, *plane.shape), plane.dtype) for plane in streams)
+        planes.append(OpenPlanes(opened, tuple(layers), passing, kept))
     return planes

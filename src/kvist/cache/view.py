@@ -9,56 +9,25 @@ from torch import Tensor
 
 from kvist.cache.decoded import Sequences, attend_decoded, seal_decoded
 from kvist.cache.layout import LayerLayout
-from kvist.cache.spec import Role, window_of
+from kvist.cache.spec import Reading, Role, window_of
+from kvist.cache.step import KeysOf, OpenStep, Step
 from kvist.cache.store import OpenPlanes, Store
+from kvist.cache.streams import StreamView
 from kvist.ops.backend import Backend
 
 
 class LayerView(Protocol):
     """One layer's cache during one step of `T` rows, padding rows included."""
 
-    def write(self, k: Tensor, v: Tensor) -> None:
-        """Store `k`, `v`: `[T, kv_heads, head_dim]`, one row per token of the step."""
+    def write(self, k: Tensor | None, v: Tensor) -> None:
+        """Store `k`, `v`: `[T, kv_heads, dim]`, one row per token of the step: of a layer's first stream and of its
+        second, or None and its only one. Never called on a layer that reads another's."""
         ...
 
-    def attend(self, q: Tensor, scale: float) -> Tensor:
-        """Softmax attention of `q` `[T, heads, head_dim]` over the tokens up to each row's own. Same shape out."""
+    def attend(self, q: Tensor, scale: float, keys: KeysOf | None = None) -> Tensor:
+        """Softmax attention of `q` `[T, heads, dim of keys]` over the tokens up to each row's own, `[T, heads, dim of
+        values]`. `keys`: where streams are tied."""
         ...
-
-
-@dataclass(frozen=True)
-class OpenStep:
-    """The blocks that one step writes, in full precision; ids as `OpenPlanes` counts them. Made by the batch.
-
-    `slots` `[T]` int64: block * block_size + offset of each row, -1 for padding. `tables` `[N, 1]` int32: each block.
-    `starts` `[N + 1]` int32: its first row. `lengths` `[N]` int32: its tokens once this step is written.
-    `sources` `[M]` int64: those that are then full; `targets` `[M]` int64, by group of layers: the blocks of its pool
-    that they are coded into.
-    """
-
-    slots: Tensor
-    tables: Tensor
-    starts: Tensor
-    lengths: Tensor
-    sources: Tensor
-    targets: list[Tensor]
-
-
-@dataclass(frozen=True)
-class Step:
-    """Where the rows of one step live. Made by the batch, read by every layer.
-
-    `slots` `[T]` int64, by group of layers: block * block_size + offset of each row, -1 for padding.
-    `tables` `[S, blocks]` int32, by group: each sequence's block ids, -1 where one is gone. `starts` `[S + 1]` int32:
-    its first row. `lengths` `[S]` int32: its tokens in the cache once this step is written. `open`: where codecs are
-    lossy.
-    """
-
-    slots: list[Tensor]
-    tables: list[Tensor]
-    starts: Tensor
-    lengths: Tensor
-    open: OpenStep | None = None
 
 
 @dataclass(frozen=True)
@@ -70,14 +39,15 @@ class PagedView:
     step: Step
     group: int  # of its layer
     window: int
+    softcap: float
     backend: Backend
 
-    def write(self, k: Tensor, v: Tensor) -> None:
+    def write(self, k: Tensor | None, v: Tensor) -> None:
         self.backend.write(self.keys, self.values, k, v, self.step.slots[self.group])
 
-    def attend(self, q: Tensor, scale: float) -> Tensor:
+    def attend(self, q: Tensor, scale: float, keys: KeysOf | None = None) -> Tensor:
         where = self.step.tables[self.group], self.step.starts, self.step.lengths
-        return self.backend.attend(q, self.keys, self.values, *where, scale, self.window)
+        return self.backend.attend(q, self.keys, self.values, *where, scale, self.window, self.softcap)
 
 
 @dataclass(frozen=True)
@@ -98,7 +68,7 @@ class OpenView:
     block_size: int
     backend: Backend
 
-    def write(self, k: Tensor, v: Tensor) -> None:
+    def write(self, k: Tensor | None, v: Tensor) -> None:
         open = self.open
         self.backend.write(self.planes.keys, self.planes.values, k, v, open.slots)
         if not len(open.sources):
@@ -111,18 +81,18 @@ class OpenView:
             else:
                 seal_decoded(plane, coded, stream, open.sources, open.targets[self.group])
 
-    def attend(self, q: Tensor, scale: float) -> Tensor:
+    def attend(self, q: Tensor, scale: float, keys: KeysOf | None = None) -> Tensor:
         step, open, planes = self.step, self.open, self.planes
-        window, tables = self.window, step.tables[self.group]
+        window, tables, softcap = self.window, step.tables[self.group], self.layout.spec.softcap
         own_blocks = open.tables, open.starts, open.lengths
-        own = self.backend.attend_own(q, planes.keys, planes.values, *own_blocks, scale, window)
-        keys, values = self.layout.streams
-        if keys.has_kernel and values.has_kernel:
-            coded = (self.keys, *keys.operands, self.values, *values.operands)
+        own = self.backend.attend_own(q, planes.keys, planes.values, *own_blocks, scale, window, softcap)
+        first, second = self.layout.streams
+        if first.has_kernel and second.has_kernel:
+            coded = (self.keys, *first.operands, self.values, *second.operands)
             where = (tables, step.starts, step.lengths, self.block_size)
-            return self.backend.attend_coded(q, *own, *coded, *where, scale, window)
+            return self.backend.attend_coded(q, *own, *coded, *where, scale, window, softcap)
         sequences = Sequences(tables, step.starts, step.lengths, self.block_size, window)
-        return attend_decoded(q, *own, (keys, self.keys), (values, self.values), sequences, scale)
+        return attend_decoded(q, *own, (first, self.keys), (second, self.values), sequences, scale, softcap)
 
 
 # What `packed_layers` takes of a step and the cache, from `step` to `window`. See `kvist.ops.schema`.
@@ -194,13 +164,17 @@ class PagedViews(Sequence[LayerView]):
         for index in range(len(layout.layers)):
             layer = layout.layers[store.owner(index)]
             planes, group, window = store.planes(index), layout.group_of[index], window_of(layer.spec.retention)
+            if layer.spec.reading is not Reading.APART:
+                where = opened.get(store.owner(index))
+                views.append(StreamView(layer, planes, step, where, group, window, layout.block_size))
+                continue
             if not layer.opens:
-                views.append(PagedView(planes[0], planes[1], step, group, window, backend))
+                views.append(PagedView(planes[0], planes[1], step, group, window, layer.spec.softcap, backend))
                 continue
             count = len(layer.streams[0].planes)
             keys, values = list(planes[:count]), list(planes[count:])
-            open, where = opened[store.owner(index)]
-            views.append(OpenView(layer, keys, values, open, step, where, group, window, layout.block_size, backend))
+            open, own = opened[store.owner(index)]
+            views.append(OpenView(layer, keys, values, open, step, own, group, window, layout.block_size, backend))
         return views
 
 

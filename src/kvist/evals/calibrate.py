@@ -24,6 +24,7 @@ from kvist.cache.calibration import Calibration, StreamStatistics
 from kvist.cache.choice import parse_choice
 from kvist.cache.codecs import CODECS, FP16, bits_per_value
 from kvist.cache.layout import BLOCK_SIZE, Layout, StreamLayout, plan_layout
+from kvist.cache.spec import Reading
 from kvist.evals.vectors import compare_outputs, compare_scores, decoded
 from kvist.service.calibration import Vectors, measure, model_digest, observe
 from kvist.service.loaded import Loaded
@@ -114,6 +115,9 @@ def calibrate(
         raise RequestError(f"a threshold lies between 0 and 1, got {threshold}")
     if len(tokens) < SHORTEST:
         raise RequestError(f"a calibration needs at least {SHORTEST} tokens; the text has {len(tokens):,}")
+    specs = loaded.config.layer_specs()
+    if any(spec.source is not None or spec.reading is not Reading.APART for spec in specs):
+        raise ConfigError("kvist calibrate proposes codecs where every layer keeps keys and values, apart, of its own")
     watch("means")
     calibration = measure(loaded.model, tokens, model_digest(loaded.model))
     layouts = _candidates(loaded, calibration)

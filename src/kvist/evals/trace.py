@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from kvist.base.events import CacheEvent
+from kvist.cache.step import KeysOf
+from kvist.cache.streams import StreamView
 from kvist.cache.view import LayerView, PagedView
 from kvist.runtime.batch import Work
 from kvist.service.loaded import Loaded
@@ -57,14 +59,15 @@ class _RecordingView:
         self._view = view
         self._rows = rows
 
-    def write(self, k: Tensor, v: Tensor) -> None:
-        self._rows.append(_row("k", k, "keys, positions rotated in: one row per token goes into the cache"))
+    def write(self, k: Tensor | None, v: Tensor) -> None:
+        if k is not None:
+            self._rows.append(_row("k", k, "keys, positions rotated in: one row per token goes into the cache"))
         self._rows.append(_row("v", v, "values: likewise"))
         self._view.write(k, v)
 
-    def attend(self, q: Tensor, scale: float) -> Tensor:
+    def attend(self, q: Tensor, scale: float, keys: KeysOf | None = None) -> Tensor:
         self._rows.append(_row("q", q, "queries: each sees the cache up to its own token"))
-        out = self._view.attend(q, scale)
+        out = self._view.attend(q, scale, keys)
         self._rows.append(_row("attention", out, "values weighted by softmax(q · k * scale), head by head"))
         return out
 
@@ -101,7 +104,7 @@ def _recording(model: nn.Module, rows: list[TensorRow]) -> ExitStack:
     def before_model(_: nn.Module, args: tuple[Tensor, Tensor, Sequence[LayerView]]) -> None:
         tokens, positions, layers = args
         view = layers[0]
-        assert isinstance(view, PagedView)
+        assert isinstance(view, PagedView | StreamView)
         step = view.step
         rows.append(_row("tokens", tokens, "token ids, padded to a width that keeps every bit"))
         rows.append(_row("positions", positions, "where each token stands in its sequence"))
@@ -109,12 +112,16 @@ def _recording(model: nn.Module, rows: list[TensorRow]) -> ExitStack:
         rows.append(_row("tables", step.tables[0], "the sequence's block ids, in order of position"))
         rows.append(_row("starts", step.starts, "the first row of each sequence, and the end"))
         rows.append(_row("lengths", step.lengths, "tokens of each sequence in the cache, these included"))
-        rows.append(_row("keys plane", view.keys, "the first layer's keys, all blocks, as the kernel reads them"))
-        rows.append(_row("values plane", view.values, "the first layer's values, all blocks"))
+        if isinstance(view, PagedView):
+            rows.append(_row("keys plane", view.keys, "the first layer's keys, all blocks, as the kernel reads them"))
+            rows.append(_row("values plane", view.values, "the first layer's values, all blocks"))
+        else:
+            for stream, plane in zip(view.layout.streams, view.planes, strict=True):
+                rows.append(_row(f"{stream.stream.name} plane", plane, "the first layer's, all blocks"))
 
     def before_block(_: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
         *others, view = args
-        assert isinstance(view, PagedView)
+        assert isinstance(view, PagedView | StreamView)
         return (*others, _RecordingView(view, rows))
 
     stack = ExitStack()

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvist.base.errors import ConfigError
 from kvist.cache.layout import Layout, StreamLayout
+from kvist.cache.spec import Reading
 from kvist.service.calibration import Vectors
 
 
@@ -114,13 +116,20 @@ class VectorMeter:
 
     def __init__(self, layouts: Sequence[Layout]) -> None:
         self._layouts = layouts
-        specs = [layer.spec.streams for layer in layouts[0].layers]
-        self._errors = [[torch.zeros(2, keys.heads, dtype=torch.float64) for keys, _ in specs] for _ in layouts]
-        self._energy = [torch.zeros(2, keys.heads, dtype=torch.float64) for keys, _ in specs]
-        self._scores: list[list[Agreement | None]] = [[None] * len(specs) for _ in layouts]
+        specs = [layer.spec for layer in layouts[0].layers]
+        # Where keys and values are streams of their own.
+        self._layers = [n for n, spec in enumerate(specs) if spec.streams and spec.reading is Reading.APART]
+        if not self._layers:
+            raise ConfigError("the vectors of a cache are compared where layers keep keys and values, which none does")
+        heads = {n: specs[n].streams[0].heads for n in self._layers}
+        self._errors = [{n: torch.zeros(2, heads[n], dtype=torch.float64) for n in self._layers} for _ in layouts]
+        self._energy = {n: torch.zeros(2, heads[n], dtype=torch.float64) for n in self._layers}
+        self._scores: list[dict[int, Agreement]] = [{} for _ in layouts]
 
     def see(self, layer: int, seen: Vectors) -> None:
         """One window's vectors of one layer."""
+        if layer not in self._energy:
+            return
         size = self._layouts[0].block_size
         whole = len(seen.k) // size * size
         keys, values = seen.k[:whole].float(), seen.v[:whole].float()
@@ -133,7 +142,7 @@ class VectorMeter:
             self._errors[index][layer] += torch.stack([_energy(k - keys), _energy(v - values)])
             coded_keys.append(k)
         for index, found in enumerate(compare_scores(seen, coded_keys, size)):
-            before = self._scores[index][layer]
+            before = self._scores[index].get(layer)
             self._scores[index][layer] = found if before is None else before + found
 
     def scores(self) -> list[VectorScore]:
@@ -141,17 +150,15 @@ class VectorMeter:
         return [self._score(index) for index in range(len(self._layouts))]
 
     def _score(self, index: int) -> VectorScore:
-        relative = torch.stack(
-            [errors / energy for errors, energy in zip(self._errors[index], self._energy, strict=True)]
-        )
-        agreements = [found for found in self._scores[index] if found is not None]
+        relative = torch.stack([self._errors[index][layer] / self._energy[layer] for layer in self._layers])
+        agreements = [self._scores[index][layer] for layer in self._layers]
         worst = torch.stack([found.correlation().min() for found in agreements])
         return VectorScore(
             distortion_k=float(relative[:, 0].mean()),
             distortion_v=float(relative[:, 1].mean()),
             bias=float(torch.cat([found.bias() for found in agreements]).mean()),
             logit_correlation_worst=float(worst.min()),
-            logit_correlation_layer=int(worst.argmin()),
+            logit_correlation_layer=self._layers[int(worst.argmin())],
         )
 
 

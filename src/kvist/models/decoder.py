@@ -27,9 +27,10 @@ class Activations(Protocol):
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor of a checkpoint goes: rows `start .. start + rows` of a parameter.
+    """Where one tensor of a checkpoint, or a part of one, goes: rows `start .. start + rows` of a parameter.
 
-    `transposed`: the checkpoint stores `[in, out]` where the parameter is `[out, in]`.
+    `transposed`: the checkpoint stores `[in, out]` where the parameter is `[out, in]`. `part`: of the rows of a tensor
+    of shape `whole`, those from the one to the other; or which of its matrices. `shape` is then that of the part.
     """
 
     name: str
@@ -37,6 +38,19 @@ class Slot:
     start: int
     shape: tuple[int, ...]
     transposed: bool = False
+    part: tuple[int, int] | int | None = None
+    whole: tuple[int, ...] = ()
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape of the checkpoint's tensor."""
+        return self.whole or self.shape
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of the checkpoint's tensor that goes there."""
+        if self.part is None:
+            return tensor
+        return tensor[self.part] if isinstance(self.part, int) else tensor[self.part[0] : self.part[1]]
 
 
 def linear_slots(name: str, parameter: str, start: int, shape: tuple[int, int], bias: bool) -> list[Slot]:
@@ -69,6 +83,11 @@ class Decoder(nn.Module, ABC):
     def slots(self) -> list[Slot]:
         """Every tensor of a Hugging Face checkpoint of this family, and where it goes. Covers each parameter."""
 
+    # Beginnings of tensors' names: those that some checkpoints have instead of the first of a pair; and those of
+    # tensors that are no part of the decoder.
+    renamed: Sequence[tuple[str, str]] = ()
+    ignored: Sequence[str] = ()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """`[R, hidden_size]` → `[R, vocab_size]` float32."""
         return (self.embed.unembed(hidden) if self.head is None else self.head(hidden)).float()
@@ -79,7 +98,7 @@ class Decoder(nn.Module, ABC):
 
     def linears(self) -> list[Product]:
         """Every matrix product of a step but the head's, packed ones left out: what the width probe tests."""
-        linears = [part for part in self.blocks.modules() if isinstance(part, Linear)]
+        linears = [part for part in self.modules() if isinstance(part, Linear) and part is not self.head]
         return [(part.weight, part.bias) for part in linears if part.weight is not None]
 
     def head_products(self) -> list[Product]:

@@ -12,18 +12,26 @@ from kvist.models.linear import Linear
 @dataclass(frozen=True)
 class ExpertsConfig:
     """`count` experts of `intermediate_size` numbers, of which each row has `chosen`. `normed`: their weights add up to
-    one. `scale`: of all weights."""
+    one. `scale`: of all weights. `groups`: the experts of each row are of `chosen_groups` of so many groups, those
+    whose best is best (DeepSeek-V2, arXiv 2405.04434, section 2.2.2)."""
 
     count: int
     chosen: int
     intermediate_size: int
     normed: bool
     scale: float = 1.0
+    groups: int = 1
+    chosen_groups: int = 1
 
 
 def choose(scores: Tensor, config: ExpertsConfig) -> tuple[Tensor, Tensor]:
     """Router logits `[T, count]` → weights `[T, chosen]` float32 and experts `[T, chosen]` int64."""
-    weights, experts = scores.softmax(-1, dtype=torch.float32).topk(config.chosen, dim=-1)
+    shares = scores.softmax(-1, dtype=torch.float32)
+    if config.groups > 1:
+        best = shares.unflatten(-1, (config.groups, -1)).amax(-1).topk(config.chosen_groups, dim=-1).indices
+        open = torch.zeros(len(shares), config.groups, dtype=torch.bool).scatter_(1, best, True)
+        shares = shares.masked_fill(~open.repeat_interleave(config.count // config.groups, 1), 0.0)
+    weights, experts = shares.topk(config.chosen, dim=-1)
     if config.normed:
         weights = weights / weights.sum(-1, keepdim=True)
     return weights * config.scale, experts

@@ -10,7 +10,7 @@ import torch
 
 from kvist.base.errors import ConfigError
 from kvist.base.files import read_json
-from kvist.models import gpt2, llama, neox, qwen3_moe
+from kvist.models import deepseek, gemma, gemma4, gpt2, llama, neox, qwen3_moe
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Activations, Decoder
 from kvist.models.keys import Keys
@@ -31,6 +31,12 @@ FAMILIES = {
     "gpt_neox": Family(neox.read_neox, neox.Neox),
     "phi": Family(neox.read_phi, neox.Neox),
     "stablelm": Family(neox.read_stablelm, neox.Neox),
+    "gemma2": Family(partial(gemma.read, family="gemma2"), gemma.Gemma),
+    "gemma3_text": Family(partial(gemma.read, family="gemma3_text"), gemma.Gemma),
+    "gemma3": Family(gemma.read_gemma3, gemma.Gemma),
+    "gemma4_text": Family(gemma4.read, gemma4.Gemma4),
+    "gemma4": Family(gemma4.read_gemma4, gemma4.Gemma4),
+    "deepseek_v2": Family(deepseek.read, deepseek.Deepseek),
     "qwen3_moe": Family(qwen3_moe.read, qwen3_moe.Qwen3Moe),
 }
 

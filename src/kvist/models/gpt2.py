@@ -79,6 +79,8 @@ class Block(nn.Module):
 class GPT2(Decoder):
     """See `Decoder`."""
 
+    renamed = (("transformer.", ""),)  # in the first checkpoints
+
     def __init__(self, config: ModelConfig, activations: Activations) -> None:
         blocks = (Block(config, activations) for _ in range(config.layers))
         super().__init__(config, blocks, nn.LayerNorm(config.hidden_size, config.norm_eps))

@@ -4,27 +4,28 @@ A key that nobody asks for may change the mathematics, so it is refused by name;
 inference stand in `INERT`.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvist.base.errors import ConfigError
-from kvist.models.config import Activation, Llama3Scaling, Rope
+from kvist.models.config import Activation, Llama3Scaling, Rope, Yarn
 
 INERT = frozenset(
     """
     _attn_implementation_autoset _name_or_path add_cross_attention architectures attention_dropout attn_pdrop
-    auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing hidden_dropout id2label initializer_range is_decoder
-    is_encoder_decoder is_llama_config keys_to_ignore_at_inference label2id length_penalty max_length
-    max_window_layers min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix problem_type
-    pruned_heads remove_invalid_values reorder_and_upcast_attn repetition_penalty resid_pdrop return_dict
-    return_dict_in_generate router_aux_loss_coef sep_token_id summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params temperature
-    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
-    transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    auto_map aux_loss_alpha bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    classifier_dropout cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
+    early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout id2label
+    initializer_range is_decoder is_encoder_decoder is_llama_config keys_to_ignore_at_inference label2id
+    length_penalty max_length max_window_layers min_length no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores pad_token_id
+    prefix problem_type pruned_heads remove_invalid_values reorder_and_upcast_attn repetition_penalty resid_pdrop
+    return_dict return_dict_in_generate router_aux_loss_coef sep_token_id seq_aux summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params
+    temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+    transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()
 )
 
@@ -48,6 +49,14 @@ class Keys:
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ConfigError(f"{self.where}: {name} should be of type {kind.__name__}, got {value!r}")
         return value
+
+    def peek(self, name: str) -> Any:
+        """The value of `name` as it stands there, or None."""
+        return self._raw.get(name)
+
+    def null_or(self, name: str, kind: type, default: Any) -> Any:
+        """As `take`, but null is a value of its own, None, and not the same as absent."""
+        return self.take(name, kind, None if name in self._raw else default)
 
     def stated(self, names: Iterable[str]) -> None:
         """Raises `ConfigError` unless each of `names` stands in the config, be it as null."""
@@ -91,6 +100,27 @@ def read_activation(keys: Keys, name: str, default: str, allowed: set[Activation
     return activation
 
 
+def yarn_scale(factor: float, weight: float) -> float:
+    """How much attention grows with the context (arXiv 2309.00071, equation 22)."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn(parameters: Keys) -> Yarn:
+    factor = parameters.take("factor", float)
+    if not 0 < factor < math.inf:
+        raise ConfigError(f"{parameters.where}: factor must be positive and finite, got {factor}")
+    one, all_dims = parameters.take("mscale", float, 0.0), parameters.take("mscale_all_dim", float, 0.0)
+    both = yarn_scale(factor, one) / yarn_scale(factor, all_dims) if one and all_dims else yarn_scale(factor, 1.0)
+    parameters.require("truncate", True)
+    return Yarn(
+        factor,
+        parameters.take("original_max_position_embeddings", int),
+        parameters.take("beta_fast", float, 32.0),
+        parameters.take("beta_slow", float, 1.0),
+        parameters.take("attention_factor", float, both),
+    )
+
+
 def read_rope(keys: Keys, default_theta: float, default_share: float = 1.0) -> tuple[Rope, float]:
     """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before it); and which part of a head is
     rotated."""
@@ -121,7 +151,12 @@ def read_rope(keys: Keys, default_theta: float, default_share: float = 1.0) -> t
         if not all(type(number) is float for number in divisors):
             raise ConfigError(f"{keys.where}: RoPE divisors should be a list of numbers")
         rope = Rope(theta, divisors=tuple(divisors))
+    elif kind == "yarn":
+        rope = Rope(theta, yarn=_yarn(parameters))
+    elif kind == "proportional":
+        rope, share = Rope(theta, linear_factor=parameters.take("factor", float, 1.0), turning=share), 1.0
     elif kind != "default":
-        raise ConfigError(f"{keys.where}: RoPE scaling {kind!r} is not supported (default, linear, llama3 are)")
+        known = "default, linear, llama3, yarn, proportional"
+        raise ConfigError(f"{keys.where}: RoPE scaling {kind!r} is not supported ({known} are)")
     parameters.finish()
     return rope, share

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvist.models.config import Rope
+from kvist.models.config import Rope, Yarn
 
 
 class RMSNorm(nn.Module):
@@ -38,6 +38,18 @@ class Rotation:
         return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
+def _yarn_frequencies(theta: float, yarn: Yarn, rotated: int) -> Tensor:
+    def dimension(turns: float) -> float:
+        return rotated * math.log(yarn.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(dimension(yarn.beta_fast)), 0)
+    high = min(math.ceil(dimension(yarn.beta_slow)), rotated - 1)
+    ramp = (torch.arange(rotated // 2, dtype=torch.float32) - low) / (high - low if high != low else 0.001)
+    ramp = ramp.clamp(0, 1)
+    wavelengths = theta ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
+    return ramp / (yarn.factor * wavelengths) + (1 - ramp) / wavelengths
+
+
 class RopeTable:
     """Rotations by position in float32, computed in chunks of fixed size so that a position's bits never depend on the
     rest. On the CPU even where it is made under another default device: it is no part of the weights.
@@ -48,6 +60,7 @@ class RopeTable:
     def __init__(self, rope: Rope, rotated: int) -> None:
         with torch.device("cpu"):
             self._frequencies = inverse_frequencies(rope, rotated)
+            self._scale = 1.0 if rope.yarn is None else rope.yarn.scale
             self._cos = torch.empty(0, 1, rotated)
             self._sin = torch.empty(0, 1, rotated)
 
@@ -63,8 +76,8 @@ class RopeTable:
         for start in range(self._cos.shape[0], needed, self.CHUNK):
             angles = torch.outer(torch.arange(start, start + self.CHUNK, dtype=torch.float32), self._frequencies)
             angles = torch.cat((angles, angles), dim=-1)[:, None]
-            cos.append(angles.cos())
-            sin.append(angles.sin())
+            cos.append(angles.cos() * self._scale)
+            sin.append(angles.sin() * self._scale)
         self._cos, self._sin = torch.cat(cos), torch.cat(sin)
 
 
@@ -74,6 +87,10 @@ def inverse_frequencies(rope: Rope, rotated: int) -> Tensor:
     frequencies = 1.0 / (rope.theta**exponents) / rope.linear_factor
     if rope.divisors:
         return frequencies / torch.tensor(rope.divisors)
+    if rope.yarn is not None:
+        return _yarn_frequencies(rope.theta, rope.yarn, rotated)
+    if rope.turning < 1:
+        frequencies[int(rope.turning * rotated // 2) :] = 0
     if rope.llama3 is None:
         return frequencies
     scaling = rope.llama3

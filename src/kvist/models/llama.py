@@ -248,12 +248,12 @@ class Llama(Decoder):
         return slots
 
 
-def outer_slots(config: ModelConfig) -> list[Slot]:
+def outer_slots(config: ModelConfig, prefix: str = "model.") -> list[Slot]:
     """Of the embedding, the last norm and the head."""
     embedding = (config.vocab_size, config.hidden_size)
     slots = [
-        Slot("model.embed_tokens.weight", "embed.weight", 0, embedding),
-        Slot("model.norm.weight", "norm.weight", 0, (config.hidden_size,)),
+        Slot(f"{prefix}embed_tokens.weight", "embed.weight", 0, embedding),
+        Slot(f"{prefix}norm.weight", "norm.weight", 0, (config.hidden_size,)),
     ]
     return slots if config.tied else [*slots, Slot("lm_head.weight", "head.weight", 0, embedding)]
 

@@ -91,31 +91,43 @@ def load_packed(source: Path | Source, config: ModelConfig, operators: Operators
     return fill(allocate(model, torch.float32), checkpoint, slots)
 
 
-def slots_in(checkpoint: Source, model: Decoder) -> dict[str, Slot]:
-    """Where each tensor of a checkpoint goes, by its name there. Raises `WeightsError` unless the checkpoint holds
-    exactly the tensors of this model, in their shapes."""
-    slots = {_stored_name(checkpoint, slot): slot for slot in model.slots()}
-    _check(checkpoint, slots, model.config)
+Slots = dict[str, list[Slot]]  # where a checkpoint's tensors go, by their names there
+
+
+def slots_in(checkpoint: Source, model: Decoder) -> Slots:
+    """Where each tensor of a checkpoint goes. Raises `WeightsError` unless the checkpoint holds exactly the tensors of
+    this model, in their shapes."""
+    slots: Slots = {}
+    for slot in model.slots():
+        slots.setdefault(_stored_name(checkpoint, slot, model), []).append(slot)
+    _check(checkpoint, slots, model)
     return slots
 
 
-def fill(model: Decoder, checkpoint: Source, slots: Mapping[str, Slot]) -> Decoder:
+def fill(model: Decoder, checkpoint: Source, slots: Slots) -> Decoder:
     """Read a decoder that is allocated; `slots` as `slots_in` gives them."""
     places = _places(model)
-    direct, turned = {}, {}
-    for name, slot in slots.items():
+    direct, turned, parted = {}, {}, {}
+    for name, (slot, *more) in slots.items():
         place = _target(places, slot)
-        (turned if slot.transposed and isinstance(place, PackedRows) else direct)[name] = place
+        if more or slot.part is not None:
+            parted[name] = [slot, *more]
+        else:
+            (turned if slot.transposed and isinstance(place, PackedRows) else direct)[name] = place
     checkpoint.copy_into(direct)
     for name, place in turned.items():  # an output's numbers lie apart, and are packed together
         whole = torch.empty(place.shape[::-1])
         checkpoint.copy_into({name: whole})
         place.copy_(whole.T)
+    for name, tensor in checkpoint.stream(parted):
+        for slot in parted[name]:
+            place, part = _target(places, slot), slot.of(tensor)
+            place.copy_(part.T if slot.transposed and isinstance(place, PackedRows) else part)
     losses = [loss for weight in weights_of(model).values() for loss in weight.losses]
     if total := sum(whole for _, whole in losses):
         model.packing_loss = math.sqrt(sum(lost for lost, _ in losses) / total)
     if model.config.tied and _HEAD in checkpoint.names():
-        _check_tied(checkpoint, next(name for name, slot in slots.items() if slot.parameter == "embed.weight"))
+        _check_tied(checkpoint, next(name for name, (slot, *_) in slots.items() if slot.parameter == "embed.weight"))
     return model
 
 
@@ -127,7 +139,11 @@ def export(model: Decoder) -> dict[str, Tensor]:
         place = _target(places, slot)
         if isinstance(place, PackedRows):
             raise WeightsError("packed weights are not written as a checkpoint: load the model without --weights")
-        found[slot.name] = place.contiguous()
+        if slot.part is None:
+            found[slot.name] = place.contiguous()
+            continue
+        whole = found.setdefault(slot.name, place.new_empty(slot.whole))
+        slot.of(whole).copy_(place)
     return found
 
 
@@ -176,32 +192,35 @@ def _target(places: Mapping[str, Tensor | PackedRows], slot: Slot) -> Tensor | P
     return view.T if slot.transposed else view
 
 
-def _stored_name(checkpoint: Source, slot: Slot) -> str:
-    """GPT-2's first checkpoints leave the `transformer.` prefix out."""
-    bare = slot.name.removeprefix("transformer.")
-    return bare if bare in checkpoint.names() else slot.name
+def _stored_name(checkpoint: Source, slot: Slot, model: Decoder) -> str:
+    """What a tensor is called in this checkpoint."""
+    names = checkpoint.names()
+    others = (other + slot.name.removeprefix(one) for one, other in model.renamed if slot.name.startswith(one))
+    return slot.name if slot.name in names else next((name for name in others if name in names), slot.name)
 
 
-def _check(checkpoint: Source, wanted: Mapping[str, Slot], config: ModelConfig) -> None:
+def _check(checkpoint: Source, wanted: Slots, model: Decoder) -> None:
     """Raises `WeightsError` unless the files hold exactly the tensors that are wanted, in their shapes."""
     names = checkpoint.names()
     missing = sorted(set(wanted) - names)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise WeightsError(f"{checkpoint.directory}: tensor {missing[0]!r}{more} is missing from the weight files")
-    ignored = {_HEAD} if config.tied else set()
-    extra = sorted(name for name in names - set(wanted) - ignored if not name.endswith(_DERIVED))
+    ignored = {_HEAD} if model.config.tied else set()
+    beside = tuple(model.ignored)
+    left = (name for name in names - set(wanted) - ignored if not name.endswith(_DERIVED))
+    extra = sorted(name for name in left if not name.startswith(beside))
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise WeightsError(
-            f"{checkpoint.directory}: the weight files hold {extra[0]!r}{more}, which a {config.family} "
+            f"{checkpoint.directory}: the weight files hold {extra[0]!r}{more}, which a {model.config.family} "
             "model of this config.json has no place for"
         )
-    for name, slot in wanted.items():
-        if checkpoint.shape(name) != slot.shape:
+    for name, (slot, *_) in wanted.items():
+        if checkpoint.shape(name) != slot.stored:
             raise WeightsError(
                 f"{checkpoint.directory}: tensor {name!r} has shape {list(checkpoint.shape(name))}, "
-                f"config.json says {list(slot.shape)}"
+                f"config.json says {list(slot.stored)}"
             )
 
 

@@ -44,7 +44,7 @@ class Rows:
     `load(start, count)` gives keys and values [count, heads, D] float32 of the tokens from `start` on, a multiple of
     512. A row at position p sees tokens 0 to p, or, with blocks of `own_block` tokens, those before its own block; of
     these, where there is a `window`, those behind p - window. `rounded`: queries and weights enter the products as
-    bf16.
+    bf16. `softcap`: what holds the scores within it, or 0. `value_dim`: of values, where it is not that of keys.
     """
 
     heads: int
@@ -54,10 +54,12 @@ class Rows:
     own_block: int | None = None
     rounded: bool = False
     window: int = 0
+    softcap: float = 0.0
+    value_dim: int = 0
 
     def attend(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [n, Hq, D] float32 of the last n positions → result [n, Hq, D], and log2 of the sum of exp(score)
-        [n, Hq]. A row that sees nothing gives zeros and -inf.
+        """Rows [n, Hq, D] float32 of the last n positions → result [n, Hq, value dim], and log2 of the sum of
+        exp(score) [n, Hq]. A row that sees nothing gives zeros and -inf.
         """
         first = self.length - rows.shape[0]
         tiles = range(first // QUERY_ROWS, (self.length - 1) // QUERY_ROWS + 1)
@@ -76,7 +78,8 @@ class Rows:
                     continue
                 part = self._partial(query, keys, values, seen, oldest, int(oldest[present]))
                 partials[tile] = partials[tile].merge(part) if tile in partials else part
-        out, lse = torch.zeros_like(rows), rows.new_full(rows.shape[:2], -torch.inf)
+        out = rows.new_zeros(*rows.shape[:2], self.value_dim or rows.shape[2])
+        lse = rows.new_full(rows.shape[:2], -torch.inf)
         for tile, part in partials.items():
             offset = tile * QUERY_ROWS - first
             low, high = self._span(rows.shape[0], offset)
@@ -124,7 +127,10 @@ class Rows:
         token = torch.arange(SPLIT, device=keys.device)
         hidden = (token >= seen[:, None]) | (token < oldest[:, None])
         hidden = hidden.repeat(query.shape[1] // QUERY_ROWS, 1)
-        scores = (torch.bmm(query, keys) * self.scale).masked_fill(hidden, -torch.inf)
+        scores = torch.bmm(query, keys) * self.scale
+        if self.softcap:  # tanh x = 1 - 2 / (1 + e^2x); `torch.tanh` has other bits in the tail of its vector loop
+            scores = self.softcap * (1 - 2 / (1 + torch.exp(scores * (2 / self.softcap))))
+        scores = scores.masked_fill(hidden, -torch.inf)
         maximum = scores.amax(-1, keepdim=True)
         # A row that sees nothing here has only -inf; any finite maximum makes its weights exact zeros.
         weights = torch.exp(scores - maximum.masked_fill(maximum == -torch.inf, 0))

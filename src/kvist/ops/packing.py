@@ -20,7 +20,7 @@ from torch import Tensor
 LANES = 16
 SPLIT = 512
 """Attention cuts a sequence at multiples of this many tokens, so a block never crosses a cut."""
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -45,9 +45,10 @@ def attend(
     lengths: Tensor,
     scale: float,
     window: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Causal attention over paged keys and values; see `kvist.ops.schema`. Raises `ValueError` or `IndexError`."""
-    return attend_own(q, keys, values, tables, starts, lengths, scale, window)[0].to(q.dtype)
+    return attend_own(q, keys, values, tables, starts, lengths, scale, window, softcap)[0].to(q.dtype)
 
 
 def attend_own(
@@ -59,10 +60,11 @@ def attend_own(
     lengths: Tensor,
     scale: float,
     window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`attend` in float32 [T, Hq, D], and each row's lse [T, Hq]; see `kvist.ops.schema`."""
     geometry = packing.geometry(keys, values)
-    _check_attend(geometry, q, tables, starts, lengths, scale, window)
+    _check_attend(geometry, q, tables, starts, lengths, scale, window, softcap)
     out = torch.zeros(q.shape)
     lse = torch.full(q.shape[:2], -torch.inf)
     for sequence, rows, length in sequences(starts, lengths):
@@ -72,7 +74,7 @@ def attend_own(
             return packing.gather_keys(keys, blocks, count), packing.gather_values(values, blocks, count)
 
         rounded = geometry.dtype is torch.bfloat16
-        attention = Rows(geometry.heads, length, scale, load, rounded=rounded, window=window)
+        attention = Rows(geometry.heads, length, scale, load, rounded=rounded, window=window, softcap=softcap)
         out[rows], lse[rows] = attention.attend(q[rows].float())
     return out, lse
 
@@ -121,13 +123,14 @@ def attend_coded(
     block_size: int,
     scale: float,
     window: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Attention over coded blocks, merged with `own`; see `kvist.ops.schema`. Raises `ValueError` or `IndexError`."""
     size, heads, dim = _check_stream(key_planes, key_coding, key_frame, keys=True)
     if (block_size, heads, dim) != _check_stream(value_planes, value_coding, value_frame, keys=False):
         raise ValueError("the key planes and the value planes hold different blocks, heads or dims")
     geometry = Geometry(min(len(key_planes[0]), len(value_planes[0])), heads, size, dim, torch.float32)
-    _check_attend(geometry, q, tables, starts, lengths, scale, window)
+    _check_attend(geometry, q, tables, starts, lengths, scale, window, softcap)
     if own.shape != q.shape or lse.shape != q.shape[:2] or own.dtype != torch.float32 or lse.dtype != torch.float32:
         raise ValueError(f"own and lse are float32 {list(q.shape)} and {list(q.shape[:2])}")
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -141,7 +144,7 @@ def attend_coded(
             )
 
         centre = key_frame[0] if key_coding else torch.zeros(heads, dim)
-        attention = Rows(heads, length, scale, load, own_block=block_size, window=window)
+        attention = Rows(heads, length, scale, load, own_block=block_size, window=window, softcap=softcap)
         out[rows] = merge(q[rows].float(), *attention.attend(q[rows].float()), own[rows], lse[rows], centre, scale)
     return out
 
@@ -230,7 +233,14 @@ def _check_stream(
 
 
 def _check_attend(
-    geometry: Geometry, q: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor, scale: float, window: int
+    geometry: Geometry,
+    q: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
 ) -> None:
     if q.dim() != 3 or q.shape[2] != geometry.head_dim or not q.shape[1] or q.shape[1] % geometry.heads:
         raise ValueError(
@@ -248,6 +258,8 @@ def _check_attend(
         raise ValueError(f"tables, starts and lengths are int32, got {tables.dtype}, {starts.dtype}, {lengths.dtype}")
     if window < 0:
         raise ValueError(f"a window is not negative, got {window}")
+    if not 0 <= softcap < float("inf"):
+        raise ValueError(f"softcap must be finite and not negative, got {softcap}")
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}")
     counts = starts.diff()

@@ -15,15 +15,16 @@
 | `packed_ending` | what stands behind it: product, residual, norm, gated MLP, residual |
 | `packed_layers` | whole layers: these two, and the writing and the attention between them |
 
-`attend(q, keys, values, tables, starts, lengths, scale, window)`: q [T, Hq, D] holds the queries of S sequences one
-after another; sequence s owns rows starts[s] to starts[s+1] (starts [S+1] int32), which are its newest tokens: it has
-lengths[s] tokens in the cache (lengths [S] int32), these included. tables [S, max_blocks] int32 names its blocks in
-order. The query at absolute position p sees keys 0..p, of these the last `window` where that is not 0; blocks that no
-query sees are not read, and their ids may be anything. Query head h uses KV head h // (Hq / H). Rows from starts[S] on
-are padding and come out as zeros. Result [T, Hq, D] in q's dtype.
+`attend(q, keys, values, tables, starts, lengths, scale, window, softcap)`: q [T, Hq, D] holds the queries of S
+sequences one after another; sequence s owns rows starts[s] to starts[s+1] (starts [S+1] int32), which are its newest
+tokens: it has lengths[s] tokens in the cache (lengths [S] int32), these included. tables [S, max_blocks] int32 names
+its blocks in order. The query at absolute position p sees keys 0..p, of these the last `window` where that is not 0;
+blocks that no query sees are not read, and their ids may be anything. Query head h uses KV head h // (Hq / H). Scores s
+= scale * q.k become softcap * tanh(s / softcap) where `softcap` is not 0. Rows from starts[S] on are padding and come
+out as zeros. Result [T, Hq, D] in q's dtype.
 
-A row's bits depend on its own q, on the keys and values it sees, and on scale and window: never on the other rows or
-sequences of the call, on where its blocks lie or how large they are, nor on the number of threads. So decoding,
+A row's bits depend on its own q, on the keys and values it sees, on scale, window and softcap: never on the other rows
+or sequences of the call, on where its blocks lie or how large they are, nor on the number of threads. So decoding,
 prefilling and any cut of a prompt into chunks agree to the bit. Every implementation gives this; different ones agree
 only closely.
 
@@ -34,11 +35,11 @@ planes are those of `attend`: it gives `own` [T, Hq, D] float32 and `lse` [T, Hq
 sum of exp(scale * q.k) over the keys that the row sees; padding rows have zeros and -inf.
 
 `attend_coded(q, own, lse, key_planes, key_coding, key_frame, value_planes, value_coding, value_frame, tables, starts,
-lengths, block_size, scale, window)`: q, tables, starts, lengths as in `attend`. The query at position p sees the first
-p // block_size blocks of its sequence through their codes; the result [T, Hq, D] in q's dtype is attention over these
-and its own block together. A stream's planes are [codes, scales] with `Coding.flat` and `Frame.tensors` behind them,
-or, not coded, one plane as `attend` has it with two empty lists. Coded keys have lost their mean, so a row's scores
-lack q.mean: its own keys are weighed as if they did, too.
+lengths, block_size, scale, window, softcap)`: q, tables, starts, lengths as in `attend`. The query at position p sees
+the first p // block_size blocks of its sequence through their codes; the result [T, Hq, D] in q's dtype is attention
+over these and its own block together. A stream's planes are [codes, scales] with `Coding.flat` and `Frame.tensors`
+behind them, or, not coded, one plane as `attend` has it with two empty lists. Coded keys have lost their mean, so a
+row's scores lack q.mean: its own keys are weighed as if they did, too. Where scores are capped the mean has to be zero.
 
 `seal(open, planes, coding, frame, keys, sources, targets)`: codes block sources[i] of the plane `open` (as `write`
 fills it) into block targets[i] of `planes` ([N] int64 each), as keys or as values; without a coding it is copied into
@@ -75,11 +76,11 @@ SCHEMAS = {
     "write": "(Tensor(a!) keys, Tensor(b!) values, Tensor k, Tensor v, Tensor slots) -> ()",
     "attend": (
         "(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor starts, Tensor lengths, float scale, "
-        "int window=0) -> Tensor"
+        "int window=0, float softcap=0.0) -> Tensor"
     ),
     "attend_own": (
         "(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor starts, Tensor lengths, float scale, "
-        "int window=0) -> (Tensor, Tensor)"
+        "int window=0, float softcap=0.0) -> (Tensor, Tensor)"
     ),
     "seal": (
         "(Tensor open, Tensor(a!)[] planes, int[] coding, Tensor[] frame, bool keys, Tensor sources, Tensor targets) "
@@ -88,7 +89,7 @@ SCHEMAS = {
     "attend_coded": (
         "(Tensor q, Tensor own, Tensor lse, Tensor[] key_planes, int[] key_coding, Tensor[] key_frame, "
         "Tensor[] value_planes, int[] value_coding, Tensor[] value_frame, Tensor tables, Tensor starts, "
-        "Tensor lengths, int block_size, float scale, int window=0) -> Tensor"
+        "Tensor lengths, int block_size, float scale, int window=0, float softcap=0.0) -> Tensor"
     ),
     "silu_mul": "(Tensor gate_up) -> Tensor",
     "gelu": "(Tensor x, bool tanh) -> Tensor",
@@ -128,6 +129,7 @@ def _fake_attend(
     lengths: Tensor,
     scale: float,
     window: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
@@ -141,6 +143,7 @@ def _fake_attend_own(
     lengths: Tensor,
     scale: float,
     window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape, dtype=torch.float32), q.new_empty(q.shape[:2], dtype=torch.float32)
 
@@ -173,6 +176,7 @@ def _fake_attend_coded(
     block_size: int,
     scale: float,
     window: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 

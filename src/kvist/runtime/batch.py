@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvist.base.errors import InvariantError
 from kvist.cache.manager import Lease
-from kvist.cache.view import OpenStep, Step
+from kvist.cache.step import OpenStep, Step
 from kvist.runtime.widths import Widths
 
 

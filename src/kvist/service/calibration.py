@@ -15,7 +15,8 @@ from kvist.cache.calibration import Calibration, StreamStatistics, load_calibrat
 from kvist.cache.choice import parse_choice
 from kvist.cache.codecs import DenseCodec
 from kvist.cache.layout import Layout, plan_layout
-from kvist.cache.spec import window_of
+from kvist.cache.spec import LayerSpec
+from kvist.cache.step import KeysOf
 from kvist.models.decoder import Decoder
 from kvist.models.linear import tensors_of
 from kvist.models.plain import PlainView
@@ -29,7 +30,8 @@ _SAMPLE = 64  # numbers of a parameter that its digest reads, at equal distances
 
 @dataclass(frozen=True)
 class Vectors:
-    """What one layer's attention is given: `q` `[T, heads, D]`, `k`, `v` `[T, kv_heads, D]`, and the scale of q.k."""
+    """What one layer's attention is given: `q` `[T, heads, D]`, `k`, `v` `[T, kv_heads, D]`, and the scale of q.k.
+    `k` is empty where there is one stream, which is `v`."""
 
     q: Tensor
     k: Tensor
@@ -38,28 +40,47 @@ class Vectors:
 
 
 class _ObservedView(PlainView):
-    """A `PlainView` that shows its layer's vectors and then forgets them: one layer's are in memory at a time."""
+    """A `PlainView` that shows its layer's vectors and, unless others `read` it too, then forgets them: one layer's are
+    in memory at a time."""
 
-    def __init__(self, observe: Callable[[Vectors], None], window: int) -> None:
-        super().__init__(window=window)
+    def __init__(self, observe: Callable[[Vectors], None], spec: LayerSpec, read: bool) -> None:
+        super().__init__(spec=spec)
         self._observe = observe
+        self._read = read
 
-    def attend(self, q: Tensor, scale: float) -> Tensor:
-        self._observe(Vectors(q, self.k, self.v, scale))
-        out = super().attend(q, scale)
-        self.k = self.v = torch.empty(0)
+    def attend(self, q: Tensor, scale: float, keys: KeysOf | None = None) -> Tensor:
+        self._observe(Vectors(q, torch.empty(0) if self.k is None else self.k, self.v, scale))
+        out = super().attend(q, scale, keys)
+        if not self._read:
+            self.k, self.v = None, torch.empty(0)
         return out
+
+
+class _Silent(PlainView):
+    """Reads what another layer has written, and shows nothing."""
+
+    def __init__(self, source: PlainView) -> None:
+        super().__init__()
+        self._source = source
+
+    def attend(self, q: Tensor, scale: float, keys: KeysOf | None = None) -> Tensor:
+        return PlainView.attend(self._source, q, scale, keys)
 
 
 @torch.inference_mode()
 def observe(model: Decoder, tokens: list[int], see: Callable[[int, Vectors], None]) -> None:
-    """Runs `tokens` once, without a cache; `see` gets each layer's number and vectors, in order."""
+    """Runs `tokens` once, without a cache; `see` gets the number and the vectors of each layer that has some of its
+    own, in order."""
 
-    def view(layer: int, window: int) -> _ObservedView:
-        return _ObservedView(lambda vectors: see(layer, vectors), window)
+    def view(layer: int, spec: LayerSpec) -> PlainView:
+        if spec.source is not None:
+            return _Silent(views[spec.source])
+        return _ObservedView(lambda vectors: see(layer, vectors), spec, layer in read)
 
-    specs = model.config.layer_specs()
-    views = [view(layer, window_of(spec.retention)) for layer, spec in enumerate(specs)]
+    specs, views = model.config.layer_specs(), list[PlainView]()
+    read = {spec.source for spec in specs}
+    for layer, spec in enumerate(specs):
+        views.append(view(layer, spec))
     model(torch.tensor(tokens), torch.arange(len(tokens)), views)
 
 
@@ -172,7 +193,14 @@ def _is_known(tokenizer: Tokenizer, character: str) -> bool:
 
 
 def measure(model: Decoder, tokens: list[int], digest: str) -> Calibration:
-    """Runs `tokens` once, without a cache, and takes the statistics of each layer's keys and values."""
-    streams: list[dict[str, StreamStatistics]] = []
-    observe(model, tokens, lambda _, seen: streams.append({"k": statistics(seen.k), "v": statistics(seen.v)}))
+    """Runs `tokens` once, without a cache, and takes the statistics of each layer's streams."""
+    specs = model.config.layer_specs()
+    streams: list[dict[str, StreamStatistics]] = [{} for _ in specs]
+
+    def see(layer: int, seen: Vectors) -> None:
+        own = specs[layer].streams
+        vectors = (seen.v,) if len(own) == 1 else (seen.k, seen.v)
+        streams[layer] = {stream.name: statistics(x) for stream, x in zip(own, vectors, strict=True)}
+
+    observe(model, tokens, see)
     return Calibration(digest, len(tokens), tuple(streams))

@@ -6,6 +6,7 @@ Nothing is paged here. Every row of a step starts at position 0, so a view needs
 import torch
 from torch import Tensor
 
+from kvist.cache.step import KeysOf
 from kvist.models.decoder import Decoder
 from kvist.models.plain import PlainActivations, PlainView
 
@@ -62,13 +63,13 @@ class DenseView:
         self._plain = PlainView(rows)
         self._dropout = dropout
 
-    def write(self, k: Tensor, v: Tensor) -> None:
+    def write(self, k: Tensor | None, v: Tensor) -> None:
         """Keep `k`, `v` `[T, kv_heads, head_dim]` for the `attend` that follows."""
         self._plain.write(k, v)
 
-    def attend(self, q: Tensor, scale: float) -> Tensor:
+    def attend(self, q: Tensor, scale: float, keys: KeysOf | None = None) -> Tensor:
         """Causal attention of `q` `[T, heads, head_dim]` within each row. Same shape out."""
-        return self._dropout(self._plain.attend(q, scale))
+        return self._dropout(self._plain.attend(q, scale, keys))
 
 
 def row_logits(model: Decoder, tokens: Tensor, dropout: Dropout) -> Tensor:

@@ -81,10 +81,9 @@ void Attention::attend(Task task, const Task* next, const Scratch& scratch, floa
         std::fill_n(scratch.scores + index * kScoreStride, std::max<int64_t>(seen, 0), 0.0f);
         continue;
       }
-      // From the split's first key on, so that a row's sums do not depend on where others' windows begin.
-      std::fill_n(scratch.scores + index * kScoreStride, split.hidden[row], -kInfinity);
       fetch_values.pace(share, (seen + kLanes - 1) / kLanes);
-      values_.soften(scratch.scores + index * kScoreStride, seen, states + index * state_.stride(), fetch_values);
+      values_.soften(scratch.scores + index * kScoreStride, split.hidden[row], seen, states + index * state_.stride(),
+                     fetch_values);
     }
   }
   const Reads next_keys = next ? reads_of(keys_, *next) : Reads{};

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -65,7 +66,7 @@ class Values {
  public:
   virtual ~Values() = default;
   // Turns the scores of one row, of which it sees `seen`, into weights in place; maximum and sum go into its state.
-  virtual void soften(float* scores, int64_t seen, float* state, Fetcher& fetcher) const = 0;
+  virtual void soften(float* scores, int64_t hidden, int64_t seen, float* state, Fetcher& fetcher) const = 0;
   // The values of all heads, weighted, into the states.
   virtual void weigh(const Split& split, float* weights, float* states, Fetcher& fetcher) const = 0;
   virtual int64_t head_bytes() const = 0;
@@ -119,10 +120,29 @@ inline void in_chains(int64_t count, F f) {
     if (i < count) f(i, c);
 }
 
-// The first pass over the scores of a row: their maximum, scaled. Keys beyond `seen` get -inf before anything looks at
-// them: whatever was stored there has no influence. `store` takes the index of sixteen weights, and the weights.
+// How scores become exponents of two: scaled and, unless `cap` is 0, held within it.
+struct Softening {
+  explicit Softening(const Batch& batch) : scale(batch.binary_scale()), cap(batch.binary_softcap()) {}
+  float scale, cap;
+};
+
+// tanh x = 1 - 2 / (1 + e^2x), to an absolute error of 1e-7.
+inline void cap_scores(float* scores, int64_t first, int64_t seen, Softening how) {
+  const Vec inner = set1(2.0f * how.scale / how.cap), outer = set1(how.cap), one = set1(1.0f), two = set1(2.0f);
+  for (int64_t i = first / kLanes * kLanes; i < seen; i += kLanes)
+    store(scores + i, outer * (one - two / (one + exp(load(scores + i) * inner))));
+}
+
+// The first pass over the scores of a row: their maximum, scaled. Keys before `hidden` and beyond `seen` get -inf before
+// anything looks at them: whatever was stored there has no influence. `store` takes the index of sixteen weights, and
+// the weights.
 template <class Store>
-inline void soften_scores(float* scores, int64_t seen, float scale, float* maximum_and_sum, Store store_weights) {
+inline void soften_scores(float* scores, int64_t hidden, int64_t seen, Softening how, float* maximum_and_sum,
+                          Store store_weights) {
+  if (how.cap != 0) cap_scores(scores, hidden, seen, how);
+  const float scale = how.cap != 0 ? 1.0f : how.scale;
+  // From the split's first key on, so that a row's sums do not depend on where others' windows begin.
+  std::fill_n(scores, hidden, -kInfinity);
   const int64_t whole = seen / kLanes * kLanes;
   if (whole < seen) store(scores + whole, first_lanes(load(scores + whole), seen - whole, set1(-kInfinity)));
   Vec top[kChains], total[kChains];

@@ -9,7 +9,7 @@
 namespace kvist {
 
 constexpr int64_t kSplit = 512;  // tokens from one cut of a sequence to the next
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxHeadDim = 512;
 constexpr int64_t kGroupRows = 48;  // of one KV head that are worked on together, at most
 
 struct Group {
@@ -37,12 +37,15 @@ struct Batch {
   double scale;
   bool whole_blocks;  // a query sees the blocks before its own, not the tokens up to its own
   int64_t window;     // a query sees so many tokens up to its own at most; 0: all
+  double softcap;     // scores s become softcap * tanh(s / softcap); 0: they stay
 
   int64_t queries(int64_t sequence) const { return starts[sequence + 1] - starts[sequence]; }
   int64_t heads_per_kv() const { return query_heads / heads; }
   int64_t rows() const { return starts[sequences] * heads_per_kv(); }  // of one KV head
   // Maxima and exponents are binary.
   float binary_scale() const { return static_cast<float>(scale * 1.4426950408889634); }
+
+  float binary_softcap() const { return static_cast<float>(softcap * 1.4426950408889634); }
 
   // How many tokens of its sequence the query at a position sees.
   int64_t seen(int64_t position) const { return whole_blocks ? position / block_size * block_size : position + 1; }

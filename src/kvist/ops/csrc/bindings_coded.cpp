@@ -141,7 +141,7 @@ Tensor attend_coded_tensors(const Tensor& q, const Tensor& own, const Tensor& ls
                             IntArrayRef key_coding, TensorList key_frame, TensorList value_planes,
                             IntArrayRef value_coding, TensorList value_frame, const Tensor& tables,
                             const Tensor& starts, const Tensor& lengths, int64_t block_size, double scale,
-                            int64_t window) {
+                            int64_t window, double softcap) {
   const CheckedStream keys = check_stream(key_planes, key_coding, key_frame, true);
   const CheckedStream values = check_stream(value_planes, value_coding, value_frame, false);
   const Geometry &a = keys.geometry, &b = values.geometry;
@@ -152,7 +152,7 @@ Tensor attend_coded_tensors(const Tensor& q, const Tensor& own, const Tensor& ls
   TORCH_CHECK_VALUE(block_size == a.block_size, "block_size is ", block_size, ", but the planes hold blocks of ",
                     a.block_size);
   const Geometry both{std::min(a.blocks, b.blocks), a.heads, a.block_size, a.head_dim, a.type};
-  const CheckedBatch checked = check_batch(both, q, tables, starts, lengths, scale, true, window);
+  const CheckedBatch checked = check_batch(both, q, tables, starts, lengths, scale, true, window, softcap);
   TORCH_CHECK_VALUE(own.sizes() == q.sizes() && lse.sizes() == q.sizes().slice(0, 2) &&
                         own.scalar_type() == at::kFloat && lse.scalar_type() == at::kFloat,
                     "own and lse are float32 ", q.sizes(), " and ", q.sizes().slice(0, 2), ", got ", own.scalar_type(),

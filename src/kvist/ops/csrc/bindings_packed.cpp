@@ -136,7 +136,7 @@ struct Cache {
     if (open.empty()) {
       write_tensors(keys[0], values[0], k, v, step[kSlots]);
       return attend_tensors(q, keys[0], values[0], step[kTables], step[kStarts], step[kLengths], scale,
-                            window);
+                            window, 0);
     }
     const TensorList key_frame = key_frames.of(layer), value_frame = value_frames.of(layer);
     const Tensor &open_keys = open[kOpenKeys], &open_values = open[kOpenValues];
@@ -147,9 +147,9 @@ struct Cache {
       seal_tensors(open_values, values, value_coding, value_frame, false, sources, open[kTargets]);
     }
     const auto [own, lse] = attend_own_tensors(q, open_keys, open_values, open[kOpenTables].select(0, layer),
-                                               open[kOpenStarts], open[kOpenLengths], scale, window);
+                                               open[kOpenStarts], open[kOpenLengths], scale, window, 0);
     return attend_coded_tensors(q, own, lse, keys, key_coding, key_frame, values, value_coding, value_frame,
-                                step[kTables], step[kStarts], step[kLengths], block_size, scale, window);
+                                step[kTables], step[kStarts], step[kLengths], block_size, scale, window, 0);
   }
 };
 

@@ -43,7 +43,7 @@ inline Geometry plane_geometry(const Tensor& plane, bool keys) {
   TORCH_CHECK_VALUE(g.block_size >= kLanes && kSplit % g.block_size == 0,
                     "block_size must be a multiple of 16 that divides 512, got ", g.block_size);
   TORCH_CHECK_VALUE(g.head_dim % 8 == 0 && g.head_dim >= 8 && g.head_dim <= kMaxHeadDim,
-                    "head_dim must be a multiple of 8 up to 256, got ", g.head_dim);
+                    "head_dim must be a multiple of 8 up to ", kMaxHeadDim, ", got ", g.head_dim);
   TORCH_CHECK_VALUE(plane.is_contiguous(), "planes must be contiguous");
   return g;
 }
@@ -110,11 +110,13 @@ inline void check_metadata(const Geometry& g, const Tensor& tables, const Tensor
 }
 
 inline CheckedBatch check_batch(const Geometry& g, const Tensor& q, const Tensor& tables, const Tensor& starts,
-                                const Tensor& lengths, double scale, bool whole_blocks, int64_t window) {
+                                const Tensor& lengths, double scale, bool whole_blocks, int64_t window,
+                                double softcap) {
   TORCH_CHECK_VALUE(g.heads > 0 && q.dim() == 3 && q.size(2) == g.head_dim && q.size(1) > 0 && q.size(1) % g.heads == 0,
                     "attend needs q [T, a multiple of ", g.heads, ", ", g.head_dim, "], got ", q.sizes());
   TORCH_CHECK_VALUE(std::isfinite(scale) && scale > 0, "scale must be positive and finite, got ", scale);
   TORCH_CHECK_VALUE(window >= 0 && window <= int64_t{1} << 31, "a window is not negative, got ", window);
+  TORCH_CHECK_VALUE(std::isfinite(softcap) && softcap >= 0, "softcap must be finite and not negative, got ", softcap);
   const Number type = number(q, "q");
   CheckedBatch checked{by_token(q), tables.contiguous(), starts.contiguous(), lengths.contiguous(), {}};
   check_metadata(g, checked.tables, checked.starts, checked.lengths, q.size(0), window);
@@ -132,7 +134,8 @@ inline CheckedBatch check_batch(const Geometry& g, const Tensor& q, const Tensor
                    checked.lengths.size(0),
                    scale,
                    whole_blocks,
-                   window};
+                   window,
+                   softcap};
   return checked;
 }
 

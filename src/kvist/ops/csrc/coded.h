@@ -65,7 +65,7 @@ class CodedValues : public Values {
  public:
   CodedValues(const Batch& batch, const CodedStream& stream);
 
-  void soften(float* scores, int64_t seen, float* state, Fetcher& fetcher) const override;
+  void soften(float* scores, int64_t hidden, int64_t seen, float* state, Fetcher& fetcher) const override;
   void weigh(const Split& split, float* weights, float* states, Fetcher& fetcher) const override;
   int64_t head_bytes() const override { return head_bytes_of(batch_, stream_); }
   void add_reads(const Group& group, int64_t token, Reads& reads) const override {
@@ -81,7 +81,7 @@ class CodedValues : public Values {
 
   const Batch& batch_;
   const CodedStream stream_;
-  const float scale_;
+  const Softening softening_;
   const State state_;
   std::vector<Levels> levels_;
 };

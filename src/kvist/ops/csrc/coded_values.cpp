@@ -54,13 +54,13 @@ struct CodedValues::Weighed {
 };
 
 CodedValues::CodedValues(const Batch& batch, const CodedStream& stream)
-    : batch_(batch), stream_(stream), scale_(batch.binary_scale()), state_(batch.head_dim) {
+    : batch_(batch), stream_(stream), softening_(batch), state_(batch.head_dim) {
   for (const Segment& segment : stream.coding.segments)
     levels_.push_back(make_levels(segment.levels, segment.bits));
 }
 
-void CodedValues::soften(float* scores, int64_t seen, float* state, Fetcher& fetcher) const {
-  soften_scores(scores, seen, scale_, state + state_.width, [&](int64_t i, Vec weight) {
+void CodedValues::soften(float* scores, int64_t hidden, int64_t seen, float* state, Fetcher& fetcher) const {
+  soften_scores(scores, hidden, seen, softening_, state + state_.width, [&](int64_t i, Vec weight) {
     fetcher.tick();
     store(scores + i, weight);
   });

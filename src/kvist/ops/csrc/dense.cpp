@@ -86,12 +86,12 @@ class DenseValues : public Values {
 
  public:
   DenseValues(const Batch& batch, const void* plane)
-      : batch_(batch), plane_(plane), scale_(batch.binary_scale()), state_(batch.head_dim) {}
+      : batch_(batch), plane_(plane), softening_(batch), state_(batch.head_dim) {}
 
   // The weights are the scalars of the product with the values.
-  void soften(float* scores, int64_t seen, float* state, Fetcher& fetcher) const override {
+  void soften(float* scores, int64_t hidden, int64_t seen, float* state, Fetcher& fetcher) const override {
     Scalar* weights = reinterpret_cast<Scalar*>(scores);
-    soften_scores(scores, seen, scale_, state + state_.width, [&](int64_t i, Vec weight) {
+    soften_scores(scores, hidden, seen, softening_, state + state_.width, [&](int64_t i, Vec weight) {
       fetcher.tick();
       Plane::store_scalars(weights + i / Plane::kPack, weight);
     });
@@ -169,7 +169,7 @@ class DenseValues : public Values {
 
   const Batch& batch_;
   const void* plane_;
-  const float scale_;
+  const Softening softening_;
   const State state_;
 };
 

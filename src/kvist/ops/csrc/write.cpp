@@ -13,7 +13,7 @@ namespace kvist {
 namespace {
 
 constexpr int64_t kGrain = 1 << 14;  // numbers that pay for waking one more thread
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxHeadDim = 512;
 
 // One head's vector in the type of the plane, rounded to nearest even.
 template <class From, class To>
