@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_checkpoints import CASES, VOCAB, Written
+from safetensors import safe_open
 
 from kvist.cache.codecs import codec
 from kvist.cache.layout import plan_layout
@@ -19,7 +20,7 @@ from kvist.models.load import load
 from kvist.models.plain import plain_views
 from kvist.ops.backend import select
 from kvist.runtime.runner import Runner
-from kvist.weights.checkpoint import SINGLE_FILE
+from kvist.weights.checkpoint import SINGLE_FILE, save
 from oracle import feed, tokens_of
 
 TOLERANCE = 1e-4
@@ -90,3 +91,26 @@ def test_mobilellm_runs_each_layer_twice(written: Callable[[str], Written], tmp_
     tokens = tokens_of(random.Random(0), PREFILL + STEPS, VOCAB)
     found = prefill_and_decode(runner_of(tmp_path, config), tokens)
     torch.testing.assert_close(found, Written(twice, tmp_path).logits(tokens), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("case", "family", "older"),
+    [("gemma3", "gemma3", False), ("gemma3", "gemma3", True), ("gemma4-small", "gemma4", False)],
+)
+def test_the_text_decoder_of_a_model_that_also_sees(
+    case: str, family: str, older: bool, written: Callable[[str], Written], tmp_path: Path
+) -> None:
+    theirs = written(case)
+    raw = json.loads((theirs.directory / "config.json").read_text())
+    outer = {"model_type": family, "text_config": raw, "vision_config": {"hidden_size": 8}, "image_token_id": 3}
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+    prefix = "language_model.model." if older else "model.language_model."
+    with safe_open(theirs.directory / SINGLE_FILE, "pt") as file:
+        tensors = {prefix + name.removeprefix("model."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["vision_tower.encoder.weight" if older else "model.vision_tower.encoder.weight"] = torch.ones(2, 2)
+    save(tmp_path / SINGLE_FILE, tensors)
+    tokens = tokens_of(random.Random(0), PREFILL + STEPS, VOCAB)
+    config = load_config(tmp_path)
+    assert config.family == family
+    found = prefill_and_decode(runner_of(tmp_path, config), tokens)
+    torch.testing.assert_close(found, theirs.logits(tokens), rtol=0, atol=TOLERANCE)

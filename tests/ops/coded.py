@@ -51,7 +51,7 @@ class Coded:
     block_size: int
     scale: float
 
-    def attend(self, ops: Backend, pieces: Sequence[Piece], padding: int = 0) -> Tensor:
+    def attend(self, ops: Backend, pieces: Sequence[Piece], padding: int = 0, softcap: float = 0.0) -> Tensor:
         """All pieces in one call, `padding` rows after them: own blocks first, then the coded ones."""
         q = torch.cat([piece.q for piece in pieces])
         q = torch.cat([q, torch.full((padding, *q.shape[1:]), torch.nan, dtype=q.dtype)])
@@ -64,12 +64,20 @@ class Coded:
                 blocks.append(int(self.tables[piece.sequence, index]))
                 lengths.append(end - index * self.block_size)
         own = ops.attend_own(
-            q, self.keys.open, self.values.open, int32(blocks)[:, None], int32(starts), int32(lengths), self.scale
+            q,
+            self.keys.open,
+            self.values.open,
+            int32(blocks)[:, None],
+            int32(starts),
+            int32(lengths),
+            self.scale,
+            0,
+            softcap,
         )
         tables = torch.stack([self.tables[piece.sequence] for piece in pieces])
         where = (tables, int32([0, *accumulate(len(piece.q) for piece in pieces)]), int32([p.length for p in pieces]))
         return ops.attend_coded(
-            q, *own, *self.keys.operands, *self.values.operands, *where, self.block_size, self.scale
+            q, *own, *self.keys.operands, *self.values.operands, *where, self.block_size, self.scale, 0, softcap
         )
 
     def vectors(self, piece: Piece, exact: bool) -> list[tuple[Tensor, Tensor]]:

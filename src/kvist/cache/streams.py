@@ -66,10 +66,10 @@ class StreamView:
         if self.open is None:
             out[:] = found[0]
             return out
-        own = self._attend_own(q, scale, keys, positions)
-        used = int(step.starts[-1])
+        own, used = self._attend_own(q, scale, keys, positions), int(step.starts[-1])
         centre = torch.zeros(values.heads, q.shape[2])  # nothing is lost: see `_decoded`
-        out[:used] = merge(q[:used].float(), *(x[:used] for x in (*found, *own)), centre, scale).to(q.dtype)
+        earlier, earlier_sum, mine, my_sum = (x[:used] for x in (*found, *own))
+        out[:used] = merge(q[:used].float(), earlier, earlier_sum, mine, my_sum, centre, scale).to(q.dtype)
         return out
 
     def _attend_own(self, q: Tensor, scale: float, keys: KeysOf | None, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from kvist.cli import (
     evals,
     explain,
     fidelity,
+    plan,
     run,
     serve,
     trace,
@@ -48,6 +49,7 @@ app.command("serve")(serve.serve)
 app.command("explain")(explain.explain)
 app.command("tax")(explain.tax)
 app.command("verify")(verify.verify)
+app.command("plan")(plan.plan)
 app.command("fidelity")(fidelity.fidelity)
 app.command("calibrate")(calibrate.calibrate)
 app.command("trace")(trace.trace)

@@ -136,6 +136,10 @@ class ModelConfig:
         """Dimensions of a head that positions rotate."""
         return self.head_dim if self.rotated is None else self.rotated
 
+    def naive_numbers(self) -> int:
+        """Numbers of a token in a cache that keeps keys and values of every head of every layer."""
+        return 2 * self.layers * self.repeats * self.kv_heads * self.head_dim
+
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         """What the cache must keep for this model, layer by layer."""
         windows = self.windows or (0,) * self.layers * self.repeats

@@ -42,6 +42,9 @@ class DeepseekConfig(ModelConfig):
     shared_size: int
     down_bias: bool  # of the products that lead to latents
 
+    def naive_numbers(self) -> int:
+        return self.layers * self.heads * (self.plain + self.rotary + self.values)
+
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         return (latent(self.rank, self.rotary),) * self.layers
 

@@ -52,6 +52,10 @@ class Gemma4Config(ModelConfig):
                 specs.append((tied if self.tied_kv else key_value)(self.wide_kv_heads, self.wide_head_dim))
         return tuple(specs)
 
+    def naive_numbers(self) -> int:
+        shapes = [self.shape(layer) for layer in range(self.layers)]
+        return sum(2 * heads * dim for heads, dim in shapes)
+
     def shape(self, layer: int) -> tuple[int, int]:
         """KV heads of a layer, and a head's dimensions."""
         return (self.kv_heads, self.head_dim) if self.local[layer] else (self.wide_kv_heads, self.wide_head_dim)

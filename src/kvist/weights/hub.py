@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvist.base.errors import ModelNotFound
@@ -25,6 +25,7 @@ WANTED = (
     "merges.txt",
     "chat_template.jinja",
 )
+CONFIG = ("config.json",)
 # The same weights once more, in other forms: subfolders (original/, onnx/) and Mistral's own naming.
 UNWANTED = ("*/*", "consolidated*.safetensors")
 ANSWER_SECONDS = 10.0
@@ -32,11 +33,11 @@ ANSWER_SECONDS = 10.0
 _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
-def resolve(name: str, *, progress: bool) -> Path:
+def resolve(name: str, *, progress: bool, weights: bool = True) -> Path:
     """The directory of the model `name`: a path that exists, or a downloaded hub id, `org/name[@revision]`.
 
-    `progress` shows bars on stderr where that is a terminal. Raises `ModelNotFound`, which says what was
-    tried and what would work.
+    `progress` shows bars on stderr where that is a terminal. Without `weights` only the config is fetched. Raises
+    `ModelNotFound`, which says what was tried and what would work.
     """
     path = os.path.expanduser(name)
     if os.path.isdir(path):
@@ -46,19 +47,21 @@ def resolve(name: str, *, progress: bool) -> Path:
     match = _HUB_NAME.fullmatch(name)
     if match is None or name.startswith((".", "~")):
         raise ModelNotFound(f"no such directory: {name} (a model on the hub is named org/name or org/name@revision)")
-    folder = _download(name, match["repository"], match["revision"], progress and sys.stderr.isatty())
-    if not any(folder.glob("*.safetensors")):
+    folder = _download(
+        name, match["repository"], match["revision"], progress and sys.stderr.isatty(), WANTED if weights else CONFIG
+    )
+    if weights and not any(folder.glob("*.safetensors")):
         raise ModelNotFound(f"{name} holds no *.safetensors files; choose a repository with safetensors weights")
     return folder
 
 
-def _download(name: str, repository: str, revision: str | None, progress: bool) -> Path:
+def _download(name: str, repository: str, revision: str | None, progress: bool, files: Sequence[str]) -> Path:
     from huggingface_hub import constants, errors  # here, for it takes a while to import
 
     tried = f"{name} is no directory here, and"
     try:
         with _progress_bars(progress):
-            return _snapshot(repository, revision)
+            return _snapshot(repository, revision, files)
     except errors.GatedRepoError as error:
         raise ModelNotFound(
             f"{name} is gated: accept its terms at {constants.ENDPOINT}/{repository} and set HF_TOKEN"
@@ -79,7 +82,7 @@ def _download(name: str, repository: str, revision: str | None, progress: bool) 
         raise _failed(tried, constants.ENDPOINT, error) from error
 
 
-def _snapshot(repository: str, revision: str | None) -> Path:
+def _snapshot(repository: str, revision: str | None, files: Sequence[str]) -> Path:
     """The cached snapshot of a repository, brought up to date where the hub answers.
 
     The library waits for its first answer without limit, so the hub is asked beforehand, with one.
@@ -97,7 +100,7 @@ def _snapshot(repository: str, revision: str | None) -> Path:
         folder = snapshot_download(
             repository,
             revision=revision,
-            allow_patterns=list(WANTED),
+            allow_patterns=list(files),
             ignore_patterns=list(UNWANTED),
             local_files_only=silence is not None,
         )
