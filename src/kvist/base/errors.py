@@ -15,6 +15,10 @@ class ConfigError(KvistError):
     """A model configuration that Kvist does not know how to run exactly."""
 
 
+class UnknownFamily(ConfigError):
+    """A model of an architecture that is none of ours."""
+
+
 class WeightsError(KvistError):
     """A weight file that is missing, truncated, or does not fit its configuration."""
 

@@ -88,6 +88,9 @@ class Decoder(nn.Module, ABC):
     renamed: Sequence[tuple[str, str]] = ()
     ignored: Sequence[str] = ()
 
+    def allocated(self) -> None:
+        """Called once its parameters have their memory."""
+
     def logits(self, hidden: Tensor) -> Tensor:
         """`[R, hidden_size]` → `[R, vocab_size]` float32."""
         return (self.embed.unembed(hidden) if self.head is None else self.head(hidden)).float()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvist.base.errors import ConfigError
+from kvist.base.errors import UnknownFamily
 from kvist.base.files import read_json
 from kvist.models import deepseek, gemma, gemma4, gpt2, llama, neox, qwen3_moe
 from kvist.models.config import ModelConfig
@@ -44,14 +44,14 @@ FAMILIES = {
 def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     """The config of a checkpoint. `raw`: the parsed `config.json`; `where`: its path, for messages.
 
-    Raises `ConfigError` for an unknown architecture, a missing or ill-typed key, and any key or value that would
+    Raises `UnknownFamily`, and `ConfigError` for a missing or ill-typed key, and any key or value that would
     change the mathematics in a way that is not implemented.
     """
     keys = Keys(raw, where)
     name = keys.take("model_type", str)
     family = FAMILIES.get(name)
     if family is None:
-        raise ConfigError(f"{where}: architecture {name!r} is not supported ({', '.join(FAMILIES)} are)")
+        raise UnknownFamily(f"{where}: architecture {name!r} is not supported ({', '.join(FAMILIES)} are)")
     config = family.read(keys)
     keys.finish()
     return config

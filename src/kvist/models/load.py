@@ -170,6 +170,7 @@ def allocate(model: Decoder, dtype: torch.dtype) -> Decoder:
     sizes = [-(-form.nbytes // CACHE_LINE) * CACHE_LINE for _, form in packed]
     for (weight, form), room in zip(packed, zeros([sum(sizes)], torch.uint8).split(sizes), strict=True):
         weight.codes = room[: form.nbytes].view(form.shape)
+    model.allocated()
     return model.eval()
 
 

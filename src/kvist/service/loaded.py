@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from kvist.base.errors import ConfigError, WeightsError
+from kvist.base.errors import ConfigError, UnknownFamily, WeightsError
 from kvist.base.events import Listener
 from kvist.cache.choice import parse_choice
 from kvist.cache.codecs import BF16, FP16, FP32
 from kvist.cache.kept import KeptCache
 from kvist.cache.layout import BLOCK_SIZE, Layout, plan_layout
+from kvist.hf import config as hf_config
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Decoder, Slot
 from kvist.models.families import describe, load_config
@@ -121,7 +122,7 @@ def open_model(
         plan_layout(config.layer_specs(), parse_choice(kv), full=_FULL[compute])
     backend = select_backend(config, compute)
     stamp = stamp_of(origin.files)
-    model = describe(config, backend)
+    model = _describe(config, backend)
     how, grouping = _packing(origin, weights, model)
     if grouping is not None:
         model.pack(grouping, backend)
@@ -131,6 +132,8 @@ def open_model(
         fill(allocate(model, compute), checkpoint, slots)
     else:
         open_packed(model, checkpoint, how, stamp, lambda: _tell_packing(origin, how))
+    if isinstance(config, hf_config.HfConfig):
+        model.check()
     if stamp_of(origin.files) != stamp:
         raise WeightsError(f"the weight files in {origin.files} were changed while they were read; try again")
     layout = planned(model, origin.directory, kv, _FULL[compute])
@@ -156,7 +159,27 @@ def _find(name: str | None) -> _Origin:
         found = open_gguf(path)
         return _Origin(found.directory, path, found.config, found.checkpoint, found.grouping)
     directory = BUNDLED if name is None else resolve(name, progress=True)
-    return _Origin(directory, directory, load_config(directory), Checkpoint(directory))
+    return _Origin(directory, directory, _config(directory), Checkpoint(directory))
+
+
+def _config(directory: Path) -> ModelConfig:
+    """The config of one of our families, or else, with kvist[hf], of one of transformers'."""
+    try:
+        return load_config(directory)
+    except UnknownFamily as error:
+        if not hf_config.is_installed():
+            raise ConfigError(
+                f"{error}; with pip install 'kvist[hf]' transformers' own code runs what it knows"
+            ) from None
+    return hf_config.load_hf_config(directory)
+
+
+def _describe(config: ModelConfig, backend: Backend) -> Decoder:
+    if isinstance(config, hf_config.HfConfig):
+        from kvist.hf.decoder import HfDecoder  # it imports transformers
+
+        return HfDecoder(config, backend)
+    return describe(config, backend)
 
 
 def find_gguf(name: str) -> Path | None:

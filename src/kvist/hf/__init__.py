@@ -1,0 +1,1 @@
+"""Models of families that are not ours: transformers' own code, over our cache. Needs `kvist[hf]`."""

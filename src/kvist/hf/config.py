@@ -1,0 +1,93 @@
+"""The config of any decoder that transformers knows, as far as the cache has to know it."""
+
+import importlib.metadata
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvist.base.errors import ConfigError
+from kvist.cache.spec import Full, LayerSpec, Window, key_value
+from kvist.models.config import Activation, ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfConfig(ModelConfig):
+    """`raw`: the whole config as transformers reads it, JSON. `version`: of transformers, whose code is part of what
+    decides the mathematics. `softcap`: of scores; 0: none."""
+
+    raw: str
+    version: str
+    softcap: float = 0.0
+
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        windows = self.windows or (0,) * self.layers
+        retentions = (Window(window) if window else Full() for window in windows)
+        return tuple(key_value(self.kv_heads, self.head_dim, kept, self.softcap) for kept in retentions)
+
+
+def is_installed() -> bool:
+    """Whether transformers is there."""
+    return importlib.util.find_spec("transformers") is not None
+
+
+def load_hf_config(directory: Path) -> HfConfig:
+    """The config of a checkpoint directory. Raises `ConfigError` for what transformers does not know either, and for
+    what is no decoder over keys and values of one shape."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    where = directory / "config.json"
+    try:
+        found = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{where}: transformers cannot read it either: {reason}") from None
+    if found.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(f"{where}: a model of type {found.model_type!r} continues no text")
+    text = found.get_text_config()
+
+    def number(*names: str, default: int | None = None) -> int:
+        for name in names:
+            value = getattr(text, name, None)
+            if type(value) is int:
+                return value
+        if default is None:
+            raise ConfigError(f"{where}: transformers' config of {found.model_type!r} has no {names[0]}")
+        return default
+
+    hidden, heads = number("hidden_size"), number("num_attention_heads")
+    layers, positions = number("num_hidden_layers"), number("max_position_embeddings")
+    softcap = getattr(text, "attn_logit_softcapping", None) or 0.0
+    return HfConfig(
+        family=found.model_type,
+        vocab_size=number("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=number("intermediate_size", "ffn_dim", default=hidden),
+        layers=layers,
+        heads=heads,
+        kv_heads=number("num_key_value_heads", default=heads),
+        head_dim=number("head_dim", default=hidden // max(heads, 1)),
+        max_positions=positions,
+        norm_eps=0.0,  # transformers' own code knows
+        activation=Activation.SILU,
+        rope=None,
+        tied=bool(getattr(text, "tie_word_embeddings", False)),
+        windows=_windows(text, layers, positions, where),
+        raw=json.dumps(text.to_dict(), sort_keys=True, default=str),
+        version=importlib.metadata.version("transformers"),
+        softcap=float(softcap),
+    )
+
+
+def _windows(text: Any, layers: int, positions: int, where: Path) -> tuple[int, ...]:
+    """The window of each layer, as transformers' masks have it."""
+    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if window else "full_attention"] * layers
+    known = {"full_attention": 0, "sliding_attention": window or 0}
+    if len(kinds) != layers or any(kind not in known for kind in kinds):
+        raise ConfigError(f"{where}: layers of types {', '.join(sorted(set(map(str, kinds))))} are not supported")
+    found = tuple(known[kind] for kind in kinds)
+    return tuple(size if size < positions else 0 for size in found) if any(found) else ()
