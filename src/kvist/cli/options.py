@@ -33,6 +33,10 @@ Weights = Annotated[
         help="Pack the matrices into 8 or 4 bits, or decode a quantized file; default: as stored.",
     ),
 ]
+Merged = Annotated[
+    Path | None,
+    typer.Option("--adapter", metavar="DIR", help="A LoRA adapter in PEFT's format, merged into the weights."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 
 CacheDir = Annotated[

@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,6 +44,12 @@ def serve(
         str | None, typer.Option(metavar="URL", help="Share the cache through a Redis or Valkey, as in redis://host.")
     ] = None,
     dtype: Dtype = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR", help="A LoRA adapter that clients have as model NAME; may be given several times."
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The model's name for clients; by default as it was given.")] = None,
     chat_template: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A chat template instead of the model's own.")
@@ -85,6 +92,7 @@ def serve(
         raise KvistError(f"--timeout and --grace take a number of seconds, got {timeout:g} and {grace:g}")
     given = None if kv_memory is None else size(kv_memory, "--kv-memory")
     body, keys = size(max_body, "--max-body"), api_keys(api_key or [], api_key_file)
+    adapters = adapter_folders(adapter or ())
     keep = keep_settings(cache_dir, cache_disk, cache_max_age, cache_remote)
 
     from kvist.server.logs import shown
@@ -114,7 +122,7 @@ def serve(
             )
         with shown(as_json=log_json or not sys.stderr.isatty()), contextlib.ExitStack() as stack:
             try:
-                loaded = open_model(model, dtype=dtype, kv=kv, weights=weights)
+                loaded = open_model(model, dtype=dtype, kv=kv, weights=weights, adapters=adapters)
                 budget = loaded.budget(given, max_running)
                 kept = None if keep is None else stack.enter_context(open_kept(loaded, keep))
                 serving = _serving(loaded, budget, kept, name, chat_template, settings, public_prompt or [])
@@ -136,6 +144,17 @@ def keep_settings(
         return None
     age = math.inf if max_age is None else duration(max_age, "--cache-max-age")
     return KeepSettings(folder, None if disk is None else size(disk, "--cache-disk"), age, remote)
+
+
+def adapter_folders(given: Iterable[str]) -> dict[str, Path]:
+    """Adapters by name, each given as NAME=DIR. Raises `KvistError`."""
+    found: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or not name or not folder or name in found:
+            raise KvistError(f"--adapter takes a new name and a folder, as in poems=adapters/poems; got {text!r}")
+        found[name] = Path(folder).expanduser()
+    return found
 
 
 def duration(text: str, option: str) -> float:
@@ -174,7 +193,7 @@ def _serving(
     for path in public:
         log.info("%s: %s tokens are shared by all tenants", path, f"{serving.make_public(read_text(path)):,}")
     if kept is not None:
-        kept.limit(settings.tenants.values(), serving.manager)
+        kept.limit(settings.tenants.values(), serving.manager, loaded.adapters.values())
     log.info("%s · context of %s tokens", serving.name, f"{serving.context:,}")
     log.info("%s", budget.describe(serving.context))
     if kept is not None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.options import Dtype, Json, Kv, Model, Weights, print_json
+from kvist.cli.options import Dtype, Json, Kv, Merged, Model, Weights, print_json
 
 
 def verify(
@@ -17,6 +17,7 @@ def verify(
     dtype: Dtype = None,
     kv: Kv = None,
     weights: Weights = None,
+    adapter: Merged = None,
     as_json: Json = False,
 ) -> None:
     """Compare runs with the cache to runs from nothing, bit for bit. Exits with 1 on any difference."""
@@ -26,7 +27,7 @@ def verify(
     from kvist.evals.verify import Report, Verifier
     from kvist.service.loaded import open_model
 
-    loaded = open_model(model, dtype=dtype, kv=kv, weights=weights)
+    loaded = open_model(model, dtype=dtype, kv=kv, weights=weights, adapter=adapter)
     verifier = Verifier(loaded, tokens, steps, trials, seed)
     title = f"{loaded.name} · operators {loaded.backend.name} · weights {loaded.model.weights} · KV {loaded.layout.kv}"
     table = Table("check", "result", "compared", "evidence", title=title, title_justify="left")

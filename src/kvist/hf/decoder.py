@@ -105,6 +105,7 @@ class HfDecoder(Decoder):
     does to logits."""
 
     config: HfConfig
+    head = None  # it is `whole`'s
 
     def __init__(self, config: HfConfig, activations: Activations) -> None:
         nn.Module.__init__(self)
@@ -162,7 +163,8 @@ class HfDecoder(Decoder):
 
     def linears(self) -> list[tuple[Tensor, Tensor | None]]:
         parts = [part for part in self.body.modules() if isinstance(part, HfLinear)]
-        return [(part.weight, part.bias) for part in parts if part.weight is not None]
+        own = [(part.weight, part.bias) for part in parts if part.weight is not None]
+        return own if self.adapters is None else own + self.adapters.products()
 
     def head_products(self) -> list[tuple[Tensor, Tensor | None]]:
         head = self._head_part

@@ -62,6 +62,17 @@ def linear_slots(name: str, parameter: str, start: int, shape: tuple[int, int], 
 Product = tuple[Tensor, Tensor | None]  # a weight [out, in] and its bias [out]
 
 
+class RowAdapters(Protocol):
+    """What requests may have added to the products of their rows; see `kvist.models.lora`."""
+
+    ids: list[str]
+    fit: Callable[[int], int]
+
+    def assign(self, names: Sequence[str]) -> None: ...
+
+    def products(self) -> list[Product]: ...
+
+
 class Decoder(nn.Module, ABC):
     """Token ids in, logits out. A row is one token; rows of many sequences stand in one step."""
 
@@ -83,6 +94,7 @@ class Decoder(nn.Module, ABC):
     def slots(self) -> list[Slot]:
         """Every tensor of a Hugging Face checkpoint of this family, and where it goes. Covers each parameter."""
 
+    adapters: RowAdapters | None = None  # attached to it
     # Beginnings of tensors' names: those that some checkpoints have instead of the first of a pair; and those of
     # tensors that are no part of the decoder.
     renamed: Sequence[tuple[str, str]] = ()
@@ -102,7 +114,8 @@ class Decoder(nn.Module, ABC):
     def linears(self) -> list[Product]:
         """Every matrix product of a step but the head's, packed ones left out: what the width probe tests."""
         linears = [part for part in self.modules() if isinstance(part, Linear) and part is not self.head]
-        return [(part.weight, part.bias) for part in linears if part.weight is not None]
+        own = [(part.weight, part.bias) for part in linears if part.weight is not None]
+        return own if self.adapters is None else own + self.adapters.products()
 
     def head_products(self) -> list[Product]:
         """The head's, unless it is packed."""
@@ -114,11 +127,18 @@ class Decoder(nn.Module, ABC):
         for module in self.modules():
             if isinstance(module, Experts):
                 module.fit = fit
+        if self.adapters is not None:
+            self.adapters.fit = fit
 
     def pack(self, grouping: Grouping, operators: PackedOperators) -> None:
         """Have all matrices packed; `grouping` says how. What else there is has to be in float32."""
         for name, weight in weights_of(self).items():
             weight.pack(*grouping(f"{name}.weight", weight.columns), operators)
+
+    def unpair(self) -> None:
+        """Before `pack`: leave every product on its own, so that something can be added to its outputs."""
+        for weight in weights_of(self).values():
+            weight.paired = False
 
     def zero_packed(self) -> None:
         """Have all packed weights hold zeros, as when they are allocated."""

@@ -45,7 +45,7 @@ class Weight(nn.Module):
         self.register_buffer("codes", None)
         self.form: PackedForm | None = None
         self.losses: list[tuple[float, float]] = []  # sums of squares: of what packing changed, and of the numbers
-        self._paired = paired
+        self.paired = paired
 
     @property
     def columns(self) -> int:
@@ -56,7 +56,7 @@ class Weight(nn.Module):
         the parameter, which goes."""
         assert self.weight is not None
         rows, columns = self.weight.shape
-        self.form = PackedForm(rows, columns, bits, group, self._paired)
+        self.form = PackedForm(rows, columns, bits, group, self.paired)
         self.codes = torch.zeros(self.form.shape, dtype=torch.uint8, device=self.weight.device)
         self.weight = None
         self.operators = operators
@@ -79,11 +79,15 @@ class Linear(Weight):
     def __init__(self, columns: int, rows: int, bias: bool = False, paired: bool = False) -> None:
         super().__init__(columns, rows, paired)
         self.bias = nn.Parameter(torch.empty(rows)) if bias else None
+        # What adapters add to the outputs of single rows: this product, its rows and its outputs → the outputs.
+        self.added: Callable[[Linear, Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is not None:
-            return F.linear(x, self.weight, self.bias)
-        return self.operators.packed_linear(x, None, 0.0, *self.operand, self.bias)
+            out = F.linear(x, self.weight, self.bias)
+        else:
+            out = self.operators.packed_linear(x, None, 0.0, *self.operand, self.bias)
+        return out if self.added is None else self.added(self, x, out)
 
 
 class Embedding(Weight):

@@ -174,8 +174,10 @@ class Block(nn.Module):
 
     @property
     def fuses(self) -> bool:
-        """Whether the fused operators compute it: its matrices are packed, and the MLP has no biases."""
-        return self.gate_up.is_packed and self.gate_up.bias is None
+        """Whether the fused operators compute it: its matrices are packed, gates beside their ups, and the MLP has no
+        biases."""
+        form = self.gate_up.form
+        return form is not None and form.paired and self.gate_up.bias is None
 
     @property
     def extras(self) -> list[Tensor | None]:

@@ -17,12 +17,14 @@ class Work:
     """The next `tokens` of one sequence, to be written behind its lease's committed ones.
 
     `logits`: of how many of them, counted from the last, the logits are wanted. `pool`: `[hidden_size]` float64 to
-    which their last hidden states are added, one after the other, so that the sum does not depend on the steps."""
+    which their last hidden states are added, one after the other, so that the sum does not depend on the steps.
+    `adapter`: the id of the one that they have, if any."""
 
     lease: Lease
     tokens: Sequence[int]
     logits: int = 1
     pool: Tensor | None = None
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.logits <= len(self.tokens):

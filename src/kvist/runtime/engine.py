@@ -75,6 +75,9 @@ class Engine:
             )
         if not 0 <= min(request.prompt) <= max(request.prompt) < config.vocab_size:
             raise RequestError(f"a token id of the prompt is outside the vocabulary of {config.vocab_size:,}")
+        known = () if self.runner.model.adapters is None else self.runner.model.adapters.ids
+        if request.adapter and request.adapter not in known:
+            raise RequestError(f"there is no adapter {request.adapter[:40]!r}")
         check_bias(request.sampling, config.vocab_size)
         most = min(length + max(request.max_tokens - 1, 0), config.max_positions)
         manager = self.runner.manager

@@ -200,7 +200,7 @@ class Keeper:
         """Whether the first block of a sequence is kept, but was made by something else."""
         for identity in self.kept.rivals:
             assert sequence.lease is not None
-            tenant = sequence.request.tenant if sequence.lease.branch is None else PUBLIC
+            tenant = sequence.request.namespace if sequence.lease.branch is None else PUBLIC
             root = root_key(identity, tenant)
             name = block_name(root, block_key(root, block.tokens))
             if any(tier.contains(name) for tier in self.kept.tiers):

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from kvist.base.errors import RequestError
 
+ADAPTER = "\0adapter\0"  # part of the names of namespaces, which no tenant's has
+
 
 class FinishReason(StrEnum):
     STOP = "stop"  # an end-of-text token, a stop string, or a grammar that allows no more
@@ -98,6 +100,7 @@ class Request:
     fairly between tenants, and cached tokens only within one. `pooled`: the sum of the prompt's last hidden states is
     wanted. `kept`: what is computed for it may be written to the tiers behind the memory; there others go first for
     `ttl` seconds since it was last used. `durable`: of what is found in memory, what the tiers lack is written, too.
+    `adapter`: the id of the one that its rows have, if any.
     """
 
     prompt: tuple[int, ...]
@@ -113,6 +116,12 @@ class Request:
     kept: bool = True
     ttl: float = 0.0
     durable: bool = False
+    adapter: str = ""
+
+    @property
+    def namespace(self) -> str:
+        """Cached tokens are shared within it only: a tenant's, and those of each adapter apart."""
+        return f"{self.tenant}{ADAPTER}{self.adapter}" if self.adapter else self.tenant
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -73,6 +73,8 @@ class Runner:
                 # Copied at once: a lease never holds a fresh block without the tokens it stands for.
                 self.store.copy(copies)
             batch = build_batch(works, self.layout.block_size, self.widths, self.passing, len(self.layout.windows))
+            if self.model.adapters is not None:
+                self.model.adapters.assign([work.adapter for work in works for _ in work.tokens])
             hidden, logits = self._forward(batch)
         except BaseException:
             for lease in reserved:

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvist.base.errors import InvariantError, OutOfBlocks
-from kvist.cache.manager import CacheManager
+from kvist.cache.manager import CacheManager, Lease
 from kvist.cache.tree import Node
 from kvist.runtime.batch import Work
+from kvist.runtime.request import Request
 from kvist.runtime.sequence import MEMORY, Cached, Sequence
 
 # The widest step, in tokens, while somebody waits for the next token of an answer: prompts must not make answers
@@ -209,7 +210,7 @@ class Scheduler:
         tokens = sequence.tokens[lease.length : lease.length + count]
         ends = lease.length + count == len(sequence.tokens)
         logits = count if watched else int(ends and request.max_tokens > 0)
-        plan.add(sequence, Work(lease, tokens, logits, sequence.pooled), cost)
+        plan.add(sequence, Work(lease, tokens, logits, sequence.pooled, request.adapter), cost)
 
     def _preempt(self, plan: _Plan, wanting: Sequence) -> bool:
         """Make room for `wanting`: the last in line gives up its lease. False when that was `wanting` itself."""
@@ -262,7 +263,7 @@ class Scheduler:
         left = self._manager.available - plan.spent
         if len(self.running) >= self.most_running or (self.running and self._is_refused(sequence, left)):
             return False
-        lease = sequence.lease = self._manager.open(sequence.request.tenant, sequence.request.prompt)
+        lease = sequence.lease = self._open(sequence.request)
         self._adopt(sequence)
         promised = sum(self._manager.cost(s.lease, s.pending) for s in self._unplanned(plan) if s.lease is not None)
         needed = self._manager.cost(lease, len(sequence.tokens) - lease.length) + promised + len(self.running)
@@ -273,6 +274,10 @@ class Scheduler:
         sequence.lease = None
         self._refused = sequence, left
         return False
+
+    def _open(self, request: Request) -> Lease:
+        """A lease for a request. What is public was computed without an adapter."""
+        return self._manager.open(request.namespace, () if request.adapter else request.prompt)
 
     def _is_refused(self, sequence: Sequence, left: int) -> bool:
         return self._refused is not None and self._refused[0] is sequence and left <= self._refused[1]

@@ -54,7 +54,7 @@ class ToolChoice(StrEnum):
 @dataclass(frozen=True)
 class Options:
     """How any answer is drawn, chat or not. `max_tokens` None: as many as the context leaves room for. `session`: the
-    client's name for requests that belong together; `kept`, `ttl`: see `Request`."""
+    client's name for requests that belong together; `kept`, `ttl`, `adapter`: see `Request`."""
 
     max_tokens: int | None
     sampling: Sampling
@@ -68,6 +68,7 @@ class Options:
     session: str | None = None
     kept: bool = True
     ttl: float = 0.0
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -299,6 +300,7 @@ def text_job(
         tenant=options.tenant,
         kept=options.kept,
         ttl=options.ttl,
+        adapter=options.adapter,
     )
     return Job(request, options.choices, options.stops, keep_special, origin)
 

@@ -55,9 +55,11 @@ class Explainer:
     def asked(self, request: Request, origin: Origin) -> "Asking":
         """A request comes."""
         tokens = np.array(request.prompt, np.uint32)
-        nearest = self.history.nearest(request.tenant, origin.session, tokens)
+        nearest = self.history.nearest(request.tenant, origin.session, tokens, request.adapter)
         text = self._decode(request.prompt) if origin.text is None else origin.text
-        asked = Asked("", request.tenant, origin.session, tokens, len(tokens), text, origin.parts)
+        asked = Asked(
+            "", request.tenant, origin.session, tokens, len(tokens), text, origin.parts, adapter=request.adapter
+        )
         self.history.add(asked)
         return Asking(asked, nearest)
 

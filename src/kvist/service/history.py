@@ -41,6 +41,7 @@ class Asked:
     before: "Asked | None" = None
     computed: float = 0.0
     explanation: Explanation | None = None  # once it has ended
+    adapter: str = ""  # nothing is shared with requests of another
 
     @cached_property
     def places(self) -> tuple[Place, ...]:
@@ -98,14 +99,15 @@ class History:
         """Those of a tenant, and of a session where one is named, the oldest first."""
         return [one for one in self._asked if one.tenant == tenant and session in (None, one.session)]
 
-    def nearest(self, tenant: str, session: str | None, tokens: Ids) -> Asked | None:
-        """The earlier request that has the most of these tokens; of several the latest. One of the same session, if
-        that has a quarter of them."""
+    def nearest(self, tenant: str, session: str | None, tokens: Ids, adapter: str = "") -> Asked | None:
+        """The earlier request of an adapter that has the most of these tokens; of several the latest. One of the same
+        session, if that has a quarter of them."""
+        own = [one for one in self.of(tenant) if one.adapter == adapter]
         if session is not None:
-            found, share = _most_alike(self.of(tenant, session), tokens)
+            found, share = _most_alike([one for one in own if one.session == session], tokens)
             if share >= ALIKE:
                 return found
-        return _most_alike(self.of(tenant), tokens)[0]
+        return _most_alike(own, tokens)[0]
 
 
 def _most_alike(asked: Sequence[Asked], tokens: Ids) -> tuple[Asked | None, float]:

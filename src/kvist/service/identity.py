@@ -86,6 +86,7 @@ def identify(loaded: Loaded) -> Identity:
         layout=loaded.layout.fingerprint,
         operators=_operators(loaded.backend.name),
         arithmetic=_arithmetic(loaded),
+        adapter=loaded.adapter,
     )
 
 
@@ -105,7 +106,11 @@ def _known_weights(loaded: Loaded) -> str:
     stamp = loaded.stamp
     if not stamp:
         return weights_digest(loaded.model)
-    key = _digest(json.dumps([str((loaded.files or loaded.directory).resolve()), loaded.model.weights, stamp]).encode())
+    key = _digest(
+        json.dumps(
+            [str((loaded.files or loaded.directory).resolve()), loaded.model.weights, loaded.adapter, stamp]
+        ).encode()
+    )
     path = cache_folder() / "weights" / f"{key[:32]}.json"
     try:
         if path.exists() and read_json(path, 4096).get("key") == key:

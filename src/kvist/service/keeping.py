@@ -17,6 +17,7 @@ from kvist.cache.kept import KeptCache
 from kvist.cache.manager import CacheManager
 from kvist.cache.record import Loss, record_bytes
 from kvist.cache.tier import Tier
+from kvist.runtime.request import ADAPTER
 from kvist.service.contexts import pin_all
 from kvist.service.identity import Identity, identify
 from kvist.service.loaded import Loaded
@@ -68,10 +69,14 @@ class Kept:
     disk: DiskTier
     identity: Identity
 
-    def limit(self, tenants: Iterable[Tenant], manager: CacheManager) -> None:
-        """Hold tenants to their own shares of the disk: what each of their namespaces may take there."""
+    def limit(self, tenants: Iterable[Tenant], manager: CacheManager, adapters: Iterable[str] = ()) -> None:
+        """Hold tenants to their own shares of the disk: what each of their namespaces may take there, those of
+        `adapters` included."""
         for tenant in tenants:
-            for root in manager.roots(tenant.id) if tenant.disk is not None else ():
+            if tenant.disk is None:
+                continue
+            own = [manager.tree.root(f"{tenant.id}{ADAPTER}{adapter}") for adapter in adapters]
+            for root in (*manager.roots(tenant.id), *own):
                 self.disk.limits[root.key.hex()[:32]] = tenant.disk or 0
 
     def describe(self) -> str:

@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from kvist.models.decoder import Decoder, Slot
 from kvist.models.families import describe, load_config
 from kvist.models.linear import Grouping, uniform
 from kvist.models.load import DTYPES, Source, allocate, fill, slots_in, stored_dtype
+from kvist.models.lora import Adapter, Adapters, MergedSource, check_base, load_adapter
 from kvist.ops.backend import Backend, select
 from kvist.runtime.engine import Engine
 from kvist.runtime.runner import Runner
@@ -34,6 +35,7 @@ from kvist.weights.hub import resolve
 BUNDLED = Path(__file__).parent.parent / "bundled"
 RECALL = BUNDLED / "recall"
 _FULL = {codec.dtype: codec for codec in (FP32, BF16, FP16)}
+_NONE: Mapping[str, Path] = {}
 _KV_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -41,7 +43,8 @@ _KV_OF = {dtype: name for name, dtype in DTYPES.items()}
 class Loaded:
     """A decoder, its cache's layout and the operators that it runs on; any number of engines may share it. `directory`:
     of its config and tokenizer; `files`: the folder, or the file, of its weights; `stamp`: of these files, as they were
-    when they were read. Neither where the weights are of no file."""
+    when they were read. Neither where the weights are of no file. `adapter`: the id of one that is merged into the
+    weights; `adapters`: ids of those that requests may ask for, by name."""
 
     name: str
     config: ModelConfig
@@ -51,6 +54,8 @@ class Loaded:
     directory: Path
     files: Path | None = None
     stamp: Stamp = ()
+    adapter: str = ""
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer beside the weights, read afresh. Raises `TextError` when there is none."""
@@ -95,7 +100,13 @@ class Loaded:
 
 
 def open_model(
-    name: str | None, *, dtype: str | None = None, kv: str | None = None, weights: str | None = None
+    name: str | None,
+    *,
+    dtype: str | None = None,
+    kv: str | None = None,
+    weights: str | None = None,
+    adapter: Path | None = None,
+    adapters: Mapping[str, Path] = _NONE,
 ) -> Loaded:
     """Load a directory, a GGUF file or a hub id; without a name the bundled model.
 
@@ -103,7 +114,8 @@ def open_model(
     default the one of the same type, which loses nothing; "auto" is what `kvist calibrate` proposed for this model. A
     model whose codecs want to be calibrated is, at its first use. `weights`: int8 or int4 packs the matrices as they
     are read, and `dtype` is then that of the cache; a type of numbers decodes them. By default they stay as they are
-    stored: the groups of a GGUF file's Q8_0 and Q4_0 as they are, its other quantized types as int8. The environment's
+    stored: the groups of a GGUF file's Q8_0 and Q4_0 as they are, its other quantized types as int8. `adapter`: a LoRA
+    adapter that is merged into the weights; `adapters`: such that requests may ask for, by name. The environment's
     KVIST_OPS forces an operator implementation (cpu, portable, reference).
     """
     if dtype is not None and dtype not in DTYPES:
@@ -123,7 +135,17 @@ def open_model(
     backend = select_backend(config, compute)
     stamp = stamp_of(origin.files)
     model = _describe(config, backend)
+    merged, offered = (None if adapter is None else load_adapter(adapter)), _read_adapters(adapters)
+    if merged is not None:
+        checkpoint = MergedSource(checkpoint, merged, model.slots())
+    for one in offered.values():
+        check_base(one, model.slots())
     how, grouping = _packing(origin, weights, model)
+    if offered:
+        model.unpair()
+        how += ", each product on its own"
+    if merged is not None:
+        how += f", {merged.id}"
     if grouping is not None:
         model.pack(grouping, backend)
     check_memory(model, compute if grouping is None else torch.float32, backend)
@@ -131,13 +153,30 @@ def open_model(
         slots = slots_in(checkpoint, model)
         fill(allocate(model, compute), checkpoint, slots)
     else:
-        open_packed(model, checkpoint, how, stamp, lambda: _tell_packing(origin, how))
+        open_packed(model, checkpoint, how, stamp, lambda: _tell_packing(origin, how.split(",")[0]))
     if isinstance(config, hf_config.HfConfig):
         model.check()
     if stamp_of(origin.files) != stamp:
         raise WeightsError(f"the weight files in {origin.files} were changed while they were read; try again")
+    if offered:
+        Adapters(model, list(offered.values()), compute if grouping is None else torch.float32)
     layout = planned(model, origin.directory, kv, _FULL[compute])
-    return Loaded(name or "kvist-shakespeare", config, model, layout, backend, origin.directory, origin.files, stamp)
+    return Loaded(
+        name or "kvist-shakespeare",
+        config,
+        model,
+        layout,
+        backend,
+        origin.directory,
+        origin.files,
+        stamp,
+        "" if merged is None else merged.id,
+        {called: one.id for called, one in offered.items()},
+    )
+
+
+def _read_adapters(adapters: Mapping[str, Path]) -> dict[str, Adapter]:
+    return {called: load_adapter(directory) for called, directory in adapters.items()}
 
 
 @dataclass(frozen=True)

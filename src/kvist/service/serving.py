@@ -68,6 +68,7 @@ class Serving:
         self.template = ChatTemplate.load(loaded.directory, template)
         self.format = ResponseFormat.detect(loaded.directory, self.template)
         self.grammars = GrammarCompiler(self.tokenizer, loaded.config.vocab_size)
+        self.adapters = dict(loaded.adapters)  # ids by the names that clients ask for
         self.created = int(time.time())
         self.listener = listener
         manager = engine.runner.manager
@@ -164,9 +165,10 @@ class Serving:
         if not self._under_way[tenant]:
             del self._under_way[tenant]
 
-    async def embed(self, prompts: Sequence[Sequence[int]], tenant: str = "") -> list[list[float]]:
+    async def embed(self, prompts: Sequence[Sequence[int]], tenant: str = "", adapter: str = "") -> list[list[float]]:
         """The mean of each prompt's last hidden states, scaled to unit length."""
-        sessions = [self.submit(Job(Request(tuple(prompt), 0, pooled=True, tenant=tenant))) for prompt in prompts]
+        requests = [Request(tuple(prompt), 0, pooled=True, tenant=tenant, adapter=adapter) for prompt in prompts]
+        sessions = [self.submit(Job(request)) for request in requests]
         try:
             return [await self._embedding(session) for session in sessions]
         finally:

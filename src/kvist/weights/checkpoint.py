@@ -48,10 +48,11 @@ class Checkpoint:
     index and shards disagree, or when a tensor is stored twice.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, single: str = SINGLE_FILE) -> None:
+        """`single`: the name of the file where there is one."""
         self.directory = directory
-        if (directory / SINGLE_FILE).is_file():
-            self._stored = _read_header(directory / SINGLE_FILE)
+        if (directory / single).is_file():
+            self._stored = _read_header(directory / single)
         elif (directory / INDEX_FILE).is_file():
             self._stored = _read_shards(directory / INDEX_FILE)
         else:

@@ -48,18 +48,20 @@ _PING = encoded({"type": "ping"})
 def router(serving: Serving, settings: ServerSettings) -> APIRouter:
     """`POST /v1/messages` and `POST /v1/messages/count_tokens`.
 
-    Any name of a model is taken: a server has one model, and its answers say which. Nothing of `settings` matters here:
-    who may ask is settled before, and for how long below.
+    Any name of a model is taken, and stands for the one that there is unless it is that of an adapter; answers say
+    which. Nothing of `settings` matters here: who may ask is settled before, and for how long below.
     """
     routes = APIRouter(tags=["Anthropic"], responses=ANTHROPIC_RESPONSES)
     chat = Chat(serving)
 
     @routes.post("/v1/messages", response_model=None, responses=answers(MessageReply, streams=True))
     async def messages(body: MessagesRequest, request: Request) -> Response:
-        asked = chat_request(body, options_of(body, tenant_of(request)))
+        adapter = serving.adapters.get(body.model, "")
+        name = body.model if adapter else serving.name
+        asked = chat_request(body, replace(options_of(body, tenant_of(request)), adapter=adapter))
         session = chat.start(replace(asked, context=context_of(serving, request, body.context, CHAT)))
-        noted = note(request, session.session, serving.name)
-        answer = Answer(session, serving.name, body)
+        noted = note(request, session.session, name)
+        answer = Answer(session, name, body)
         session.session.name(answer.id, noted.request_id)
         if body.stream:
             return _Stream(answer, noted)

@@ -17,7 +17,7 @@ from kvist.server.logs import Note, note
 from kvist.server.openai.chat_schema import ChatBody
 from kvist.server.openai.conversation import chat_request
 from kvist.server.openai.logprobs import TokenTexts
-from kvist.server.openai.models import check_model
+from kvist.server.openai.models import served
 from kvist.server.openai.replies import (
     FINGERPRINT,
     ChatChoice,
@@ -47,7 +47,7 @@ def add_chat(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenTexts)
 
     @routes.post("/v1/chat/completions", response_model=None, responses=answers(ChatCompletion, streams=True))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
-        check_model(serving, body.model)
+        asked_of = served(serving, body.model)
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs: it is given with logprobs: true", param="top_logprobs")
         options = body.options(
@@ -57,10 +57,11 @@ def add_chat(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenTexts)
             choices=body.n or 1,
             logprobs=body.top_logprobs or 0 if body.logprobs else None,
         )
+        options = replace(options, adapter=asked_of.adapter)
         asked = chat_request(body, options, serving.template)
         session = chat.start(replace(asked, context=context_of(serving, request, body.context, CHAT)))
-        noted = note(request, session.session, serving.name)
-        answer = Answer(session, serving.name, options.choices, options.logprobs, texts)
+        noted = note(request, session.session, asked_of.name)
+        answer = Answer(session, asked_of.name, options.choices, options.logprobs, texts)
         session.session.name(answer.id, noted.request_id)
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,7 +16,7 @@ from kvist.server.limits import tenant_of
 from kvist.server.logs import Note, note, note_of
 from kvist.server.openai.completions_schema import CompletionBody
 from kvist.server.openai.logprobs import LegacyWriter, TokenTexts
-from kvist.server.openai.models import check_model
+from kvist.server.openai.models import served
 from kvist.server.openai.replies import (
     FINGERPRINT,
     LegacyLogprobs,
@@ -44,19 +44,19 @@ def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> N
 
     @routes.post("/v1/completions", response_model=None, responses=answers(TextCompletion, streams=True))
     async def completions(body: CompletionBody, request: Request) -> Response:
-        check_model(serving, body.model)
-        options = _options(body, serving.tokenizer, tenant_of(request))
+        asked_of = served(serving, body.model)
+        options = replace(_options(body, serving.tokenizer, tenant_of(request)), adapter=asked_of.adapter)
         prompts = read_prompts(body.prompt, serving.tokenizer, context_of(serving, request, body.context, TEXT))
         sessions: list[Session] = []
         try:
             for prompt in prompts:
                 origin = Origin(prompt.text, session=options.session)
                 sessions.append(serving.submit(text_job(serving, prompt.tokens, options, origin=origin)))
-                note(request, sessions[-1], serving.name)
+                note(request, sessions[-1], asked_of.name)
         except BaseException:
             _cancel(sessions)
             raise
-        answer = Answer(prompts, sessions, serving.name, options, bool(body.echo), bool(body.return_token_ids), texts)
+        answer = Answer(prompts, sessions, asked_of.name, options, bool(body.echo), bool(body.return_token_ids), texts)
         noted = note_of(request)
         for number, session in enumerate(sessions):
             session.name(*((answer.id, noted.request_id) if not number else (f"{answer.id}-{number}",)))

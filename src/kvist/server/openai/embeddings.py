@@ -10,7 +10,7 @@ from kvist.server.errors import ApiError
 from kvist.server.limits import tenant_of
 from kvist.server.openai.completions import read_prompts
 from kvist.server.openai.completions_schema import EmbeddingBody
-from kvist.server.openai.models import check_model
+from kvist.server.openai.models import served
 from kvist.server.openai.replies import Embedding, EmbeddingList, EmbeddingUsage, answers
 from kvist.service.serving import Serving
 
@@ -20,9 +20,9 @@ def add_embeddings(routes: APIRouter, serving: Serving) -> None:
 
     @routes.post("/v1/embeddings", response_model=None, responses=answers(EmbeddingList))
     async def embeddings(body: EmbeddingBody, request: Request) -> EmbeddingList:
-        check_model(serving, body.model)
+        asked_of = served(serving, body.model)
         prompts = [prompt.tokens for prompt in read_prompts(body.input, serving.tokenizer)]
-        vectors = await serving.embed(prompts, tenant_of(request))
+        vectors = await serving.embed(prompts, tenant_of(request), asked_of.adapter)
         if body.dimensions is not None and body.dimensions != len(vectors[0]):
             text = f"dimensions: this model's vectors have {len(vectors[0]):,}, and cannot be cut"
             raise ApiError(400, text, param="dimensions")
@@ -32,7 +32,7 @@ def add_embeddings(routes: APIRouter, serving: Serving) -> None:
         ]
         tokens = sum(map(len, prompts))
         usage: EmbeddingUsage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return {"object": "list", "data": data, "model": serving.name, "usage": usage}
+        return {"object": "list", "data": data, "model": asked_of.name, "usage": usage}
 
 
 def _encoded(vector: list[float], as_base64: bool) -> list[float] | str:

@@ -15,7 +15,7 @@ from kvist.server.errors import Problem
 from kvist.server.limits import tenant_of
 from kvist.server.logs import Note, note
 from kvist.server.openai.logprobs import TokenTexts
-from kvist.server.openai.models import check_model
+from kvist.server.openai.models import served
 from kvist.server.openai.replies import answers, new_id, noted_cache, reply
 from kvist.server.openai.response_events import Event, Items
 from kvist.server.openai.response_shapes import ResponseObject, ResponseUsage, Status
@@ -34,7 +34,7 @@ def add_responses(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenT
 
     @routes.post("/v1/responses", response_model=None, responses=answers(ResponseObject, streams=True))
     async def responses(body: ResponsesBody, request: Request) -> Response:
-        check_model(serving, body.model)
+        asked_of = served(serving, body.model)
         wanted = LOGPROBS in (body.include or ())
         options = body.options(
             serving.tokenizer,
@@ -42,10 +42,11 @@ def add_responses(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenT
             max_tokens=body.max_output_tokens,
             logprobs=body.top_logprobs or 0 if wanted or body.top_logprobs else None,
         )
+        options = replace(options, adapter=asked_of.adapter)
         asked = chat_request(body, options, serving.template)
         session = chat.start(replace(asked, context=context_of(serving, request, body.context, CHAT)))
-        noted = note(request, session.session, serving.name)
-        answer = Answer(session, serving.name, body, options.logprobs, texts)
+        noted = note(request, session.session, asked_of.name)
+        answer = Answer(session, asked_of.name, body, options.logprobs, texts)
         session.session.name(answer.id, noted.request_id)
         if body.stream:
             return EventStream(answer.stream(noted), session.cancel, answer.failed, noted)
