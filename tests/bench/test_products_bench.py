@@ -45,7 +45,7 @@ def test_first_tokens() -> None:
     report = start.run(["tiny"], ["bf16"], 1, lambda what: None)
     bare, whole, more = (row.value for row in report.rows)
     assert whole == pytest.approx(bare + more)
-    assert more > 0
+    assert min(bare, whole) > 0
 
 
 def test_a_process_that_says_nothing() -> None:

@@ -60,7 +60,7 @@ def test_a_choice_that_cannot_be_is_refused_in_one_line(text: str, finding: str)
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("dim", [24, 40, 512])
+@pytest.mark.parametrize("dim", [24, 40, 520])
 def test_a_head_size_that_no_code_holds_is_refused(dim: int) -> None:
     with pytest.raises(ConfigError, match="turbo4 cannot hold the stream 'k': coded heads have a multiple of 16"):
         plan_layout([key_value(1, dim)], codec("turbo4"))

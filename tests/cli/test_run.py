@@ -140,7 +140,7 @@ def test_configs_that_are_not_understood(kvist: Kvist, model: Path) -> None:
         "'attention_temperature'": {"attention_temperature": 2.0},
         "hidden_act='relu'": {"hidden_act": "relu"},
         "hidden_size should be of type int": {"hidden_size": "32"},
-        "RoPE scaling 'yarn'": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        "RoPE scaling 'longrope'": {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
         "'vocab_size' is missing": {"vocab_size": None},
     }.items():
         (model / "config.json").write_text(json.dumps(CONFIG | change))

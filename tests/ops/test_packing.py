@@ -52,7 +52,7 @@ def test_layout_of_a_bfloat16_plane_pairs_dims_of_keys_and_tokens_of_values():
     [
         (torch.float64, 64, 64, "not float64"),
         (torch.float32, 20, 64, "head_dim"),
-        (torch.float32, 264, 64, "head_dim"),
+        (torch.float32, 520, 64, "head_dim"),
         (torch.bfloat16, 64, 48, "block_size"),
         (torch.bfloat16, 64, 1024, "block_size"),
     ],

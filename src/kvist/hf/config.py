@@ -43,7 +43,7 @@ def load_hf_config(directory: Path) -> HfConfig:
         found = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{where}: transformers cannot read it either: {reason}") from None
+        raise ConfigError(f"{where}: transformers cannot read it: {reason}") from None
     if found.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(f"{where}: a model of type {found.model_type!r} continues no text")
     text = found.get_text_config()

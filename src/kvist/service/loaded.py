@@ -210,7 +210,11 @@ def _config(directory: Path) -> ModelConfig:
             raise ConfigError(
                 f"{error}; with pip install 'kvist[hf]' transformers' own code runs what it knows"
             ) from None
-    return hf_config.load_hf_config(directory)
+        try:
+            return hf_config.load_hf_config(directory)
+        except ConfigError as refusal:
+            reason = str(refusal).removeprefix(f"{directory / 'config.json'}: ")
+            raise ConfigError(f"{error}; nor does transformers' own code run it over a cache: {reason}") from None
 
 
 def _describe(config: ModelConfig, backend: Backend) -> Decoder:

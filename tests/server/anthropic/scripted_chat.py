@@ -32,6 +32,7 @@ class Serving:
     """What the routes themselves read."""
 
     name: str = MODEL
+    adapters: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

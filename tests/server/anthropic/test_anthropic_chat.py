@@ -76,6 +76,7 @@ class Serving:
     format: ResponseFormat = FORMATS["hermes"]
     grammars: None = None
     context: int = 4096
+    adapters: dict[str, str] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
 
     def submit(self, job: Job) -> Writer:

@@ -139,6 +139,7 @@ class ScriptedServing:
     name: str = MODEL
     context: int = 1000
     created: int = 1_700_000_000
+    adapters: dict[str, str] = field(default_factory=dict)
     template: ScriptedTemplate | None = None
     tokenizer: Tokenizer = field(default_factory=byte_tokenizer)
     jobs: list[Job] = field(default_factory=list)
@@ -157,7 +158,7 @@ class ScriptedServing:
         self.sessions.append(session)
         return session
 
-    async def embed(self, prompts: Sequence[Sequence[int]], tenant: str = "") -> list[list[float]]:
+    async def embed(self, prompts: Sequence[Sequence[int]], tenant: str = "", adapter: str = "") -> list[list[float]]:
         self.embedded.append(([list(prompt) for prompt in prompts], tenant))
         return [[0.6, -0.8, float(len(prompt))] for prompt in prompts]
 
