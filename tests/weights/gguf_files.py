@@ -109,3 +109,135 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+_COMMON = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.dense": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "attention.query_key_value": "attn_qkv",
+    "attention.dense": "attn_output",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
+}
+_GEMMA = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_ENDS = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "model.final_layernorm": "output_norm",
+    "gpt_neox.embed_in": "token_embd",
+    "gpt_neox.final_layer_norm": "output_norm",
+    "embed_out": "output",
+    "lm_head": "output",
+}
+# What llama.cpp calls them.
+ARCHITECTURES = {
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+    "smollm3": "smollm3",
+    "qwen3_moe": "qwen3moe",
+    "phi": "phi2",
+    "gpt_neox": "gptneox",
+    "stablelm": "stablelm",
+}
+
+
+def write_family(path: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], kind: Kind) -> Path:
+    """A checkpoint of one of `ARCHITECTURES`, as llama.cpp's converter would write it."""
+    family = config["model_type"]
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[family])
+    heads = config["num_attention_heads"]
+    dim = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads", heads))
+    _add_facts(writer, family, config, dim)
+    experts: dict[str, dict[int, np.ndarray]] = {}
+    for theirs, tensor in tensors.items():
+        stem, _, ending = theirs.rpartition(".")
+        if stem == "lm_head" and config["tie_word_embeddings"]:
+            continue
+        numbers = np.ascontiguousarray(tensor.float().numpy())
+        if stem in _ENDS:
+            name = _ENDS[stem]
+        else:
+            number, _, inner = stem.split("layers.", 1)[1].partition(".")
+            if "experts" in inner:
+                _, _, expert, what = inner.split(".")
+                experts.setdefault(f"blk.{number}.ffn_{what.removesuffix('_proj')}_exps", {})[int(expert)] = numbers
+                continue
+            name = f"blk.{number}.{(_COMMON | _GEMMA if family.startswith('gemma') else _COMMON)[inner]}"
+        if family.startswith("gemma") and name.endswith("norm"):
+            numbers = numbers + 1
+        if family == "smollm3" and name.endswith(("attn_q", "attn_k")):
+            numbers = weave(numbers, heads if name.endswith("q") else config["num_key_value_heads"])
+        if family == "gpt_neox" and name.endswith("attn_qkv"):
+            by_head = numbers.reshape(heads, 3, dim, *numbers.shape[1:])
+            numbers = by_head.swapaxes(0, 1).reshape(numbers.shape)
+        _add(writer, f"{name}.{ending}", np.ascontiguousarray(numbers), kind)
+    for name, matrices in experts.items():
+        _add(writer, f"{name}.weight", np.stack([matrices[expert] for expert in range(len(matrices))]), kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_facts(writer: gguf.GGUFWriter, family: str, config: Mapping[str, Any], dim: int) -> None:
+    """What is not said of all."""
+    ropes = config["rope_parameters"]
+    rope = ropes.get("full_attention", ropes)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_dimension_count(int(dim * rope.get("partial_rotary_factor", 1.0)))
+    if "rms_norm_eps" in config:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        writer.add_key_length(dim)
+        writer.add_value_length(dim)
+    else:
+        writer.add_layer_norm_eps(config["layer_norm_eps"])
+    if "use_parallel_residual" in config:
+        writer.add_parallel_residual(config["use_parallel_residual"])
+    if family.startswith("gemma") or family == "phi3":
+        writer.add_sliding_window(config["sliding_window"] or 0)
+    if family == "gemma3_text":
+        writer.add_float32("gemma3.rope.freq_base_swa", ropes["sliding_attention"]["rope_theta"])
+    if family == "gemma2":
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if family == "qwen3_moe":
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+
+
+def _add(writer: gguf.GGUFWriter, name: str, numbers: np.ndarray, kind: Kind) -> None:
+    if numbers.ndim == 1 or kind is Kind.F32 or "ffn_gate_inp" in name:
+        writer.add_tensor(name, numbers)
+    else:
+        writer.add_tensor(name, gguf.quants.quantize(numbers, kind), raw_dtype=kind)

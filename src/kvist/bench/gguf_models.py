@@ -12,7 +12,6 @@ from kvist.bench.shapes import shape_named
 from kvist.models.gguf import file_name
 from kvist.service.loaded import Loaded
 from kvist.weights.checkpoint import Checkpoint
-from kvist.weights.gguf import woven_rows
 
 KINDS = {"int8": Kind.Q8_0, "int4": Kind.Q4_0, "bf16": Kind.BF16}  # of GGUF, with as many bits
 
@@ -50,9 +49,9 @@ def _write(path: Path, loaded: Loaded, name: str, kind: Kind) -> None:
     writer.add_eos_token_id(1)
     checkpoint = Checkpoint(loaded.directory)
     for theirs, tensor in checkpoint.stream(checkpoint.names()):
-        numbers, (where, heads) = tensor.float().numpy(), file_name(family, theirs, config)
-        if heads is not None:  # rows in the order in which they are read back
-            numbers = numbers[np.argsort(woven_rows(len(numbers), heads))]
+        numbers, (where, order) = tensor.float().numpy(), file_name(family, theirs, config)
+        if order is not None:  # in the order in which they are read back
+            numbers = numbers[np.argsort(order)]
         numbers = np.ascontiguousarray(numbers)
         if numbers.ndim == 1:
             writer.add_tensor(where, numbers)

@@ -30,23 +30,25 @@ class Codes(Protocol):
     def put_codes(self, codes: Tensor, scales: Tensor) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
-    """One tensor under its new name. `heads`: its rows are those of so many heads, the two halves of each woven into
-    each other, as rotary positions over neighbouring dimensions want them. `add`: a number that was added to all."""
+    """One tensor, or one matrix of a tensor of several, under its new name. `order`: in which its rows lie in the file,
+    or its numbers, if it is a vector; None: in their own. `add`: what is added to all numbers."""
 
     tensor: GgufTensor
-    heads: int | None = None
+    order: np.ndarray | None = None
     transposed: bool = False
     add: float = 0.0
+    matrix: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it lies in the file."""
+        return self.tensor.shape if self.matrix is None else self.tensor.shape[1:]
 
     @property
     def rows(self) -> int:
-        return prod(self.tensor.shape[:-1])
-
-    def order(self) -> np.ndarray | None:
-        """In which order rows lie in the file; None where it is their own."""
-        return None if self.heads is None else woven_rows(self.rows, self.heads)
+        return prod(self.shape[:-1])
 
 
 def woven_rows(rows: int, heads: int) -> np.ndarray:
@@ -69,7 +71,7 @@ class GgufCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor `name`."""
         part = self._find(name)
-        return part.tensor.shape[::-1] if part.transposed else part.tensor.shape
+        return part.shape[::-1] if part.transposed else part.shape
 
     def dtype(self, name: str) -> torch.dtype:
         """As stored; bfloat16 where it is quantized."""
@@ -88,7 +90,7 @@ class GgufCheckpoint:
         """The tensors of `names`, one after another, as numbers."""
         for name in names:
             part = self._find(name)
-            numbers = self._rows(part, 0, part.rows).view(part.tensor.shape)
+            numbers = self._rows(part, 0, part.rows).view(part.shape)
             yield name, numbers.T if part.transposed else numbers
 
     def copy_into(self, targets: Mapping[str, Any]) -> None:
@@ -104,9 +106,9 @@ class GgufCheckpoint:
             part = self._parts[name]
             if part.transposed:
                 target = target.T
-            row_bytes = max(1, part.tensor.shape[-1] * 4)
+            row_bytes = max(1, part.shape[-1] * 4)
             step = max(1, _WINDOW_BYTES // row_bytes)
-            if len(part.tensor.shape) == 1:
+            if len(part.shape) == 1:
                 target.copy_(self._rows(part, 0, 1)[0])
                 continue
             for first in range(0, part.rows, step):
@@ -125,9 +127,11 @@ class GgufCheckpoint:
     def _blocks(self, part: Part, first: int, last: int) -> np.ndarray:
         """Rows as they lie in the file, [last - first, bytes] uint8."""
         tensor = part.tensor
-        rows = self._data[tensor.start : tensor.start + tensor.nbytes].reshape(part.rows, -1)
-        order = part.order()
-        return rows[first:last] if order is None else rows[order[first:last]]
+        rows = self._data[tensor.start : tensor.start + tensor.nbytes].reshape(prod(tensor.shape[:-1]), -1)
+        if part.matrix is not None:
+            rows = rows[part.matrix * part.rows : (part.matrix + 1) * part.rows]
+        is_vector = len(part.shape) == 1
+        return rows[first:last] if part.order is None or is_vector else rows[part.order[first:last]]
 
     def _rows(self, part: Part, first: int, last: int) -> Tensor:
         """Rows as numbers, [last - first, columns]."""
@@ -140,6 +144,8 @@ class GgufCheckpoint:
                     numbers = torch.from_numpy(quants.dequantize(raw, kind))
             except NotImplementedError:
                 raise WeightsError(f"{self.directory}: tensors of type {kind.name} cannot be decoded") from None
+        if part.order is not None and len(part.shape) == 1:
+            numbers = numbers[:, torch.from_numpy(part.order)]
         return numbers + part.add if part.add else numbers
 
     def _codes(self, part: Part, first: int, last: int) -> tuple[Tensor, Tensor]:
