@@ -46,12 +46,17 @@ bench: $(VENV)/.run ## the figures of the README
 	@$(BIN)/kvist bench cache
 	@$(BIN)/kvist bench serve
 
-# Every part with native flags: without them its own library of types is the slow part. Several minutes on two cores.
+# Every part of llama.cpp with native flags: without them its own library of types is the slow part. Several minutes on
+# two cores. What exports models for OpenVINO brings a torchvision that need not fit, and is not needed.
 LLAMA_CPP_PYTHON := 0.3.36
-bench-peers: ## llama.cpp in an environment of its own, for kvist bench decode --peer llama.cpp
-	@test -x build/peers/llama.cpp/bin/python || $(PYTHON) -m venv build/peers/llama.cpp
+OPENVINO := openvino-genai==2026.4.0.0 openvino==2026.4.0 optimum-intel==2.2.0 nncf==3.4.0 torch==2.13.0 transformers==5.5.4
+bench-peers: ## llama.cpp and openvino-genai, each in an environment of its own, for kvist bench decode --peer
+	@for name in llama.cpp openvino; do test -x build/peers/$$name/bin/python || $(PYTHON) -m venv build/peers/$$name; done
 	@echo "building llama.cpp for this processor (once, several minutes)"
 	@CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DCMAKE_C_FLAGS=-march=native -DCMAKE_CXX_FLAGS=-march=native -DLLAVA_BUILD=OFF" build/peers/llama.cpp/bin/pip install --quiet --disable-pip-version-check --no-binary llama-cpp-python llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	@echo "installing openvino-genai (once)"
+	@build/peers/openvino/bin/pip install --quiet --disable-pip-version-check $(OPENVINO)
+	@build/peers/openvino/bin/pip uninstall --quiet --yes torchvision 2>/dev/null || true
 
 clean: ## remove the environment and what tools left behind
 	@rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 
 from kvist.base.errors import KvistError
 from kvist.bench import beside
-from kvist.bench.beside import SETTINGS, Setting, What
+from kvist.bench.beside import What
 from kvist.bench.gguf_models import random_gguf
 from kvist.bench.machine import Samples
+from kvist.bench.peers import engines
+from kvist.bench.peers.engines import LLAMA_CPP, Setting
 from kvist.bench.peers.worker import PeerError, Worker
 from kvist.bench.report import Report
 from kvist.bench.shapes import Shape
@@ -27,6 +29,7 @@ from kvist.service.loaded import open_model
 from kvist.weights.gguf import GgufCheckpoint
 from kvist.weights.gguf_header import read_header
 
+SETTINGS = engines.SETTINGS[LLAMA_CPP]
 FAKE = """
 import json, sys, time
 first = json.loads(sys.stdin.readline())
@@ -102,7 +105,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[Setting, Fake]:
     made = {setting: Fake(0.5 * 2**number) for number, setting in enumerate(SETTINGS)}
 
     @contextlib.contextmanager
-    def workers(shape: str, weights: str, most: int, python: Path, observe: Any) -> Any:
+    def workers(shape: str, weights: str, most: int, pythons: Any, observe: Any) -> Any:
         yield dict(made)
 
     monkeypatch.setattr(beside, "_workers", workers)
@@ -112,7 +115,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[Setting, Fake]:
 
 
 def measured(what: What, shape: str, lengths: list[int], kvs: list[str]) -> Report:
-    return beside.run(what, [shape], [beside.IK_WEIGHTS], lengths, kvs, 3, Path(), lambda what: None)
+    return beside.run(what, [shape], [beside.IK_WEIGHTS], lengths, kvs, 3, {}, lambda what: None)
 
 
 def test_what_is_compared(fakes: dict[Setting, Fake]) -> None:
@@ -124,15 +127,15 @@ def test_what_is_compared(fakes: dict[Setting, Fake]) -> None:
     )
     at_start = [row for row in report.rows if row.context == 0]
     speeds = {(row.engine, row.kv): row.value for row in at_start}
-    assert speeds[beside.LLAMA_CPP, SETTINGS[0].label] == 2
+    assert speeds[LLAMA_CPP, SETTINGS[0].label] == 2
     assert speeds["ik_llama.cpp, scaled", "its best"] == pytest.approx(2 * 258 / 186)
     for kv in ("fp32", "turbo4"):
         ratio = next(r for r in report.ratios if r.a == f"kvist {kv}" and r.what.endswith(" 0"))
-        assert ratio.b == f"{beside.LLAMA_CPP} {SETTINGS[0].label}"
+        assert ratio.b == f"{LLAMA_CPP} {SETTINGS[0].label}"
         assert ratio.value == pytest.approx(0.5 * speeds["kvist", kv], rel=0.5)
     assert report.machine["read_gb_s"] > 0
     # Half as fast as the best is far behind: not filled any further.
-    later = [row for row in report.rows if row.context == 128 and row.engine == beside.LLAMA_CPP]
+    later = [row for row in report.rows if row.context == 128 and row.engine == LLAMA_CPP]
     assert [row.kv for row in later] == [SETTINGS[0].label]
     assert all(fakes[setting].closed for setting in SETTINGS[1:])
     assert not any("ik_llama" in row.engine for row in report.rows if row.context == 128), "there is no figure of it"
@@ -141,7 +144,7 @@ def test_what_is_compared(fakes: dict[Setting, Fake]) -> None:
 def test_whole_prompts(fakes: dict[Setting, Fake]) -> None:
     report = measured(What.PREFILL, "some", [70], ["fp32"])
     speeds = {row.engine: row.value for row in report.rows if row.kv in ("fp32", SETTINGS[0].label)}
-    assert speeds[beside.LLAMA_CPP] == pytest.approx(70 / 0.5)
+    assert speeds[LLAMA_CPP] == pytest.approx(70 / 0.5)
     assert speeds["kvist"] > 0
     assert isinstance(report, Report)
 
@@ -166,7 +169,7 @@ def test_turns_go_there_and_back() -> None:
 
 def test_without_the_other_engine(tmp_path: Path) -> None:
     with pytest.raises(PeerError, match="make bench-peers"):
-        beside.peer_python(beside.LLAMA_CPP, tmp_path)
+        engines.python_of(LLAMA_CPP, tmp_path)
     result = CliRunner().invoke(app, ["bench", "prefill", "--peers", str(tmp_path)])
     assert "make bench-peers" in str(result.exception)
     result = CliRunner().invoke(app, ["bench", "decode", "--peer", "martian"])

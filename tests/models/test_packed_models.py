@@ -9,10 +9,11 @@ import pytest
 import torch
 from hf_checkpoints import VOCAB, Written
 
-from kvist.base.errors import WeightsError
+from kvist.base.errors import ConfigError, WeightsError
 from kvist.cache.codecs import codec
 from kvist.cache.layout import plan_layout
 from kvist.cache.view import PagedViews
+from kvist.evals.verify import Verifier
 from kvist.models.families import load_config
 from kvist.models.linear import Weight, uniform, weights_of
 from kvist.models.load import export, load, load_packed
@@ -65,6 +66,27 @@ def test_logits(case: str, bits: int, written: Callable[[str], Written]) -> None
     assert 1e-4 < lost < 8e-2, "activations are rounded to 8 bits, and nothing else is different"
     theirs = written(case).logits(tokens)
     assert float((ours - theirs).norm() / theirs.norm()) < (0.1 if bits == 8 else 0.6)
+
+
+@pytest.mark.parametrize("case", ["llama-8-scaled", "gpt2-64-exact-gelu", "gemma4-large"])
+def test_rows_in_floating_point(case: str, written: Callable[[str], Written]) -> None:
+    """Nothing but the weights is rounded to few bits, and all is exact."""
+    directory = written(case).directory
+    loaded = open_model(str(directory), weights="int8", activations="bf16")
+    tokens = tokens_of(random.Random(0), 100, VOCAB)
+    ours = fresh(Runner(loaded.model, loaded.layout, 4, loaded.backend), tokens)
+    held = unpacked(directory, loaded.model)
+    same = fresh(Runner(held, loaded.layout, 4, loaded.backend), tokens)
+    errors = (ours - same).norm(dim=1) / same.norm(dim=1)
+    assert 1e-6 < float(errors.median()) < 2e-2, "rounding to bfloat16, no more"
+    coarse = open_model(str(directory), weights="int8")
+    coarser = fresh(Runner(coarse.model, coarse.layout, 4, coarse.backend), tokens)
+    assert float(((coarser - same).norm(dim=1) / same.norm(dim=1)).median()) > 1.2 * float(errors.median())
+    checks = list(Verifier(loaded, length=100, steps=3, trials=2).run())
+    assert [check for check in checks if not check.passed] == []
+    for how in ({"activations": "int4", "weights": "int8"}, {"activations": "bf16"}):
+        with pytest.raises(ConfigError, match="--activations is int8 or bf16, and says something of packed weights"):
+            open_model(str(directory), **how)
 
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "turbo4", "k=int8,v=turbo3"])

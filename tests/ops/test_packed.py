@@ -227,6 +227,26 @@ def test_what_stands_around_an_attention(name, bits, gelu, plain):
     assert (behind - expected).abs().median() < 1e-5
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rows_that_stay_as_they_are(name, bits):
+    """Nothing but float32 is lost, and a row's bits depend on no other."""
+    ops, threads = backend(name), torch.get_num_threads()
+    for rows, columns in ((200, 96), (64, 100), (130, 600)):
+        data, form, held = pack(rows, columns, bits)
+        x, bias = torch.randn(19, columns), torch.randn(rows)
+        out = ops.packed_float(x, data, form, bias)
+        torch.testing.assert_close(out.double(), x.double() @ held.double().T + bias.double(), rtol=0, atol=1e-4)
+        try:
+            for first, last in ((0, 1), (3, 5), (4, 12), (2, 19)):
+                torch.set_num_threads(1 + first % 2)
+                assert torch.equal(ops.packed_float(x[first:last].contiguous(), data, form, bias), out[first:last])
+        finally:
+            torch.set_num_threads(threads)
+    with pytest.raises(ValueError, match="packed_float"):
+        ops.packed_float(x, *pack(64, 600, bits, paired=True)[:2], None)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_what_is_not_finite_shows(name):
     ops = backend(name)

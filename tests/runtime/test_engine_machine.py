@@ -67,7 +67,8 @@ class FakeRunner:
         self.widths = SimpleNamespace(most=64)
         self.sequences = RUNNING
         self.model = SimpleNamespace(
-            config=SimpleNamespace(max_positions=BLOCKS * SIZE, vocab_size=VOCAB + 1, hidden_size=1)
+            config=SimpleNamespace(max_positions=BLOCKS * SIZE, vocab_size=VOCAB + 1, hidden_size=1),
+            adapters=SimpleNamespace(ids=["tuned"]),
         )
         self.blocks: list[list[int | None]] = [[None] * SIZE for _ in range(BLOCKS)]
         self.open: list[list[int | None]] = [[None] * SIZE for _ in range(open_pool.capacity if open_pool else 0)]
@@ -98,19 +99,19 @@ class FakeRunner:
             for lease in reserved:
                 self.manager.rollback(lease, lease.length)
             raise
-        rows = [self._write(work.lease, work.tokens) for work in works]
+        rows = [self._write(work.lease, work.tokens, len(work.adapter)) for work in works]
         for work in works:
             self.manager.commit(work.lease, len(work.tokens))
         return [
             torch.stack([logits_of(d) for d in row])[len(row) - w.logits :] for row, w in zip(rows, works, strict=True)
         ]
 
-    def _write(self, lease: Lease, tokens: Tokens[int]) -> list[int]:
+    def _write(self, lease: Lease, tokens: Tokens[int], start: int) -> list[int]:
         passing: dict[int, list[int | None]] = {}
         found = []
         for place, token in enumerate(tokens, lease.length):
             index, offset = divmod(place, SIZE)
-            before = 0 if place == 0 else self._read(lease, place - 1, passing)
+            before = start if place == 0 else self._read(lease, place - 1, passing)
             assert before is not None, "a position that nobody has written"
             value = digest(before, token)
             if self.manager.open_pool is None:
@@ -195,7 +196,7 @@ class FakeKept:
 
 def alone(request: Request) -> list[int]:
     """What a request draws, from nothing."""
-    tokens, value = list(request.prompt), 0
+    tokens, value = list(request.prompt), len(request.adapter)
     for token in tokens:
         value = digest(value, token)
     while len(tokens) - len(request.prompt) < request.max_tokens and len(tokens) <= BLOCKS * SIZE:
@@ -232,6 +233,7 @@ class EngineMachine(RuleBasedStateMachine):
         temperature=st.sampled_from([0.0, 1.0]),
         priority=st.integers(0, 2),
         tenant=st.sampled_from(["", "", "other"]),
+        adapter=st.sampled_from(["", "", "tuned"]),
         choices=st.sampled_from([1, 1, 1, 2, 4]),
         bad=st.integers(0, 12),
         scored=st.integers(0, 5),
@@ -243,6 +245,7 @@ class EngineMachine(RuleBasedStateMachine):
         temperature: float,
         priority: int,
         tenant: str,
+        adapter: str,
         choices: int,
         bad: int,
         scored: int,
@@ -252,7 +255,7 @@ class EngineMachine(RuleBasedStateMachine):
         sampling = Sampling(temperature=temperature, seed=len(self.sequences))
         request = Request(
             prompt, most, sampling, frozenset({7}), priority=priority, tenant=tenant, ttl=300.0 * (scored == 2),
-            prompt_logprobs=1 if scored == 0 else None,
+            prompt_logprobs=1 if scored == 0 else None, adapter=adapter,
         )  # fmt: skip
         for sequence in self.engine.add_choices(request, choices):
             self.sequences.append(sequence)
@@ -283,7 +286,7 @@ class EngineMachine(RuleBasedStateMachine):
         before = self.sequences[one % len(self.sequences)]
         self.forget_what_nobody_reads(True)
         prompt = tuple(token for token in before.tokens if token != BAD)[: BLOCKS * SIZE - 2]
-        self.add(prompt, 3, 0.0, 1, before.request.tenant, 1, 1, 1)
+        self.add(prompt, 3, 0.0, 1, before.request.tenant, before.request.adapter, 1, 1, 1)
 
     @precondition(lambda self: self.kept.records)
     @rule(one=ONE)

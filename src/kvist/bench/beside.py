@@ -5,7 +5,7 @@ which computes its context once and goes back to it after each measurement; ours
 is left out at greater lengths, where filling it would take long. The best setting at each length is what counts."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -15,10 +15,10 @@ from time import perf_counter
 import torch
 
 from kvist.bench.filled import FilledCache
-from kvist.bench.gguf_models import random_gguf
 from kvist.bench.machine import Memory, Samples, facts
 from kvist.bench.models import random_model
-from kvist.bench.peers.worker import PeerError, Worker
+from kvist.bench.peers.engines import LLAMA_CPP, SETTINGS, Setting, model_of
+from kvist.bench.peers.worker import Worker
 from kvist.bench.report import Ratio, Report, Row
 from kvist.runtime.batch import Work
 from kvist.runtime.runner import Runner
@@ -26,42 +26,10 @@ from kvist.service.loaded import Loaded
 
 STEPS = 4  # decode steps that are timed together
 FAR_BEHIND = 0.6  # of the fastest setting's speed
-LLAMA_CPP = "llama.cpp"
 # ik_llama.cpp, a fork for CPUs that is not on PyPI: its tokens a second on another machine, and llama.cpp's there, for
 # smollm2-135m with 8-bit weights, each with its best KV type.
 IK = {0: (258.0, 186.0), 4096: (115.0, 68.0), 16384: (44.0, 29.8), 32768: (23.5, 13.6)}
 IK_SHAPE, IK_WEIGHTS = "smollm2-135m", "int8"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Of llama.cpp: flash attention, and the types of its KV."""
-
-    flash: bool
-    keys: str
-    values: str
-
-    @property
-    def label(self) -> str:
-        kv = self.keys if self.keys == self.values else f"K {self.keys}, V {self.values}"
-        return f"{kv}, flash attention {'on' if self.flash else 'off'}"
-
-
-SETTINGS = (
-    Setting(False, "f16", "f16"),
-    Setting(True, "f16", "f16"),
-    Setting(False, "q8_0", "f16"),
-    Setting(True, "q8_0", "q8_0"),
-    Setting(True, "q4_0", "q4_0"),
-)
-
-
-def peer_python(name: str, folder: Path) -> Path:
-    """The python of a peer's environment below `folder`. Raises `PeerError` where there is none."""
-    python = folder / name / "bin" / "python"
-    if not python.exists():
-        raise PeerError(f"{name} is not in {folder}; make bench-peers builds it")
-    return python
 
 
 class Ours:
@@ -110,17 +78,17 @@ def run(
     lengths: Sequence[int],
     kvs: Sequence[str],
     rounds: int,
-    python: Path,
+    pythons: Mapping[str, Path],
     observe: Callable[[str], None],
 ) -> Report:
-    """Every shape with each of `weights`, at each length. `python`: that of llama.cpp's environment. Raises
-    `PeerError` where it fails."""
+    """Every shape with each of `weights`, at each length. `pythons`: of the environments of the engines to compare
+    with, by their names. Raises `PeerError` where one fails."""
     report, memory = Report(facts()), Memory()
     reads: list[float] = []
     for shape in shapes:
         for bits in weights:
             case = _Case(what, shape, bits, report, memory, rounds, observe)
-            reads += case.run(sorted(lengths), kvs, python)
+            reads += case.run(sorted(lengths), kvs, pythons)
     report.machine["read_gb_s"] = Samples(tuple(reads)).map(memory.gb_s).median
     return report
 
@@ -137,11 +105,11 @@ class _Case:
     rounds: int
     observe: Callable[[str], None]
 
-    def run(self, lengths: Sequence[int], kvs: Sequence[str], python: Path) -> list[float]:
+    def run(self, lengths: Sequence[int], kvs: Sequence[str], pythons: Mapping[str, Path]) -> list[float]:
         """Adds rows and ratios to the report. Returns how long each reading of the memory took."""
         ours = [Ours(loaded, lengths[-1]) for loaded in _models(self.shape, self.weights, kvs)]
         reads: list[float] = []
-        with _workers(self.shape, self.weights, lengths[-1], python, self.observe) as workers:
+        with _workers(self.shape, self.weights, lengths[-1], pythons, self.observe) as workers:
             for length in lengths:
                 if self.what is What.DECODE:
                     self._fill(ours, workers, length)
@@ -152,33 +120,39 @@ class _Case:
                 mine, others, read = _turns(runs, asked, self.memory, self.rounds)
                 reads += read
                 best = self._compare(length, mine, others)
-                for setting in [s for s, time in others.items() if best.median / time.median < FAR_BEHIND]:
-                    workers.pop(setting).close()
+                for setting, time in others.items():
+                    if best[setting.engine].median / time.median < FAR_BEHIND:
+                        workers.pop(setting).close()
         return reads
 
     def _fill(self, ours: Sequence[Ours], workers: dict[Setting, Worker], length: int) -> None:
         for one in ours:
             one.fill(length)
         for setting, worker in workers.items():
-            self.observe(f"{self.shape} {self.weights}: filling {length:,} tokens of {LLAMA_CPP}, {setting.label}")
+            self.observe(f"{self.shape} {self.weights}: filling {length:,} tokens of {setting.engine}, {setting.label}")
             worker.ask("fill", length)
 
-    def _compare(self, length: int, ours: dict[str, Samples], theirs: dict[Setting, Samples]) -> Samples:
-        """Rows of all, and ratios of ours to their best setting, round by round; returns that."""
+    def _compare(self, length: int, ours: dict[str, Samples], theirs: dict[Setting, Samples]) -> dict[str, Samples]:
+        """Rows of all, and ratios of ours to each engine's best setting, round by round; returns those settings'."""
         name = f"{self.what} {self.shape} {self.weights} {length}"
-        tokens = 1 if self.what is What.DECODE else length
+        tokens, best = 1 if self.what is What.DECODE else length, dict[str, Samples]()
         named = [("kvist", kv, time) for kv, time in ours.items()]
-        named += [(LLAMA_CPP, setting.label, time) for setting, time in theirs.items()]
+        named += [(setting.engine, setting.label, time) for setting, time in theirs.items()]
         for engine, kv, time in named:
             self._add(name, engine, kv, length, time.map(lambda s: tokens / s))
-        setting, best = min(theirs.items(), key=lambda item: item[1].median)
-        for kv, time in ours.items():
-            ratio = best.over(time).median
-            self.report.ratios.append(Ratio(name, f"kvist {kv}", f"{LLAMA_CPP} {setting.label}", ratio))
-        if self.what is What.DECODE and self.shape == IK_SHAPE and self.weights == IK_WEIGHTS and length in IK:
+        for engine in dict.fromkeys(setting.engine for setting in theirs):
+            own = [(setting, time) for setting, time in theirs.items() if setting.engine == engine]
+            setting, best[engine] = min(own, key=lambda item: item[1].median)
+            for kv, time in ours.items():
+                ratio = best[engine].over(time).median
+                self.report.ratios.append(Ratio(name, f"kvist {kv}", f"{engine} {setting.label}", ratio))
+        known = self.what is What.DECODE and self.shape == IK_SHAPE and self.weights == IK_WEIGHTS and length in IK
+        if known and LLAMA_CPP in best:
             # What it would reach here if it were as far ahead of llama.cpp as where both were measured.
             fork, original = IK[length]
-            self._add(name, "ik_llama.cpp, scaled", "its best", length, best.map(lambda s: fork / original / s))
+            self._add(
+                name, "ik_llama.cpp, scaled", "its best", length, best[LLAMA_CPP].map(lambda s: fork / original / s)
+            )
         return best
 
     def _add(self, name: str, engine: str, kv: str, length: int, speed: Samples) -> None:
@@ -193,15 +167,17 @@ def _models(shape: str, weights: str, kvs: Sequence[str]) -> Iterator[Loaded]:
 
 @contextlib.contextmanager
 def _workers(
-    shape: str, weights: str, most: int, python: Path, observe: Callable[[str], None]
+    shape: str, weights: str, most: int, pythons: Mapping[str, Path], observe: Callable[[str], None]
 ) -> Iterator[dict[Setting, Worker]]:
-    model, workers = random_gguf(shape, weights), dict[Setting, Worker]()
-    first = {"model": str(model), "most": most, "threads": torch.get_num_threads()}
+    workers = dict[Setting, Worker]()
     try:
-        for setting in SETTINGS:
-            observe(f"loading {LLAMA_CPP}, {setting.label}")
-            how = {"flash": setting.flash, "keys": setting.keys, "values": setting.values}
-            workers[setting] = Worker(LLAMA_CPP, python, "llama_cpp_worker.py", first | how)
+        for engine, python in pythons.items():
+            observe(f"loading {engine}")
+            model = model_of(engine, shape, weights, python)
+            first = {"model": str(model), "most": most, "threads": torch.get_num_threads()}
+            script = f"{engine.replace('.', '_')}_worker.py"
+            for setting in SETTINGS[engine]:
+                workers[setting] = Worker(engine, python, script, first | dict(setting.how))
         yield workers
     finally:
         for worker in workers.values():

@@ -70,7 +70,7 @@ def decode(
         typer.Option(metavar="int8|int4", help="Packed weights instead; may be given several times."),
     ] = None,
     peer: Annotated[
-        str | None, typer.Option(metavar="llama.cpp", help="Beside this engine; make bench-peers builds it.")
+        str | None, typer.Option(metavar="NAME,...", help="Beside these: llama.cpp, openvino, transformers.")
     ] = None,
     peers: Folder = PEERS,
     as_json: Json = False,
@@ -107,11 +107,13 @@ def prefill(
         list[str] | None,
         typer.Option(metavar="int8|int4|bf16", help="May be given several times; by default int8."),
     ] = None,
-    peer: Annotated[str, typer.Option(metavar="llama.cpp", help="The other engine.")] = "llama.cpp",
+    peer: Annotated[
+        str, typer.Option(metavar="NAME,...", help="The others: llama.cpp, openvino, transformers.")
+    ] = "llama.cpp",
     peers: Folder = PEERS,
     as_json: Json = False,
 ) -> None:
-    """Whole prompts beside another engine, random weights in standard shapes."""
+    """Whole prompts beside other engines, random weights in standard shapes."""
     _beside("prefill", peer, peers, shape, weights, numbers(tokens, "--tokens", "512,4096"), kv, rounds, as_json)
 
 
@@ -129,16 +131,18 @@ def _beside(
     from rich.console import Console
 
     from kvist.bench import beside
+    from kvist.bench.peers import engines
 
-    if peer != beside.LLAMA_CPP:
-        raise KvistError(f"--peer {peer} is not known; {beside.LLAMA_CPP} is")
+    names = peer.split(",")
+    if unknown := next((name for name in names if name not in engines.SETTINGS), None):
+        raise KvistError(f"--peer {unknown} is not known; choose among {', '.join(engines.SETTINGS)}")
     if unknown := next((name for name in weights or () if name not in ("int8", "int4", "bf16")), None):
         raise KvistError(f"--weights {unknown} is not compared; choose among int8, int4, bf16")
-    python, shapes = beside.peer_python(peer, peers), shape.split(",")
+    pythons, shapes = {name: engines.python_of(name, peers) for name in names}, shape.split(",")
     with Console(stderr=True).status("measuring", spinner="line") as status:
         observe = lambda text: status.update(f"measuring · {text}")  # noqa: E731
         kvs, bits = kv or ("turbo4",), weights or ["int8"]
-        report = beside.run(beside.What(what), shapes, bits, lengths, kvs, rounds, python, observe)
+        report = beside.run(beside.What(what), shapes, bits, lengths, kvs, rounds, pythons, observe)
     _print(report, as_json)
 
 

@@ -33,6 +33,10 @@ Weights = Annotated[
         help="Pack the matrices into 8 or 4 bits, or decode a quantized file; default: as stored.",
     ),
 ]
+Activations = Annotated[
+    str | None,
+    typer.Option(metavar="int8|bf16", help="What rows are rounded to before they meet packed weights; bf16 is slower."),
+]
 Merged = Annotated[
     Path | None,
     typer.Option("--adapter", metavar="DIR", help="A LoRA adapter in PEFT's format, merged into the weights."),

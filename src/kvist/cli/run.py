@@ -9,7 +9,19 @@ import typer
 
 from kvist.base.errors import KvistError
 from kvist.base.units import format_bytes, plural
-from kvist.cli.options import CacheDir, Dtype, Json, Kv, Merged, Model, Weights, graceful_interrupt, note, print_json
+from kvist.cli.options import (
+    Activations,
+    CacheDir,
+    Dtype,
+    Json,
+    Kv,
+    Merged,
+    Model,
+    Weights,
+    graceful_interrupt,
+    note,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from kvist.runtime.request import Sampling
@@ -33,6 +45,7 @@ def run(
     dtype: Dtype = None,
     kv: Kv = None,
     weights: Weights = None,
+    activations: Activations = None,
     adapter: Merged = None,
     context: Annotated[
         str | None, typer.Option(metavar="NAME", help="Begin with this context, of kvist context create.")
@@ -52,7 +65,7 @@ def run(
         prompt = _read_stdin()
     sampling = Sampling(temperature, top_k, top_p, min_p, secrets.randbits(32) if seed is None else seed)
     found = None if context is None else _find_context(context, cache_dir)
-    loaded = open_model(model, dtype=dtype, kv=kv, weights=weights, adapter=adapter)
+    loaded = open_model(model, dtype=dtype, kv=kv, weights=weights, activations=activations, adapter=adapter)
     stops = tuple(stop or ())
     with ExitStack() as stack:
         opened = None if found is None else _open_context(stack, loaded, found, cache_dir)

@@ -14,7 +14,7 @@ import typer
 
 from kvist.base.errors import KvistError
 from kvist.cli.keys import KEY_VARIABLE, api_keys
-from kvist.cli.options import CacheDir, CacheDisk, Dtype, Kv, Model, Weights, note, size
+from kvist.cli.options import Activations, CacheDir, CacheDisk, Dtype, Kv, Model, Weights, note, size
 from kvist.cli.run import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port; 0 takes any that is free.")] = 8000,
     kv: Kv = None,
     weights: Weights = None,
+    activations: Activations = None,
     kv_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory for the cache, as in 2GiB; by default half of the free.")
     ] = None,
@@ -122,7 +123,9 @@ def serve(
             )
         with shown(as_json=log_json or not sys.stderr.isatty()), contextlib.ExitStack() as stack:
             try:
-                loaded = open_model(model, dtype=dtype, kv=kv, weights=weights, adapters=adapters)
+                loaded = open_model(
+                    model, dtype=dtype, kv=kv, weights=weights, activations=activations, adapters=adapters
+                )
                 budget = loaded.budget(given, max_running)
                 kept = None if keep is None else stack.enter_context(open_kept(loaded, keep))
                 serving = _serving(loaded, budget, kept, name, chat_template, settings, public_prompt or [])

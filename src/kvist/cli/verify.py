@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.options import Dtype, Json, Kv, Merged, Model, Weights, print_json
+from kvist.cli.options import Activations, Dtype, Json, Kv, Merged, Model, Weights, print_json
 
 
 def verify(
@@ -17,6 +17,7 @@ def verify(
     dtype: Dtype = None,
     kv: Kv = None,
     weights: Weights = None,
+    activations: Activations = None,
     adapter: Merged = None,
     as_json: Json = False,
 ) -> None:
@@ -27,7 +28,7 @@ def verify(
     from kvist.evals.verify import Report, Verifier
     from kvist.service.loaded import open_model
 
-    loaded = open_model(model, dtype=dtype, kv=kv, weights=weights, adapter=adapter)
+    loaded = open_model(model, dtype=dtype, kv=kv, weights=weights, activations=activations, adapter=adapter)
     verifier = Verifier(loaded, tokens, steps, trials, seed)
     title = f"{loaded.name} · operators {loaded.backend.name} · weights {loaded.model.weights} · KV {loaded.layout.kv}"
     table = Table("check", "result", "compared", "evidence", title=title, title_justify="left")

@@ -135,6 +135,12 @@ class Decoder(nn.Module, ABC):
         for name, weight in weights_of(self).items():
             weight.pack(*grouping(f"{name}.weight", weight.columns), operators)
 
+    def keep_rows(self) -> None:
+        """Before `pack`: have packed products take rows rounded to bfloat16 instead of whole numbers of 8 bits."""
+        self.unpair()
+        for weight in weights_of(self).values():
+            weight.whole_rows = False
+
     def unpair(self) -> None:
         """Before `pack`: leave every product on its own, so that something can be added to its outputs."""
         for weight in weights_of(self).values():

@@ -19,6 +19,7 @@ class PackedOperators(Protocol):
     """The operators of a backend over packed weights; `kvist.ops.schema` says what each does."""
 
     packed_linear: Callable[..., Tensor]
+    packed_float: Callable[..., Tensor]
     packed_rows: Callable[..., Tensor]
     packed_project: Callable[..., Tensor]
     packed_ending: Callable[..., Tensor]
@@ -46,6 +47,7 @@ class Weight(nn.Module):
         self.form: PackedForm | None = None
         self.losses: list[tuple[float, float]] = []  # sums of squares: of what packing changed, and of the numbers
         self.paired = paired
+        self.whole_rows = True
 
     @property
     def columns(self) -> int:
@@ -68,6 +70,13 @@ class Weight(nn.Module):
         assert self.form is not None
         return self.codes, self.form.flat()
 
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x` [T, columns] times the packed weight, plus `bias`. Rows are made whole numbers of 8 bits, group by group,
+        or rounded to bfloat16 and left at that."""
+        if self.whole_rows:
+            return self.operators.packed_linear(x, None, 0.0, *self.operand, bias)
+        return self.operators.packed_float(x.to(torch.bfloat16).float(), *self.operand, bias)
+
     @property
     def is_packed(self) -> bool:
         return self.form is not None
@@ -83,10 +92,7 @@ class Linear(Weight):
         self.added: Callable[[Linear, Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is not None:
-            out = F.linear(x, self.weight, self.bias)
-        else:
-            out = self.operators.packed_linear(x, None, 0.0, *self.operand, self.bias)
+        out = self.multiply(x, self.bias) if self.weight is None else F.linear(x, self.weight, self.bias)
         return out if self.added is None else self.added(self, x, out)
 
 
@@ -106,7 +112,7 @@ class Embedding(Weight):
         """`hidden` [R, dim] → [R, size]."""
         if self.weight is not None:
             return F.linear(hidden, self.weight)
-        return self.operators.packed_linear(hidden, None, 0.0, *self.operand, None)
+        return self.multiply(hidden, None)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Backend:
     silu_mul: Callable[..., torch.Tensor]
     gelu: Callable[..., torch.Tensor]
     packed_linear: Callable[..., torch.Tensor]
+    packed_float: Callable[..., torch.Tensor]
     packed_rows: Callable[..., torch.Tensor]
     packed_project: Callable[..., torch.Tensor]
     packed_ending: Callable[..., torch.Tensor]
@@ -100,6 +101,7 @@ def _backend(candidate: _Candidate) -> Backend:
         operators.silu_mul.default,
         operators.gelu.default,
         operators.packed_linear.default,
+        operators.packed_float.default,
         operators.packed_rows.default,
         operators.packed_project.default,
         operators.packed_ending.default,

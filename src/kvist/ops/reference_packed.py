@@ -25,6 +25,17 @@ def packed_linear(
     return out if bias is None else out + bias
 
 
+def packed_float(x: Tensor, data: Tensor, form: list[int], bias: Tensor | None) -> Tensor:
+    """x times a packed weight, row after row, plus `bias`. Raises `ValueError`."""
+    shape = _check(data, form)
+    if shape.paired or x.dim() != 2 or x.shape[1] != shape.columns or x.dtype is not torch.float32:
+        raise ValueError(f"packed_float takes x [T, {shape.columns}] float32 and a weight that is not paired")
+    weight = get_rows(data, shape)
+    rows = [sum_by_halves(weight * row)[:, 0] for row in x]
+    out = torch.stack(rows) if rows else x.new_empty(0, shape.rows)
+    return out if bias is None else out + bias
+
+
 def packed_rows(data: Tensor, form: list[int], ids: Tensor) -> Tensor:
     """Rows of a packed weight. Raises `ValueError` or `IndexError`."""
     shape = _check(data, form)
@@ -198,6 +209,7 @@ def _check(data: Tensor, form: list[int]) -> PackedForm:
 
 
 LIBRARIES[REFERENCE].impl("packed_linear", packed_linear, "CompositeExplicitAutograd")
+LIBRARIES[REFERENCE].impl("packed_float", packed_float, "CompositeExplicitAutograd")
 LIBRARIES[REFERENCE].impl("packed_rows", packed_rows, "CompositeExplicitAutograd")
 LIBRARIES[REFERENCE].impl("packed_project", packed_project, "CompositeExplicitAutograd")
 LIBRARIES[REFERENCE].impl("packed_ending", packed_ending, "CompositeExplicitAutograd")

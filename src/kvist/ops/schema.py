@@ -10,6 +10,7 @@
 | `silu_mul` | gate_up [..., 2I] → silu(gate) * up [..., I] |
 | `gelu` | exact GELU, or its tanh form |
 | `packed_linear` | x [T, K] float32, normed where there is a norm, times a packed weight |
+| `packed_float` | x [T, K] float32 times a packed weight, its rows left as they are |
 | `packed_rows` | rows of a packed weight [T, K] float32, by their numbers: an embedding |
 | `packed_project` | what stands before attention: norm, q, k and v in one product, norms of heads, rotary positions |
 | `packed_ending` | what stands behind it: product, residual, norm, gated MLP, residual |
@@ -48,8 +49,9 @@ the plane, rounded to its type.
 Packed weights (`kvist.ops.packed` says how a weight is packed) are a tensor of bytes and `PackedForm.flat`. Their rows
 are float32; each is cut into the weight's groups of columns, and a group into whole numbers from -127 to 127 and a
 scale. A group's sum is exact, whatever computes it; groups are added one after another in float32. So a row's bits
-depend on the row and the weight. Every tensor beside the packed ones is float32 and dense. `eps` is that of all norms;
-a norm that is None is left out.
+depend on the row and the weight. `packed_float` leaves its rows as they are: products and sums are in float32, column
+after column within a group and group after group. Every tensor beside the packed ones is float32 and dense. `eps` is
+that of all norms; a norm that is None is left out.
 
 `packed_project(x, norm, eps, data, form, bias, heads, query_norm, key_norm, cos, sin)`: norm(x) times the weight, plus
 bias, [T, rows]. `heads`: query heads, KV heads, head dim; the first so many heads of a row are q, then k, each normed
@@ -94,6 +96,7 @@ SCHEMAS = {
     "silu_mul": "(Tensor gate_up) -> Tensor",
     "gelu": "(Tensor x, bool tanh) -> Tensor",
     "packed_linear": "(Tensor x, Tensor? norm, float eps, Tensor data, int[] form, Tensor? bias) -> Tensor",
+    "packed_float": "(Tensor x, Tensor data, int[] form, Tensor? bias) -> Tensor",
     "packed_rows": "(Tensor data, int[] form, Tensor ids) -> Tensor",
     "packed_project": (
         "(Tensor x, Tensor? norm, float eps, Tensor data, int[] form, Tensor? bias, int[] heads, Tensor? query_norm, "
@@ -195,6 +198,10 @@ def _fake_packed_linear(
     return x.new_empty((x.shape[0], form[0]))
 
 
+def _fake_packed_float(x: Tensor, data: Tensor, form: list[int], bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], form[0]))
+
+
 def _fake_packed_rows(data: Tensor, form: list[int], ids: Tensor) -> Tensor:
     return data.new_empty((ids.shape[0], form[1]), dtype=torch.float32)
 
@@ -271,6 +278,7 @@ def _define(namespace: str) -> Library:
     torch.library.register_fake(f"{namespace}::silu_mul", _fake_silu_mul, lib=library)
     torch.library.register_fake(f"{namespace}::gelu", _fake_gelu, lib=library)
     torch.library.register_fake(f"{namespace}::packed_linear", _fake_packed_linear, lib=library)
+    torch.library.register_fake(f"{namespace}::packed_float", _fake_packed_float, lib=library)
     torch.library.register_fake(f"{namespace}::packed_rows", _fake_packed_rows, lib=library)
     torch.library.register_fake(f"{namespace}::packed_project", _fake_packed_project, lib=library)
     torch.library.register_fake(f"{namespace}::packed_ending", _fake_packed_ending, lib=library)

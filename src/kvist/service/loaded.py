@@ -35,6 +35,7 @@ from kvist.weights.hub import resolve
 BUNDLED = Path(__file__).parent.parent / "bundled"
 RECALL = BUNDLED / "recall"
 _FULL = {codec.dtype: codec for codec in (FP32, BF16, FP16)}
+ACTIVATIONS = ("int8", "bf16")  # what rows are made of before they meet packed weights
 _NONE: Mapping[str, Path] = {}
 _KV_OF = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -105,6 +106,7 @@ def open_model(
     dtype: str | None = None,
     kv: str | None = None,
     weights: str | None = None,
+    activations: str | None = None,
     adapter: Path | None = None,
     adapters: Mapping[str, Path] = _NONE,
 ) -> Loaded:
@@ -114,9 +116,10 @@ def open_model(
     default the one of the same type, which loses nothing; "auto" is what `kvist calibrate` proposed for this model. A
     model whose codecs want to be calibrated is, at its first use. `weights`: int8 or int4 packs the matrices as they
     are read, and `dtype` is then that of the cache; a type of numbers decodes them. By default they stay as they are
-    stored: the groups of a GGUF file's Q8_0 and Q4_0 as they are, its other quantized types as int8. `adapter`: a LoRA
-    adapter that is merged into the weights; `adapters`: such that requests may ask for, by name. The environment's
-    KVIST_OPS forces an operator implementation (cpu, portable, reference).
+    stored: the groups of a GGUF file's Q8_0 and Q4_0 as they are, its other quantized types as int8. `activations`:
+    bf16 leaves the rows that meet packed weights in floating point. `adapter`: a LoRA adapter that is merged into the
+    weights; `adapters`: such that requests may ask for, by name. The environment's KVIST_OPS forces an operator
+    implementation (cpu, portable, reference).
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
@@ -141,6 +144,14 @@ def open_model(
     for one in offered.values():
         check_base(one, model.slots())
     how, grouping = _packing(origin, weights, model)
+    if activations is not None and (activations not in ACTIVATIONS or grouping is None):
+        raise ConfigError(
+            f"--activations is {' or '.join(ACTIVATIONS)}, and says something of packed weights alone; got "
+            f"{activations!r}"
+        )
+    if activations == "bf16":
+        model.keep_rows()
+        how += ", rows as they are"
     if offered:
         model.unpair()
         how += ", each product on its own"

@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "float_rows.h"
 #include "fused.h"
 #include "operators.h"
 
@@ -51,6 +52,21 @@ Tensor packed_linear(const Tensor& x, const OptionalTensor& norm, double eps, co
   const Tensor out = result_of(x, w.rows);
   linear({floats(norm, {w.columns}, "norm"), static_cast<float>(eps)}, w, floats(bias, {w.rows}, "bias"), from,
          x.size(0), out.mutable_data_ptr<float>());
+  return out;
+}
+
+Tensor packed_float(const Tensor& x, const Tensor& data, IntArrayRef form, const OptionalTensor& bias) {
+  const Packed w = packed(data, form);
+  TORCH_CHECK_VALUE(x.dim() == 2 && !w.paired, "packed_float takes x [T, columns] and a weight that is not paired");
+  const float* from = floats(x, {x.size(0), w.columns}, "x");
+  Tensor whole = x;
+  if (w.width() != w.columns) {
+    whole = at::zeros({x.size(0), w.width()}, x.options());
+    whole.narrow(1, 0, w.columns).copy_(x);
+    from = whole.const_data_ptr<float>();
+  }
+  const Tensor out = result_of(x, w.rows);
+  multiply_floats(w, from, x.size(0), floats(bias, {w.rows}, "bias"), out.mutable_data_ptr<float>());
   return out;
 }
 
@@ -196,6 +212,7 @@ Tensor packed_layers(const Tensor& x, TensorList weights, IntArrayRef forms, con
 
 TORCH_LIBRARY_IMPL(KVIST_NAMESPACE, CPU, library) {
   library.impl("packed_linear", &packed_linear);
+  library.impl("packed_float", &packed_float);
   library.impl("packed_rows", &packed_rows);
   library.impl("packed_project", &packed_project);
   library.impl("packed_ending", &packed_ending);

@@ -107,6 +107,13 @@ inline void store_as_pairs(uint32_t* to, Vec x) {
 }
 
 inline Pairs load_pairs(const BFloat16* from) { return _mm512_loadu_si512(from); }
+// The `kBits` bits from bit `first` on of each of sixteen groups of four bytes, as numbers.
+template <int kBits>
+inline Vec bits_of_fours(const uint8_t* from, int first) {
+  const __m512i fours = _mm512_srl_epi32(_mm512_loadu_si512(from), _mm_cvtsi32_si128(first));
+  return _mm512_cvtepi32_ps(_mm512_and_si512(fours, _mm512_set1_epi32((1 << kBits) - 1)));
+}
+
 inline Pairs load_half_pairs(const BFloat16* from) { return _mm512_maskz_loadu_epi32(0xff, from); }
 inline Pairs spread_pair(uint32_t pair) { return _mm512_set1_epi32(static_cast<int>(pair)); }
 inline Pairs first_of_pairs(Pairs x) { return _mm512_and_si512(x, _mm512_set1_epi32(0xffff)); }

@@ -234,6 +234,15 @@ inline Pairs load_pairs(const BFloat16* from) {
   return result;
 }
 
+// The `kBits` bits from bit `first` on of each of sixteen groups of four bytes, as numbers.
+template <int kBits>
+inline Vec bits_of_fours(const uint8_t* from, int first) {
+  return each([&](int i) {
+    const NativeBits fours = *reinterpret_cast<const UnalignedBits*>(from + 4 * i * kWidth);
+    return __builtin_convertvector((fours >> static_cast<uint32_t>(first)) & ((1u << kBits) - 1), NativeFloat);
+  });
+}
+
 inline Pairs load_half_pairs(const BFloat16* from) {
   Pairs result = {};
   KVIST_UNROLL for (int i = 0; i < kParts / 2; i++)
