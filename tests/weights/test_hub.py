@@ -26,6 +26,8 @@ FILES = {
     "pytorch_model.bin": b"a duplicate",
     "original/consolidated.safetensors": b"a duplicate",
     "README.md": b"# a model",
+    "model-Q8_0.gguf": b"GGUF and so on",
+    "model-Q4_0.gguf": b"GGUF and so on, smaller",
 }
 
 
@@ -86,10 +88,11 @@ def hub() -> Iterator[ThreadingHTTPServer]:
 RESOLVE_PROGRAM = """
 import json, sys
 from kvist.base.errors import ModelNotFound
-from kvist.weights.hub import resolve
+from kvist.weights.hub import resolve, resolve_file
 for name in sys.argv[1:]:
     try:
-        print(json.dumps(["found", str(resolve(name, progress=True))]))
+        found = resolve_file(name, progress=True)
+        print(json.dumps(["found", str(found or resolve(name, progress=True))]))
     except ModelNotFound as error:
         print(json.dumps(["refused", str(error)]))
 """
@@ -116,6 +119,17 @@ def resolve_elsewhere(home: Path, endpoint: str, *names: str, offline: bool = Fa
     )
     assert "%|" not in done.stderr  # stderr is a pipe here: no progress bar
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_one_gguf_file_of_a_repository(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    found, absent = resolve_elsewhere(tmp_path, endpoint, "org/small/model-Q8_0.gguf", "org/small/model-Q2_K.gguf")
+    assert found[0] == "found"
+    assert Path(found[1]).read_bytes() == FILES["model-Q8_0.gguf"]
+    assert {path.name for path in Path(found[1]).parent.iterdir()} == {"model-Q8_0.gguf"}, "and nothing else of it"
+    assert absent == ["refused", "org/small holds no model-Q2_K.gguf; choose one of its *.gguf files"]
+    (again,) = resolve_elsewhere(tmp_path, endpoint, "org/small/model-Q8_0.gguf", offline=True)
+    assert again == found
 
 
 def test_a_model_is_downloaded_once_and_then_read_offline(hub: ThreadingHTTPServer, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from kvist.service.calibration import AUTO, planned
 from kvist.service.packing import BITS, check_memory, open_packed
 from kvist.text.tokenizer import Tokenizer
 from kvist.weights.checkpoint import Checkpoint, Stamp, stamp_of
-from kvist.weights.hub import resolve
+from kvist.weights.hub import resolve, resolve_file
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 RECALL = BUNDLED / "recall"
@@ -237,11 +237,11 @@ def _describe(config: ModelConfig, backend: Backend) -> Decoder:
 
 
 def find_gguf(name: str) -> Path | None:
-    """The GGUF file that a model's name means: itself, or the only one in a directory without other weights. Raises
-    `WeightsError` where there are several."""
+    """The GGUF file that a model's name means: itself, one on the hub, or the only one in a directory without other
+    weights. Raises `WeightsError` where there are several."""
     path = Path(name).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return path
+    if path.suffix == ".gguf":
+        return path if path.is_file() else resolve_file(name, progress=True)
     if not path.is_dir() or any(path.glob("*.safetensors")):
         return None
     found = sorted(path.glob("*.gguf"))

@@ -31,6 +31,7 @@ UNWANTED = ("*/*", "consolidated*.safetensors")
 ANSWER_SECONDS = 10.0
 
 _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_HUB_FILE = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?/(?P<file>[\w.-]+\.gguf)")
 
 
 def resolve(name: str, *, progress: bool, weights: bool = True) -> Path:
@@ -51,8 +52,24 @@ def resolve(name: str, *, progress: bool, weights: bool = True) -> Path:
         name, match["repository"], match["revision"], progress and sys.stderr.isatty(), WANTED if weights else CONFIG
     )
     if weights and not any(folder.glob("*.safetensors")):
-        raise ModelNotFound(f"{name} holds no *.safetensors files; choose a repository with safetensors weights")
+        raise ModelNotFound(
+            f"{name} holds no *.safetensors files; choose a repository with safetensors weights, or name one of its "
+            f"GGUF files, as in {name}/FILE.gguf"
+        )
     return folder
+
+
+def resolve_file(name: str, *, progress: bool) -> Path | None:
+    """A GGUF file on the hub, `org/name[@revision]/FILE.gguf`, downloaded; None for a name of another form. Raises
+    `ModelNotFound`."""
+    match = _HUB_FILE.fullmatch(name)
+    if match is None or name.startswith((".", "~")):
+        return None
+    shown = progress and sys.stderr.isatty()
+    file = _download(name, match["repository"], match["revision"], shown, [match["file"]]) / match["file"]
+    if not file.is_file():
+        raise ModelNotFound(f"{match['repository']} holds no {match['file']}; choose one of its *.gguf files")
+    return file
 
 
 def _download(name: str, repository: str, revision: str | None, progress: bool, files: Sequence[str]) -> Path:
