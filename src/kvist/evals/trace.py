@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from kvist.base.errors import RequestError
 from kvist.base.events import CacheEvent
 from kvist.cache.step import KeysOf
 from kvist.cache.streams import StreamView
-from kvist.cache.view import LayerView, PagedView
+from kvist.cache.view import LayerView, OpenView, PagedView
 from kvist.runtime.batch import Work
 from kvist.service.loaded import Loaded
 
@@ -98,34 +99,40 @@ def trace(loaded: Loaded, prompt: Sequence[int]) -> list[StepTrace]:
     return steps
 
 
+_VIEWS = (PagedView, OpenView, StreamView)
+
+
 def _recording(model: nn.Module, rows: list[TensorRow]) -> ExitStack:
     """Hooks that note inputs and outputs, removed when the stack closes."""
 
     def before_model(_: nn.Module, args: tuple[Tensor, Tensor, Sequence[LayerView]]) -> None:
         tokens, positions, layers = args
         view = layers[0]
-        assert isinstance(view, PagedView | StreamView)
-        step = view.step
+        assert isinstance(view, _VIEWS)
+        step, group = view.step, view.group
         rows.append(_row("tokens", tokens, "token ids, padded to a width that keeps every bit"))
         rows.append(_row("positions", positions, "where each token stands in its sequence"))
-        rows.append(_row("slots", step.slots[0], "block * block_size + offset of each row; -1: padding, not written"))
-        rows.append(_row("tables", step.tables[0], "the sequence's block ids, in order of position"))
+        rows.append(
+            _row("slots", step.slots[group], "block * block_size + offset of each row; -1: padding, not written")
+        )
+        rows.append(_row("tables", step.tables[group], "the sequence's block ids, in order of position"))
         rows.append(_row("starts", step.starts, "the first row of each sequence, and the end"))
         rows.append(_row("lengths", step.lengths, "tokens of each sequence in the cache, these included"))
         if isinstance(view, PagedView):
             rows.append(_row("keys plane", view.keys, "the first layer's keys, all blocks, as the kernel reads them"))
             rows.append(_row("values plane", view.values, "the first layer's values, all blocks"))
         else:
-            for stream, plane in zip(view.layout.streams, view.planes, strict=True):
-                rows.append(_row(f"{stream.stream.name} plane", plane, "the first layer's, all blocks"))
+            planes = view.planes if isinstance(view, StreamView) else (*view.keys, *view.values)
+            for described, plane in zip(view.layout.planes, planes, strict=True):
+                rows.append(_row(f"plane {described.name}", plane, "of the first layer, all blocks"))
 
     def before_block(_: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
-        *others, view = args
-        assert isinstance(view, PagedView | StreamView)
-        return (*others, _RecordingView(view, rows))
+        return tuple(_RecordingView(one, rows) if isinstance(one, _VIEWS) else one for one in args)
 
     stack = ExitStack()
     named = dict(model.named_modules())
+    if "blocks.0" not in named:
+        raise RequestError("kvist trace shows what our own families compute, and this model runs as transformers' code")
     handles = [
         model.register_forward_pre_hook(before_model),
         named["blocks.0"].register_forward_pre_hook(before_block),

@@ -143,7 +143,12 @@ class GemmaNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.factor, self.eps).to(x.dtype)
+
+    @property
+    def factor(self) -> Tensor:
+        """What the normed numbers are multiplied with, float32."""
+        return 1 + self.weight.float()
 
 
 class Attention(nn.Module):
@@ -177,15 +182,32 @@ class Block(nn.Module):
         self.attention_norm, self.attended_norm = norm(), norm()
         self.attention = Attention(config)
         self.mlp_norm, self.out_norm = norm(), norm()
-        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, paired=True)
         self.down = Linear(config.intermediate_size, config.hidden_size)
         self._activations = activations
 
     def forward(self, x: Tensor, rotation: Rotation, layer: LayerView) -> Tensor:
-        """`x` `[T, hidden]` → `[T, hidden]`."""
+        """`x` `[T, hidden]` → `[T, hidden]`. With packed weights in two fused operators, on either side of the
+        attention."""
+        if self.gate_up.is_paired:
+            return self._fused(x, rotation, layer)
         x = x + self.attended_norm(self.attention(self.attention_norm(x), rotation, layer))
         inner = gelu_mul(self._activations, self.gate_up(self.mlp_norm(x)))
         return x + self.out_norm(self.down(inner))
+
+    def _fused(self, x: Tensor, rotation: Rotation, layer: LayerView) -> Tensor:
+        a, operators, eps = self.attention, self.gate_up.operators, self.mlp_norm.eps
+        heads = [a.heads, a.kv_heads, a.head_dim]
+        norms = (None if norm is None else norm.factor for norm in (a.q_norm, a.k_norm))
+        angles = rotation.cos, rotation.sin
+        rows = operators.packed_project(
+            x, self.attention_norm.factor, eps, *a.qkv.operand, None, heads, *norms, *angles
+        )
+        q, k, v = rows.unflatten(-1, (-1, a.head_dim)).split((a.heads, a.kv_heads, a.kv_heads), dim=1)
+        layer.write(k, v)
+        attended = layer.attend(q, a.scale).flatten(1)
+        mlp = self.mlp_norm.factor, eps, *self.gate_up.operand, *self.down.operand, self.out_norm.factor, True
+        return operators.packed_ending(x, attended, *a.out.operand, None, self.attended_norm.factor, *mlp)
 
 
 def gelu_mul(activations: Activations, gate_up: Tensor) -> Tensor:

@@ -191,6 +191,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: RopeTable, rotation: Rotation, layer: LayerView, norm: RMSNorm) -> Tensor:
         """`x` `[T, hidden]` → `[T, hidden]`. `norm`: of the keys that are in the cache."""
+        return self.out(self.attend(x, rope, rotation, layer, norm))
+
+    def attend(self, x: Tensor, rope: RopeTable, rotation: Rotation, layer: LayerView, norm: RMSNorm) -> Tensor:
+        """The same before the last product, `[T, heads * head_dim]`."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, kv = qkv[:, : self.heads], qkv[:, self.heads :]
         q = rotation.apply(self.q_norm(q))
@@ -201,7 +205,7 @@ class Attention(nn.Module):
         if not self.reads:
             v = _plain_norm(kv[:, -self.kv_heads :], self.eps)
             layer.write(None if self.tied else rotation.apply(norm(kv[:, : self.kv_heads])), v)
-        return self.out(layer.attend(q, 1.0, keys if self.tied else None).flatten(1))
+        return layer.attend(q, 1.0, keys if self.tied else None).flatten(1)
 
 
 class Router(nn.Module):
@@ -229,7 +233,8 @@ class Block(nn.Module):
         self.attention_norm, self.attended_norm = RMSNorm(hidden, eps), RMSNorm(hidden, eps)
         self.attention = Attention(config, index)
         self.mlp_norm, self.out_norm = RMSNorm(hidden, eps), RMSNorm(hidden, eps)
-        self.gate_up = Linear(hidden, 2 * inner)
+        # Experts stand between the MLP and what follows it, which fused operators do not know.
+        self.gate_up = Linear(hidden, 2 * inner, paired=config.experts is None)
         self.down = Linear(inner, hidden)
         self.experts = None
         if config.experts is not None:
@@ -249,15 +254,24 @@ class Block(nn.Module):
         self, x: Tensor, each: Tensor | None, rope: RopeTable, rotation: Rotation, layer: LayerView, norm: RMSNorm
     ) -> Tensor:
         """`x` `[T, hidden]`, `each` `[T, each]` → `[T, hidden]`."""
-        x = x + self.attended_norm(self.attention(self.attention_norm(x), rope, rotation, layer, norm))
-        found = self.down(gelu_mul(self._activations, self.gate_up(self.mlp_norm(x))))
-        if self.experts is not None:
-            chosen = self.experts(self.expert_in_norm(x), *self.router(x))
-            found = self.dense_norm(found) + self.experts_norm(chosen)
-        x = x + self.out_norm(found)
+        if self.gate_up.is_paired:
+            x = self._fused(x, self.attention.attend(self.attention_norm(x), rope, rotation, layer, norm))
+        else:
+            x = x + self.attended_norm(self.attention(self.attention_norm(x), rope, rotation, layer, norm))
+            found = self.down(gelu_mul(self._activations, self.gate_up(self.mlp_norm(x))))
+            if self.experts is not None:
+                chosen = self.experts(self.expert_in_norm(x), *self.router(x))
+                found = self.dense_norm(found) + self.experts_norm(chosen)
+            x = x + self.out_norm(found)
         if each is not None:
             x = x + self.each_norm(self.each_out(self._activations.gelu(self.each_gate(x), True) * each))
         return x * self.scalar
+
+    def _fused(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What stands behind the attention, in one operator."""
+        out, eps = self.attention.out.operand, self.mlp_norm.eps
+        mlp = self.mlp_norm.weight, eps, *self.gate_up.operand, *self.down.operand, self.out_norm.weight, True
+        return self.gate_up.operators.packed_ending(x, attended, *out, None, self.attended_norm.weight, *mlp)
 
 
 class Gemma4(Decoder):

@@ -78,6 +78,11 @@ class Weight(nn.Module):
         return self.operators.packed_float(x.to(torch.bfloat16).float(), *self.operand, bias)
 
     @property
+    def is_paired(self) -> bool:
+        """Whether it is packed with gates beside their ups, as fused operators take it."""
+        return self.form is not None and self.form.paired
+
+    @property
     def is_packed(self) -> bool:
         return self.form is not None
 

@@ -176,8 +176,7 @@ class Block(nn.Module):
     def fuses(self) -> bool:
         """Whether the fused operators compute it: its matrices are packed, gates beside their ups, and the MLP has no
         biases."""
-        form = self.gate_up.form
-        return form is not None and form.paired and self.gate_up.bias is None
+        return self.gate_up.is_paired and self.gate_up.bias is None
 
     @property
     def extras(self) -> list[Tensor | None]:

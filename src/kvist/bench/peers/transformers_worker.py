@@ -36,7 +36,7 @@ class Context:
         for index in range(tokens):
             self.run(self.cache, self.length + index, 1)
         seconds = time.perf_counter() - start
-        self.cache.crop(self.length)
+        self.cache.crop(-tokens)  # so many of the last ones
         return seconds / tokens
 
     def prefill(self, tokens: int) -> float:
