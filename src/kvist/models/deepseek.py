@@ -4,7 +4,6 @@ some are everybody's.
 All heads share one latent a token, and the part of the keys that positions rotate. What turns latents into the keys and
 values of a head is applied to its queries and to what attention gives, so neither keys nor values are ever made."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +13,14 @@ from kvist.base.errors import ConfigError
 from kvist.cache.spec import LayerSpec, latent
 from kvist.cache.view import LayerView
 from kvist.models.config import Activation, ModelConfig
-from kvist.models.decoder import Activations, Decoder, Slot, linear_slots
+from kvist.models.decoder import Activations, Slot, linear_slots
 from kvist.models.experts import Experts, ExpertsConfig, choose
 from kvist.models.keys import Keys, read_activation, read_rope, yarn_scale
-from kvist.models.layers import RMSNorm, RopeTable, Rotation
+from kvist.models.layers import RMSNorm, Rotation
 from kvist.models.linear import Linear
 from kvist.models.llama import outer_slots
 from kvist.models.qwen3_moe import expert_slots
+from kvist.models.rotary import RotaryDecoder
 
 _LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says of the others
 
@@ -193,7 +193,7 @@ class Block(nn.Module):
         return x + (self.experts(normed, *choose(self.router(normed), self._config)) + self.mlp(normed))
 
 
-class Deepseek(Decoder):
+class Deepseek(RotaryDecoder):
     """See `Decoder`."""
 
     config: DeepseekConfig
@@ -201,15 +201,6 @@ class Deepseek(Decoder):
     def __init__(self, config: DeepseekConfig, activations: Activations) -> None:
         blocks = (Block(config, index, activations) for index in range(config.layers))
         super().__init__(config, blocks, RMSNorm(config.hidden_size, config.norm_eps))
-        assert config.rope is not None
-        self._rope = RopeTable(config.rope, config.rotary)
-
-    def forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerView]) -> Tensor:
-        x = self.embed(tokens)
-        rotation = self._rope.at(positions, x.dtype)
-        for block, layer in zip(self.blocks, layers, strict=True):
-            x = block(x, rotation, layer)
-        return self.norm(x)
 
     def slots(self) -> list[Slot]:
         config, slots = self.config, outer_slots(self.config)

@@ -1,7 +1,6 @@
 """GPT-NeoX (Pythia), Phi-2 and StableLM: LayerNorm, positions that rotate the first part of a head, and attention and
 MLP one after the other, or side by side."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 from kvist.base.errors import ConfigError
 from kvist.cache.view import LayerView
 from kvist.models.config import Activation, ModelConfig
-from kvist.models.decoder import Activations, Decoder, Slot, linear_slots
+from kvist.models.decoder import Activations, Slot, linear_slots
 from kvist.models.keys import Keys, read_activation, read_rope
-from kvist.models.layers import RopeTable, Rotation
+from kvist.models.layers import Rotation
 from kvist.models.linear import Linear
+from kvist.models.rotary import RotaryDecoder
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Block(nn.Module):
         )
 
 
-class Neox(Decoder):
+class Neox(RotaryDecoder):
     """See `Decoder`."""
 
     config: NeoxConfig
@@ -192,15 +192,6 @@ class Neox(Decoder):
     def __init__(self, config: NeoxConfig, activations: Activations) -> None:
         blocks = (Block(config, activations) for _ in range(config.layers))
         super().__init__(config, blocks, nn.LayerNorm(config.hidden_size, config.norm_eps))
-        assert config.rope is not None
-        self._rope = RopeTable(config.rope, config.rotary_dim)
-
-    def forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerView]) -> Tensor:
-        x = self.embed(tokens)
-        rotation = self._rope.at(positions, x.dtype)
-        for block, layer in zip(self.blocks, layers, strict=True):
-            x = block(x, rotation, layer)
-        return self.norm(x)
 
     def slots(self) -> list[Slot]:
         names, hidden = _NAMES[self.config.family], self.config.hidden_size

@@ -1,6 +1,5 @@
 """Qwen3-MoE: Qwen3, whose MLPs are mixtures of experts, all or every so many."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from torch import Tensor, nn
@@ -9,11 +8,12 @@ from kvist.base.errors import ConfigError
 from kvist.cache.view import LayerView
 from kvist.models import llama
 from kvist.models.config import ModelConfig
-from kvist.models.decoder import Activations, Decoder, Slot
+from kvist.models.decoder import Activations, Slot
 from kvist.models.experts import Experts, ExpertsConfig, choose
 from kvist.models.keys import Keys
-from kvist.models.layers import RMSNorm, RopeTable, Rotation
+from kvist.models.layers import RMSNorm, Rotation
 from kvist.models.linear import Linear
+from kvist.models.rotary import RotaryDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class MoeBlock(nn.Module):
         return x + self.experts(normed, *choose(self.router(normed), self._config))
 
 
-class Qwen3Moe(Decoder):
+class Qwen3Moe(RotaryDecoder):
     """See `Decoder`."""
 
     config: Qwen3MoeConfig
@@ -75,15 +75,6 @@ class Qwen3Moe(Decoder):
             (llama.Block if layer in config.dense else MoeBlock)(config, activations) for layer in range(config.layers)
         )
         super().__init__(config, blocks, RMSNorm(config.hidden_size, config.norm_eps))
-        assert config.rope is not None
-        self._rope = RopeTable(config.rope, config.rotary_dim)
-
-    def forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerView]) -> Tensor:
-        x = self.embed(tokens)
-        rotation = self._rope.at(positions, x.dtype)
-        for block, layer in zip(self.blocks, layers, strict=True):
-            x = block(x, rotation, layer)
-        return self.norm(x)
 
     def slots(self) -> list[Slot]:
         config = self.config
