@@ -12,6 +12,7 @@ import llama_cpp
 
 TYPES = {"f16": 1, "q4_0": 2, "q8_0": 8}
 CHUNK = 512
+COMPUTED = 4096  # tokens of a context that are computed; what is longer repeats them
 
 
 @llama_cpp.llama_log_callback
@@ -28,6 +29,8 @@ class Context:
         parameters.n_ctx = most + 2 * CHUNK
         parameters.n_batch = parameters.n_ubatch = CHUNK
         parameters.n_threads = parameters.n_threads_batch = threads
+        # The second sequence is where a copy of the context stands while it moves; both in the same buffer.
+        parameters.n_seq_max, parameters.kv_unified = 2, True
         parameters.type_k, parameters.type_v = TYPES[keys], TYPES[values]
         parameters.flash_attn_type = int(flash)
         self.context = llama_cpp.llama_init_from_model(self.model, parameters)
@@ -57,10 +60,31 @@ class Context:
         llama_cpp.llama_memory_seq_rm(self.memory, 0, self.length, -1)
 
     def fill(self, length: int) -> None:
-        while self.length < length:
+        """The first `COMPUTED` tokens are computed; copies of what is there then follow, their keys rotated to where
+        they stand, as a shift of the context does. How long a step takes does not depend on the numbers."""
+        while self.length < min(length, COMPUTED):
             count = min(CHUNK, length - self.length)
             self.run(count, self.length)
             self.length += count
+        while self.length < length:
+            self._repeat(min(self.length, length - self.length))
+        # What is still to be rotated is, before the next call.
+        self.run(1, self.length)
+        self.cut()
+
+    def _repeat(self, count: int) -> None:
+        """Put the first `count` tokens behind the context once more."""
+        llama_cpp.llama_memory_seq_cp(self.memory, 0, 1, 0, count)
+        size = llama_cpp.llama_state_seq_get_size(self.context, 1)
+        state = (ctypes.c_uint8 * size)()
+        written = llama_cpp.llama_state_seq_get_data(self.context, state, size, 1)
+        llama_cpp.llama_memory_seq_rm(self.memory, 1, -1, -1)
+        if not written or not llama_cpp.llama_state_seq_set_data(self.context, state, written, 1):
+            raise SystemExit(f"llama.cpp could not copy {count} tokens of its context")
+        llama_cpp.llama_memory_seq_add(self.memory, 1, 0, -1, self.length)
+        llama_cpp.llama_memory_seq_cp(self.memory, 1, 0, -1, -1)
+        llama_cpp.llama_memory_seq_rm(self.memory, 1, -1, -1)
+        self.length += count
 
     def decode(self, tokens: int) -> float:
         seconds = sum(self.run(1, self.length + index) for index in range(tokens))
