@@ -10,15 +10,16 @@ from kvist.base.errors import ConfigError, NumericsError
 from kvist.bench import attention
 from kvist.bench.machine import Memory, Samples, interleave
 from kvist.bench.report import Ratio, Report, Row
-from kvist.bench.shapes import SHAPES, Shape, shape_named
+from kvist.bench.shapes import SHAPES, AttentionShape, attention_shape_named, shape_named
+from kvist.cache.spec import key_value, latent, tied
 
-SMALL = Shape("small", 1, 64, 128, 4, 2, 32, 100, tied=True)
+SMALL = AttentionShape("small", 4, key_value(2, 32))
 COUNT = 3
 
 
 @pytest.fixture
 def small(monkeypatch) -> None:
-    monkeypatch.setattr(attention, "shape_named", lambda name: SMALL)
+    monkeypatch.setattr(attention, "attention_shape_named", lambda name: SMALL)
     monkeypatch.setattr(attention, "_CYCLE_BYTES", COUNT * 64 * 2 * 2 * 32 * 2)
     monkeypatch.setattr(attention, "PREFILL_QUERIES", 32)
     monkeypatch.setattr(attention, "PREFILL_CONTEXT", 96)
@@ -41,6 +42,17 @@ def test_a_whole_run(small, kvs, full):
         assert all(row.spread[0] <= row.value <= row.spread[1] for row in rows)
     assert report.machine["read_gb_s"] > 0
     assert json.loads(json.dumps(report.to_json()))["ratios"][0]["what"] == whats[0]
+
+
+@pytest.mark.parametrize("spec", [latent(64, 32), tied(2, 32)], ids=["latent", "tied"])
+def test_keys_that_are_made_of_values(small, monkeypatch, spec):
+    """PyTorch is given the keys, and its result is near before anything is timed."""
+    monkeypatch.setattr(attention, "attention_shape_named", lambda name: AttentionShape("made", 4, spec))
+    report = attention.run(["made"], [100], ["bf16", "turbo4"], rounds=3)
+    assert len(report.ratios) == 2 * 3
+    assert report.rows[1].value == pytest.approx(
+        100 * sum(s.heads * s.dim for s in spec.streams) * 2 / (report.rows[0].value * 1e-6) / 1e9
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,6 +83,8 @@ def test_unknown_names(small):
         attention.run(["small"], [100], ["int3"])
     with pytest.raises(ConfigError, match=r"no shape 'gpt-5'; choose one of smollm2-135m, "):
         shape_named("gpt-5")
+    with pytest.raises(ConfigError, match=r"no shape 'gpt-5'; choose one of .*deepseek-v2-lite"):
+        attention_shape_named("gpt-5")
 
 
 def test_shapes_are_consistent():

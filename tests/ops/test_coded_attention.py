@@ -15,7 +15,7 @@ NAMES = [name for name, c in CODECS.items() if not c.in_place and not name.start
 MIXED = [("bf16", "turbo4"), ("turbo3", "fp16"), ("fp32", "int8"), ("int8", "turbo2"), ("turbo2.5", "int4")]
 KINDS = [(name, name) for name in NAMES] + MIXED
 # dim, KV heads, query heads per KV head, block size
-SHAPES = [(32, 2, 1, 64), (48, 1, 4, 16), (64, 3, 3, 64), (80, 1, 19, 32), (128, 2, 4, 64), (256, 1, 7, 64)]
+SHAPES = [(32, 2, 1, 64), (48, 1, 4, 16), (64, 3, 3, 64), (80, 1, 19, 32), (128, 2, 4, 64), (512, 1, 7, 64)]
 LENGTHS = (700, 3, 576, 70)
 QUERIES = (9, 3, 1, 33)
 

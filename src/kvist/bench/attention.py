@@ -13,12 +13,13 @@ from kvist.base.errors import NumericsError
 from kvist.bench.filled import FilledCache
 from kvist.bench.machine import Memory, Samples, facts, in_huge_pages, interleave
 from kvist.bench.report import Ratio, Report, Row
-from kvist.bench.shapes import Shape, shape_named
+from kvist.bench.shapes import AttentionShape, attention_shape_named
 from kvist.cache.choice import parse_choice
 from kvist.cache.codecs import BF16, FP16, FP32, DenseCodec
 from kvist.cache.layout import BLOCK_SIZE, Layout, plan_layout
 from kvist.cache.manager import Lease
-from kvist.cache.spec import key_value
+from kvist.cache.spec import Reading
+from kvist.cache.step import Tie
 from kvist.cache.view import LayerView
 from kvist.ops.backend import Backend, select
 
@@ -44,8 +45,8 @@ def run(
     memory = Memory()
     report = Report(facts())
     reads: list[Samples] = []
-    for shape in map(shape_named, shapes):
-        ops = select("cpu", full.dtype, shape.head_dim, BLOCK_SIZE, force)
+    for shape in map(attention_shape_named, shapes):
+        ops = select("cpu", full.dtype, shape.value_dim, BLOCK_SIZE, force)
         report.machine["operators"] = f"{ops.name} operators ({ops.instruction_set})"
         reads += [_decode(report, _Layers(shape, context, kvs, full, ops), memory, rounds) for context in contexts]
         _prefill(report, _Layers(shape, PREFILL_CONTEXT, kvs, full, ops, most=1), rounds)
@@ -77,7 +78,7 @@ class _Layers:
 
     def __init__(
         self,
-        shape: Shape,
+        shape: AttentionShape,
         context: int,
         kvs: Sequence[str],
         full: DenseCodec,
@@ -85,28 +86,36 @@ class _Layers:
         most: int | None = None,
     ) -> None:
         self.shape, self.context, self.full, self.ops = shape, context, full, ops
-        self.scale = shape.head_dim**-0.5
+        self.scale = shape.key_dim**-0.5
         one = [self._layout(kv, 1) for kv in kvs]
         smallest = min(layout.bytes_for(context) for layout in one)
         self.count = max(2, -(-_CYCLE_BYTES // smallest)) if most is None else most
         self.layouts = [self._layout(kv, self.count) for kv in kvs]
         generator = torch.Generator().manual_seed(0)
-        heads, dim = shape.kv_heads, shape.head_dim
-        self.k, self.v = (torch.randn(context, heads, dim, generator=generator).to(full.dtype) for _ in range(2))
-        self.dense: list[_Dense] = [(_by_head(self.k), _by_head(self.v)) for _ in range(self.count)]
+        made = [torch.randn(context, s.heads, s.dim, generator=generator).to(full.dtype) for s in shape.spec.streams]
+        self.k, self.v = (None if len(made) == 1 else made[0]), made[-1]
+        self.tie = _tie(shape.value_dim, context) if shape.spec.reading is Reading.TIED else None
+        keys = self._keys()
+        self.dense: list[_Dense] = [(_by_head(keys), _by_head(self.v)) for _ in range(self.count)]
 
     def _layout(self, kv: str, layers: int) -> Layout:
-        specs = [key_value(self.shape.kv_heads, self.shape.head_dim)] * layers
-        return plan_layout(specs, parse_choice(kv), full=self.full)
+        return plan_layout([self.shape.spec] * layers, parse_choice(kv), full=self.full)
+
+    def _keys(self) -> Tensor:
+        """As PyTorch's attention takes them."""
+        if self.tie is not None:
+            return self.tie.keys(self.v.float(), torch.arange(self.context)).to(self.v.dtype)
+        assert self.k is not None
+        return torch.cat((self.v, self.k), dim=-1) if self.shape.spec.reading is Reading.JOINED else self.k
 
     def cached(self, layout: Layout, queries: int) -> _Cached:
         """The context in a cache of its own, its last `queries` tokens written and not yet committed."""
         cache = FilledCache.for_one(layout, self.context, self.ops)
         lease = cache.manager.open()
-        cache.append(lease, self.k[:-queries], self.v[:-queries])
+        cache.append(lease, None if self.k is None else self.k[:-queries], self.v[:-queries])
         views = cache.step(lease, queries)
         for view in views:
-            view.write(self.k[-queries:], self.v[-queries:])
+            view.write(None if self.k is None else self.k[-queries:], self.v[-queries:])
         return _Cached(layout.kv, cache, lease, views)
 
     def torch_forms(self, q: Tensor) -> list[Callable[[_Dense], Tensor]]:
@@ -117,7 +126,7 @@ class _Layers:
             grouped = q.view(1, heads, group, -1)
             return [
                 lambda layer: _sdpa(by_head, *layer, None)[0].transpose(0, 1),
-                lambda layer: F.scaled_dot_product_attention(grouped, *layer).view(q.shape),
+                lambda layer: F.scaled_dot_product_attention(grouped, *layer).view(1, *q.shape[1:2], -1),
             ]
         seen = torch.ones(len(q), self.context, dtype=torch.bool).tril(self.context - len(q))
         added = torch.zeros(seen.shape, dtype=self.full.dtype).masked_fill(~seen, -torch.inf)
@@ -130,7 +139,7 @@ class _Layers:
         """Kvist's caches; and attention of `queries` queries over all layers, in each and in the fastest of PyTorch's
         forms, which stands last, after comparing their results.
         """
-        q = torch.randn(queries, self.shape.heads, self.shape.head_dim).to(self.full.dtype)
+        q = torch.randn(queries, self.shape.heads, self.shape.key_dim).to(self.full.dtype)
         caches = [self.cached(layout, queries) for layout in self.layouts]
         forms = self.torch_forms(q)
         expected = forms[0](self.dense[0]).float()
@@ -138,7 +147,7 @@ class _Layers:
             self._compare(cached, q, expected)
 
         def over_views(views: Sequence[LayerView]) -> Callable[[], None]:
-            return lambda: [view.attend(q, self.scale) for view in views] and None
+            return lambda: [view.attend(q, self.scale, self.tie) for view in views] and None
 
         def over_dense(form: Callable[[_Dense], Tensor]) -> Callable[[], None]:
             return lambda: [form(layer) for layer in self.dense] and None
@@ -148,7 +157,7 @@ class _Layers:
         return caches, [*(over_views(cached.views) for cached in caches), over_dense(forms[best])]
 
     def _compare(self, cached: _Cached, q: Tensor, expected: Tensor) -> None:
-        error = float((cached.views[0].attend(q, self.scale).float() - expected).norm() / expected.norm())
+        error = float((cached.views[0].attend(q, self.scale, self.tie).float() - expected).norm() / expected.norm())
         tolerance = _CODED_TOLERANCE if cached.cache.store.layout.open_bytes else _DENSE_TOLERANCE
         if not error < tolerance:
             raise NumericsError(f"attention differs from PyTorch's by {error:.2g} ({self.shape.name}, {cached.kv})")
@@ -156,6 +165,12 @@ class _Layers:
     def row(self, what: str, engine: str, kv: str, samples: Samples, unit: str) -> Row:
         """Weights take no part in attention."""
         return Row(what, engine, self.shape.name, "none", kv, self.context, 1, samples.median, unit, samples.spread)
+
+
+def _tie(dim: int, positions: int) -> Tie:
+    """Rotations of all of a head's pairs, and weights about one."""
+    angles = torch.outer(10_000.0 ** -torch.linspace(0, 1, dim // 2), torch.arange(-(-positions // 16) * 16))
+    return Tie(1 + torch.randn(dim, generator=torch.Generator().manual_seed(1)) / 8, angles.cos(), angles.sin())
 
 
 def _by_head(x: Tensor) -> Tensor:
@@ -192,9 +207,9 @@ def _prefill(report: Report, layers: _Layers, rounds: int) -> None:
     what = f"attention prefill of {PREFILL_QUERIES} {layers.shape.name} {layers.context}"
     caches, works = layers.contenders(PREFILL_QUERIES)
     *times, torch_time = interleave(works, rounds)
-    # Two products of two operations for each key that a query sees.
+    # Two operations for each number of a key and of a value that a query sees.
     seen = PREFILL_QUERIES * (layers.context - PREFILL_QUERIES) + PREFILL_QUERIES * (PREFILL_QUERIES + 1) // 2
-    operations = 4 * layers.shape.heads * layers.shape.head_dim * seen * layers.count
+    operations = 2 * layers.shape.heads * (layers.shape.key_dim + layers.shape.value_dim) * seen * layers.count
     measured = [("kvist", cached.kv, time) for cached, time in zip(caches, times, strict=True)]
     for engine, kv, seconds in (*measured, ("torch sdpa", layers.full.name, torch_time)):
         report.rows.append(layers.row(what, engine, kv, seconds.map(lambda s: s * 1e3 / layers.count), "ms a layer"))

@@ -25,7 +25,7 @@ from kvist.runtime.runner import Runner
 from kvist.service.loaded import Loaded
 
 STEPS = 4  # decode steps that are timed together
-FAR_BEHIND = 0.6  # of the speed of an engine's fastest setting, in what is measured or in filling its context
+FAR_BEHIND = 0.6  # of the speed of an engine's fastest setting
 # ik_llama.cpp, a fork for CPUs that is not on PyPI: its tokens a second on another machine, and llama.cpp's there, for
 # smollm2-135m with 8-bit weights, each with its best KV type.
 IK = {0: (258.0, 186.0), 4096: (115.0, 68.0), 16384: (44.0, 29.8), 32768: (23.5, 13.6)}
@@ -111,7 +111,8 @@ class _Case:
         reads: list[float] = []
         with _workers(self.shape, self.weights, lengths[-1], pythons, self.observe) as workers:
             for length in lengths:
-                filling = self._fill(ours, workers, length) if self.what is What.DECODE else {}
+                if self.what is What.DECODE:
+                    self._fill(ours, workers, length)
                 self.observe(f"{self.shape} {self.weights}: {self.what} at {length:,}")
                 tokens = STEPS if self.what is What.DECODE else length
                 runs = {one.kv: partial(getattr(one, self.what), tokens, perf_counter) for one in ours}
@@ -120,23 +121,17 @@ class _Case:
                 reads += read
                 best = self._compare(length, mine, others)
                 for setting, time in others.items():
-                    filled = filling.get(setting, 0.0)
-                    slow_to_fill = filled > 1 and filled * FAR_BEHIND > _fastest(filling, setting.engine)
-                    if slow_to_fill or best[setting.engine].median / time.median < FAR_BEHIND:
+                    if best[setting.engine].median / time.median < FAR_BEHIND:
                         workers.pop(setting).close()
         return reads
 
-    def _fill(self, ours: Sequence[Ours], workers: dict[Setting, Worker], length: int) -> dict[Setting, float]:
-        """Bring all to a context of that length; seconds of each of the others."""
+    def _fill(self, ours: Sequence[Ours], workers: dict[Setting, Worker], length: int) -> None:
+        """Bring all to a context of that length."""
         for one in ours:
             one.fill(length)
-        seconds = {}
         for setting, worker in workers.items():
             self.observe(f"{self.shape} {self.weights}: filling {length:,} tokens of {setting.engine}, {setting.label}")
-            start = perf_counter()
             worker.ask("fill", length)
-            seconds[setting] = perf_counter() - start
-        return seconds
 
     def _compare(self, length: int, ours: dict[str, Samples], theirs: dict[Setting, Samples]) -> dict[str, Samples]:
         """Rows of all, and ratios of ours to each engine's best setting, round by round; returns those settings'."""
@@ -169,10 +164,6 @@ class _Case:
 def _models(shape: str, weights: str, kvs: Sequence[str]) -> Iterator[Loaded]:
     loaded = random_model(shape, "bf16", weights=None if weights == "bf16" else weights)
     return (loaded.with_kv(kv) for kv in kvs)
-
-
-def _fastest(seconds: Mapping[Setting, float], engine: str) -> float:
-    return min((taken for setting, taken in seconds.items() if setting.engine == engine), default=0.0)
 
 
 @contextlib.contextmanager

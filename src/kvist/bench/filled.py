@@ -46,12 +46,12 @@ class FilledCache:
         """The cache that a model runs on."""
         return FilledCache(runner.store, runner.manager, runner.passing, runner.backend, runner.widths.most)
 
-    def append(self, lease: Lease, k: Tensor, v: Tensor) -> None:
-        """Commit tokens `k`, `v` `[n, heads, dim]` to every layer."""
-        for start in range(0, len(k), self.chunk):
-            part = slice(start, min(start + self.chunk, len(k)))
+    def append(self, lease: Lease, k: Tensor | None, v: Tensor) -> None:
+        """Commit tokens `k`, `v` `[n, heads, dim]` to every layer, as `LayerView.write` takes them."""
+        for start in range(0, len(v), self.chunk):
+            part = slice(start, min(start + self.chunk, len(v)))
             for view in self.step(lease, part.stop - part.start):
-                view.write(k[part], v[part])
+                view.write(None if k is None else k[part], v[part])
             self.manager.commit(lease, part.stop - part.start)
 
     def append_random(self, lease: Lease, tokens: int) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from kvist.base.errors import ConfigError
+from kvist.cache.spec import LayerSpec, Reading, key_value, latent, tied
 
 
 @dataclass(frozen=True)
@@ -35,3 +36,43 @@ def shape_named(name: str) -> Shape:
         if shape.name == name:
             return shape
     raise ConfigError(f"there is no shape {name!r}; choose one of {', '.join(shape.name for shape in SHAPES)}")
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The sizes of one layer's attention: its query heads, and what the cache keeps for it."""
+
+    name: str
+    heads: int
+    spec: LayerSpec
+
+    @property
+    def kv_heads(self) -> int:
+        return self.spec.streams[-1].heads
+
+    @property
+    def value_dim(self) -> int:
+        return self.spec.streams[-1].dim
+
+    @property
+    def key_dim(self) -> int:
+        """Of queries, too."""
+        first = self.spec.streams[0].dim
+        return first + self.value_dim if self.spec.reading is Reading.JOINED else first
+
+
+ATTENTION_SHAPES = (
+    *(AttentionShape(shape.name, shape.heads, key_value(shape.kv_heads, shape.head_dim)) for shape in SHAPES),
+    AttentionShape("gemma-4-e2b", 8, key_value(1, 512)),  # layers without a window, here and below
+    AttentionShape("gemma-4-26b-a4b", 16, tied(2, 512)),
+    AttentionShape("deepseek-v2-lite", 16, latent(512, 64)),
+)
+
+
+def attention_shape_named(name: str) -> AttentionShape:
+    """Raises `ConfigError` that lists the known names."""
+    for shape in ATTENTION_SHAPES:
+        if shape.name == name:
+            return shape
+    known = ", ".join(shape.name for shape in ATTENTION_SHAPES)
+    raise ConfigError(f"there is no shape {name!r}; choose one of {known}")

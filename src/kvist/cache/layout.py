@@ -14,7 +14,7 @@ from kvist.cache.calibration import Calibration
 from kvist.cache.choice import KvChoice
 from kvist.cache.codecs import FP32, Codec, DenseCodec, Plane
 from kvist.cache.spec import SLACK, Full, LayerSpec, Reading, Retention, Role, Stream, Window, check_sources
-from kvist.ops.coding import MAX_KERNEL_DIM, Frame
+from kvist.ops.coding import Frame
 
 # Part of the fingerprint: raised whenever the same description comes to mean other bytes.
 FORMAT_VERSION = 2
@@ -36,7 +36,7 @@ class StreamLayout:
     @property
     def has_kernel(self) -> bool:
         """Whether the operators read its planes. Otherwise its codec decodes them."""
-        return self.codec.in_place or (self.codec.coding(self.stream) is not None and self.stream.dim <= MAX_KERNEL_DIM)
+        return self.codec.in_place or self.codec.coding(self.stream) is not None
 
     @cached_property
     def operands(self) -> tuple[list[int], list[Tensor]]:

@@ -1,12 +1,24 @@
 """Where the rows of one step live in the store. Made by the batch, read by every layer."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-# Of tied streams: values [n, heads, dim] float32 and their positions [n] int64 → the keys that they also are.
-KeysOf = Callable[[Tensor, Tensor], Tensor]
+from kvist.ops.reference_made import tied_keys
+
+
+@dataclass(frozen=True)
+class Tie:
+    """How keys are made of the values of tied streams: times `weight` `[dim]`, then dimension i rotated with i + half
+    by `cos` and `sin` `[half, positions]`. All float32, contiguous."""
+
+    weight: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    def keys(self, values: Tensor, positions: Tensor) -> Tensor:
+        """The keys that `values` `[n, heads, dim]` at `positions` `[n]` int64 also are."""
+        return tied_keys(values, self.weight, self.cos[:, positions], self.sin[:, positions])
 
 
 @dataclass(frozen=True)
@@ -14,15 +26,16 @@ class OpenStep:
     """The blocks that one step writes, in full precision; ids as `OpenPlanes` counts them. Made by the batch.
 
     `slots` `[T]` int64: block * block_size + offset of each row, -1 for padding. `tables` `[N, 1]` int32: each block.
-    `starts` `[N + 1]` int32: its first row. `lengths` `[N]` int32: its tokens once this step is written.
-    `sources` `[M]` int64: those that are then full; `targets` `[M]` int64, by group of layers: the blocks of its pool
-    that they are coded into.
+    `starts` `[N + 1]` int32: its first row. `lengths` `[N]` int32: its tokens once this step is written; `offsets`
+    `[N]` int32: the position of the first. `sources` `[M]` int64: those that are then full; `targets` `[M]` int64, by
+    group of layers: the blocks of its pool that they are coded into.
     """
 
     slots: Tensor
     tables: Tensor
     starts: Tensor
     lengths: Tensor
+    offsets: Tensor
     sources: Tensor
     targets: list[Tensor]
 

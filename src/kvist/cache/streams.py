@@ -1,9 +1,8 @@
-"""Layers whose keys are no stream of their own: a latent with its rotated part, or one stream that is read twice.
+"""Layers whose keys are no stream of their own: a latent with its rotated part, or one stream that is read twice."""
 
-In PyTorch, over whole blocks that the codecs decode, as `decoded` does it for codecs without a kernel: the products are
-the library's, one fixed shape each, so a row's bits depend on its position alone."""
-
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,11 +10,11 @@ from torch import Tensor
 from kvist.cache.decoded import decode_block, seal_decoded
 from kvist.cache.layout import LayerLayout, StreamLayout
 from kvist.cache.spec import Reading, Role
-from kvist.cache.step import KeysOf, OpenStep, Step
+from kvist.cache.step import OpenStep, Step, Tie
 from kvist.cache.store import OpenPlanes
 from kvist.ops import packing
-from kvist.ops.attention import Rows
-from kvist.ops.reference import merge, sequences
+from kvist.ops.backend import Backend
+from kvist.ops.reference_made import Made
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class StreamView:
     group: int  # of its layer
     window: int
     block_size: int
+    backend: Backend
 
     def write(self, k: Tensor | None, v: Tensor) -> None:
         vectors = (v,) if k is None else (k, v)
@@ -40,77 +40,72 @@ class StreamView:
         for stream, plane, rows in zip(self.layout.streams, planes, vectors, strict=True):
             scatter = packing.scatter_keys if stream.stream.role is Role.KEYS else packing.scatter_values
             scatter(plane, slots[real], rows[real])
-        if self.open is not None and len(self.open[1].sources):
+        if self.open is None or not len(self.open[1].sources):
+            return
+        opened, where = self.open
+        for (stream, coded), plane in zip(self._streams(), opened.planes, strict=True):
+            blocks = where.sources, where.targets[self.group]
+            if stream.has_kernel:
+                is_keys = stream.stream.role is Role.KEYS
+                self.backend.seal(plane, list(coded), *stream.operands, is_keys, *blocks)
+            else:
+                seal_decoded(plane, coded, stream, *blocks)
+
+    def attend(self, q: Tensor, scale: float, tie: Tie | None = None) -> Tensor:
+        step, own = self.step, list[Tensor]()
+        if self.open is not None:
             opened, where = self.open
-            for stream, plane, own in zip(self.layout.streams, opened.planes, self._own_planes(), strict=True):
-                seal_decoded(plane, own, stream, where.sources, where.targets[self.group])
+            dense = [_dense(plane) for plane in opened.planes]
+            made_with = self._tie(tie, where.offsets)
+            rows = where.tables, where.starts, where.lengths
+            own = list(self._attend_made(q, own, dense, made_with, *rows, scale))
+        rows = step.tables[self.group], step.starts, step.lengths
+        made_with = self._tie(tie, torch.zeros_like(step.lengths))
+        if all(stream.has_kernel for stream in self.layout.streams):
+            coded = [(list(planes), *stream.operands) for stream, planes in self._streams()]
+            out, _ = self._attend_made(q, own, coded, made_with, *rows, scale)
+        else:
+            *behind, values = (partial(_decoded, *stream) for stream in self._streams())
+            kept = self.layout.streams[-1].stream
+            made = Made(values, behind[0] if behind else None, made_with, kept.heads, kept.dim, self.block_size)
+            out, _ = made.attend(q, own, *rows, scale, self.window)
+        return out.to(q.dtype)
 
-    def attend(self, q: Tensor, scale: float, keys: KeysOf | None = None) -> Tensor:
-        values, step = self.layout.streams[-1].stream, self.step
-        out = q.new_zeros(q.shape[0], q.shape[1], values.dim)
-        positions = torch.zeros(len(q), dtype=torch.int64)
-        found = out.float(), q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-        own_block = None if self.open is None else self.block_size
-        for sequence, rows, length in sequences(step.starts, step.lengths):
-            table = step.tables[self.group][sequence]
+    def _attend_made(
+        self,
+        q: Tensor,
+        own: list[Tensor],
+        streams: Sequence[tuple[list[Tensor], list[int], list[Tensor]]],
+        tie: list[Tensor],
+        tables: Tensor,
+        starts: Tensor,
+        lengths: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """`streams`: planes, coding and frame of each."""
+        nothing = list[Tensor](), list[int](), list[Tensor]()
+        behind = streams[0] if self.layout.spec.reading is Reading.JOINED else nothing
+        where = tables, starts, lengths, self.block_size
+        return self.backend.attend_made(q, own, *behind, *streams[-1], tie, *where, scale, self.window)
 
-            def load(start: int, count: int, table: Tensor = table) -> tuple[Tensor, Tensor]:
-                ids = table[start // self.block_size :][: -(-count // self.block_size)].clamp(min=0).tolist()
-                parts = [self._decoded(stream, own, ids)[:count] for stream, own in self._streams()]
-                return self._keys_and_values(parts, start, keys)
-
-            positions[rows] = torch.arange(length - (rows.stop - rows.start), length)
-            attention = Rows(values.heads, length, scale, load, own_block, window=self.window, value_dim=values.dim)
-            for whole, part in zip(found, attention.attend(q[rows].float()), strict=True):
-                whole[rows] = part
-        if self.open is None:
-            out[:] = found[0]
-            return out
-        own, used = self._attend_own(q, scale, keys, positions), int(step.starts[-1])
-        centre = torch.zeros(values.heads, q.shape[2])  # nothing is lost: see `_decoded`
-        earlier, earlier_sum, mine, my_sum = (x[:used] for x in (*found, *own))
-        out[:used] = merge(q[:used].float(), earlier, earlier_sum, mine, my_sum, centre, scale).to(q.dtype)
-        return out
-
-    def _attend_own(self, q: Tensor, scale: float, keys: KeysOf | None, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention over each row's own block in full precision, and its binary log sums."""
-        assert self.open is not None
-        (opened, where), values = self.open, self.layout.streams[-1].stream
-        out, sums = torch.zeros(*q.shape[:2], values.dim), torch.full(q.shape[:2], -torch.inf)
-        for number, rows, length in sequences(where.starts, where.lengths):
-            block, first = where.tables[number], int(positions[rows.start])
-
-            def load(start: int, count: int, block: Tensor = block, first: int = first) -> tuple[Tensor, Tensor]:
-                parts = [
-                    (packing.gather_keys if s.stream.role is Role.KEYS else packing.gather_values)(plane, block, count)
-                    for s, plane in zip(self.layout.streams, opened.planes, strict=True)
-                ]
-                return self._keys_and_values(parts, first // self.block_size * self.block_size, keys)
-
-            attention = Rows(values.heads, length, scale, load, window=self.window, value_dim=values.dim)
-            out[rows], sums[rows] = attention.attend(q[rows].float())
-        return out, sums
-
-    def _keys_and_values(self, parts: list[Tensor], start: int, keys: KeysOf | None) -> tuple[Tensor, Tensor]:
-        """What attention reads of the streams' vectors [n, H, D] of the tokens from `start` on."""
-        values = parts[-1]
-        if self.layout.spec.reading is Reading.JOINED:
-            return torch.cat((values, parts[0]), dim=-1), values
-        assert keys is not None
-        return keys(values, torch.arange(start, start + len(values))), values
-
-    def _decoded(self, stream: StreamLayout, planes: tuple[Tensor, ...], blocks: list[int]) -> Tensor:
-        """Whole blocks, with the mean that keys have lost."""
-        found = torch.cat([decode_block(stream, planes, block) for block in blocks])
-        return found + stream.frame.mean if stream.codec.centred else found
+    def _tie(self, tie: Tie | None, offsets: Tensor) -> list[Tensor]:
+        return [] if tie is None else [tie.weight, tie.cos, tie.sin, offsets]
 
     def _streams(self) -> list[tuple[StreamLayout, tuple[Tensor, ...]]]:
-        return list(zip(self.layout.streams, self._own_planes(), strict=True))
-
-    def _own_planes(self) -> list[tuple[Tensor, ...]]:
-        """The planes of each stream."""
+        """Each stream with its planes."""
         found, start = [], 0
         for stream in self.layout.streams:
-            found.append(self.planes[start : start + len(stream.planes)])
+            found.append((stream, self.planes[start : start + len(stream.planes)]))
             start += len(stream.planes)
         return found
+
+
+def _dense(plane: Tensor) -> tuple[list[Tensor], list[int], list[Tensor]]:
+    """A plane of numbers, as operators take a stream."""
+    return [plane], [], []
+
+
+def _decoded(stream: StreamLayout, planes: tuple[Tensor, ...], blocks: Tensor, count: int) -> Tensor:
+    """The first `count` vectors of whole blocks, with the mean that codes have lost."""
+    found = torch.cat([decode_block(stream, planes, block) for block in blocks.tolist()])[:count]
+    return found + stream.frame.mean if stream.codec.centred else found

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvist.cache.decoded import Sequences, attend_decoded, seal_decoded
 from kvist.cache.layout import LayerLayout
 from kvist.cache.spec import Reading, Role, window_of
-from kvist.cache.step import KeysOf, OpenStep, Step
+from kvist.cache.step import OpenStep, Step, Tie
 from kvist.cache.store import OpenPlanes, Store
 from kvist.cache.streams import StreamView
 from kvist.ops.backend import Backend
@@ -24,9 +24,9 @@ class LayerView(Protocol):
         second, or None and its only one. Never called on a layer that reads another's."""
         ...
 
-    def attend(self, q: Tensor, scale: float, keys: KeysOf | None = None) -> Tensor:
+    def attend(self, q: Tensor, scale: float, tie: Tie | None = None) -> Tensor:
         """Softmax attention of `q` `[T, heads, dim of keys]` over the tokens up to each row's own, `[T, heads, dim of
-        values]`. `keys`: where streams are tied."""
+        values]`. `tie`: where streams are tied."""
         ...
 
 
@@ -45,7 +45,7 @@ class PagedView:
     def write(self, k: Tensor | None, v: Tensor) -> None:
         self.backend.write(self.keys, self.values, k, v, self.step.slots[self.group])
 
-    def attend(self, q: Tensor, scale: float, keys: KeysOf | None = None) -> Tensor:
+    def attend(self, q: Tensor, scale: float, tie: Tie | None = None) -> Tensor:
         where = self.step.tables[self.group], self.step.starts, self.step.lengths
         return self.backend.attend(q, self.keys, self.values, *where, scale, self.window, self.softcap)
 
@@ -81,7 +81,7 @@ class OpenView:
             else:
                 seal_decoded(plane, coded, stream, open.sources, open.targets[self.group])
 
-    def attend(self, q: Tensor, scale: float, keys: KeysOf | None = None) -> Tensor:
+    def attend(self, q: Tensor, scale: float, tie: Tie | None = None) -> Tensor:
         step, open, planes = self.step, self.open, self.planes
         window, tables, softcap = self.window, step.tables[self.group], self.layout.spec.softcap
         own_blocks = open.tables, open.starts, open.lengths
@@ -166,7 +166,7 @@ class PagedViews(Sequence[LayerView]):
             planes, group, window = store.planes(index), layout.group_of[index], window_of(layer.spec.retention)
             if layer.spec.reading is not Reading.APART:
                 where = opened.get(store.owner(index))
-                views.append(StreamView(layer, planes, step, where, group, window, layout.block_size))
+                views.append(StreamView(layer, planes, step, where, group, window, layout.block_size, backend))
                 continue
             if not layer.opens:
                 views.append(PagedView(planes[0], planes[1], step, group, window, layer.spec.softcap, backend))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kvist.base.errors import RequestError
 from kvist.base.events import CacheEvent
-from kvist.cache.step import KeysOf
+from kvist.cache.step import Tie
 from kvist.cache.streams import StreamView
 from kvist.cache.view import LayerView, OpenView, PagedView
 from kvist.runtime.batch import Work
@@ -66,9 +66,9 @@ class _RecordingView:
         self._rows.append(_row("v", v, "values: likewise"))
         self._view.write(k, v)
 
-    def attend(self, q: Tensor, scale: float, keys: KeysOf | None = None) -> Tensor:
+    def attend(self, q: Tensor, scale: float, tie: Tie | None = None) -> Tensor:
         self._rows.append(_row("q", q, "queries: each sees the cache up to its own token"))
-        out = self._view.attend(q, scale, keys)
+        out = self._view.attend(q, scale, tie)
         self._rows.append(_row("attention", out, "values weighted by softmax(q · k * scale), head by head"))
         return out
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kvist.base.errors import ConfigError
 from kvist.cache.spec import Full, LayerSpec, Window, key_value, shared, tied
+from kvist.cache.step import Tie
 from kvist.cache.view import LayerView
 from kvist.models.config import MAX_LAYERS, ModelConfig, Rope
 from kvist.models.decoder import Activations, Decoder, Slot
@@ -186,26 +187,21 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden_size, (self.heads + sides * self.kv_heads) * self.head_dim)
         self.out = Linear(self.heads * self.head_dim, config.hidden_size)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
-        # Where keys are made of values, every layer that reads them makes them, with the weight of who wrote them.
         self.k_norm = None if self.reads else RMSNorm(self.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rope: RopeTable, rotation: Rotation, layer: LayerView, norm: RMSNorm) -> Tensor:
-        """`x` `[T, hidden]` → `[T, hidden]`. `norm`: of the keys that are in the cache."""
-        return self.out(self.attend(x, rope, rotation, layer, norm))
+    def forward(self, x: Tensor, rotation: Rotation, layer: LayerView, tie: Tie | None) -> Tensor:
+        """`x` `[T, hidden]` → `[T, hidden]`. `tie`: where keys are made of values."""
+        return self.out(self.attend(x, rotation, layer, tie))
 
-    def attend(self, x: Tensor, rope: RopeTable, rotation: Rotation, layer: LayerView, norm: RMSNorm) -> Tensor:
+    def attend(self, x: Tensor, rotation: Rotation, layer: LayerView, tie: Tie | None) -> Tensor:
         """The same before the last product, `[T, heads * head_dim]`."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, kv = qkv[:, : self.heads], qkv[:, self.heads :]
         q = rotation.apply(self.q_norm(q))
-
-        def keys(values: Tensor, positions: Tensor) -> Tensor:
-            return rope.at(positions, torch.float32).apply(values * norm.weight.float())
-
-        if not self.reads:
+        if self.k_norm is not None:
             v = _plain_norm(kv[:, -self.kv_heads :], self.eps)
-            layer.write(None if self.tied else rotation.apply(norm(kv[:, : self.kv_heads])), v)
-        return layer.attend(q, 1.0, keys if self.tied else None).flatten(1)
+            layer.write(None if self.tied else rotation.apply(self.k_norm(kv[:, : self.kv_heads])), v)
+        return layer.attend(q, 1.0, tie).flatten(1)
 
 
 class Router(nn.Module):
@@ -250,14 +246,12 @@ class Block(nn.Module):
         self.scalar = nn.Parameter(torch.ones(1))
         self._activations = activations
 
-    def forward(
-        self, x: Tensor, each: Tensor | None, rope: RopeTable, rotation: Rotation, layer: LayerView, norm: RMSNorm
-    ) -> Tensor:
+    def forward(self, x: Tensor, each: Tensor | None, rotation: Rotation, layer: LayerView, tie: Tie | None) -> Tensor:
         """`x` `[T, hidden]`, `each` `[T, each]` → `[T, hidden]`."""
         if self.gate_up.is_paired:
-            x = self._fused(x, self.attention.attend(self.attention_norm(x), rope, rotation, layer, norm))
+            x = self._fused(x, self.attention.attend(self.attention_norm(x), rotation, layer, tie))
         else:
-            x = x + self.attended_norm(self.attention(self.attention_norm(x), rope, rotation, layer, norm))
+            x = x + self.attended_norm(self.attention(self.attention_norm(x), rotation, layer, tie))
             found = self.down(gelu_mul(self._activations, self.gate_up(self.mlp_norm(x))))
             if self.experts is not None:
                 chosen = self.experts(self.expert_in_norm(x), *self.router(x))
@@ -301,10 +295,16 @@ class Gemma4(Decoder):
         each = self._each(tokens, x) if config.each else None
         rotations = {own: rope.at(positions, x.dtype) for own, rope in self._ropes.items()}
         for index, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):
-            own, norm = config.local[index], self.blocks[config.sources[index]].attention.k_norm
             part = None if each is None else each[:, index]
-            x = block(x, part, self._ropes[own], rotations[own], layer, norm)
+            x = block(x, part, rotations[config.local[index]], layer, self._tie(index))
         return self.norm(x)
+
+    def _tie(self, index: int) -> Tie | None:
+        """How a layer's keys are made of its values: as the layer does it that wrote them."""
+        if self.config.local[index] or not self.config.tied_kv:
+            return None
+        weight = self.blocks[self.config.sources[index]].attention.k_norm.weight
+        return Tie(weight.detach().float(), *self._ropes[False].by_position())
 
     def _each(self, tokens: Tensor, x: Tensor) -> Tensor:
         """What each layer is told of the tokens themselves, `[T, layers, each]`: from an embedding of their own and

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvist.cache.spec import LayerSpec, Reading, key_value, window_of
-from kvist.cache.step import KeysOf
+from kvist.cache.step import Tie
 from kvist.models.config import ModelConfig
 
 _USUAL = key_value(1, 1)  # keys and values apart, all of them kept, however many
@@ -43,10 +43,10 @@ class PlainView:
         """`k`, `v` `[sequences * T, kv_heads, dim]`: all that the next `attend` sees."""
         self.k, self.v = k, v
 
-    def attend(self, q: Tensor, scale: float, keys: KeysOf | None = None) -> Tensor:
+    def attend(self, q: Tensor, scale: float, tie: Tie | None = None) -> Tensor:
         """Causal attention of `q` `[sequences * T, heads, dim]` within each sequence, `[..., dim of values]`."""
         length = len(q) // self._sequences
-        k = keys_of(self._spec, self.k, self.v, torch.arange(length).repeat(self._sequences), keys)
+        k = keys_of(self._spec, self.k, self.v, torch.arange(length).repeat(self._sequences), tie)
         window = window_of(self._spec.retention)
         seen = torch.ones(length, length, dtype=torch.bool).tril()
         seen = seen.triu(1 - window) if 0 < window < length else None if not self._spec.softcap else seen
@@ -62,7 +62,7 @@ def plain_views(config: ModelConfig, sequences: int = 1) -> list[PlainView]:
     return views
 
 
-def keys_of(spec: LayerSpec, k: Tensor | None, v: Tensor, positions: Tensor, keys: KeysOf | None) -> Tensor:
+def keys_of(spec: LayerSpec, k: Tensor | None, v: Tensor, positions: Tensor, tie: Tie | None) -> Tensor:
     """The keys of a layer from what was written of `positions`: the first stream `k` and the last one `v`."""
     match spec.reading:
         case Reading.APART:
@@ -72,8 +72,8 @@ def keys_of(spec: LayerSpec, k: Tensor | None, v: Tensor, positions: Tensor, key
             assert k is not None
             return torch.cat((v, k), dim=-1)
         case Reading.TIED:
-            assert keys is not None
-            return keys(v, positions)
+            assert tie is not None
+            return tie.keys(v, positions)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float) -> Tensor:
@@ -119,7 +119,7 @@ class CodedPlainView:
             blocks = [codec(block) for block in x[:whole].split(self._block_size) if whole]
             self._earlier.append(torch.cat([*blocks, x[whole:]]))
 
-    def attend(self, q: Tensor, scale: float, keys: KeysOf | None = None) -> Tensor:
+    def attend(self, q: Tensor, scale: float, tie: Tie | None = None) -> Tensor:
         """Causal attention of `q` `[T, heads, dim]`, block by block of queries."""
         parts, window = [], window_of(self._spec.retention)
         for start in range(0, len(q), self._block_size):
@@ -130,7 +130,7 @@ class CodedPlainView:
                 for earlier, own in zip(self._earlier, self._own, strict=True)
             )
             assert last is not None
-            k = keys_of(self._spec, first, last, torch.arange(end), keys)
+            k = keys_of(self._spec, first, last, torch.arange(end), tie)
             seen = torch.ones(len(rows), end, dtype=torch.bool).tril(start)
             seen = seen.triu(start + 1 - window) if window else seen
             sides = (x.transpose(0, 1)[None] for x in (rows, k, last))

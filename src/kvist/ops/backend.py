@@ -10,7 +10,8 @@ import torch
 
 from kvist.base.errors import BackendError
 from kvist.ops import packing, reference, schema
-from kvist.ops import reference_packed as _registered  # noqa: F401
+from kvist.ops import reference_made as _made  # noqa: F401
+from kvist.ops import reference_packed as _packed  # noqa: F401
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Backend:
     attend_own: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     seal: Callable[..., None]
     attend_coded: Callable[..., torch.Tensor]
+    attend_made: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     silu_mul: Callable[..., torch.Tensor]
     gelu: Callable[..., torch.Tensor]
     packed_linear: Callable[..., torch.Tensor]
@@ -98,6 +100,7 @@ def _backend(candidate: _Candidate) -> Backend:
         operators.attend_own.default,
         operators.seal.default,
         operators.attend_coded.default,
+        operators.attend_made.default,
         operators.silu_mul.default,
         operators.gelu.default,
         operators.packed_linear.default,

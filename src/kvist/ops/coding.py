@@ -38,7 +38,6 @@ UNIT = 128  # a level of 128 stands for the scale itself
 MAX_LEVELS = 16
 BITS = (2, 3, 4, 8)
 MIN_CODED_DIM, MAX_CODED_DIM = 32, 512
-MAX_KERNEL_DIM = 256  # of a head whose codes the operators read; larger ones are decoded
 MAX_CODED_BLOCK = 64
 
 

@@ -64,7 +64,7 @@ def attend_own(
 ) -> tuple[Tensor, Tensor]:
     """`attend` in float32 [T, Hq, D], and each row's lse [T, Hq]; see `kvist.ops.schema`."""
     geometry = packing.geometry(keys, values)
-    _check_attend(geometry, q, tables, starts, lengths, scale, window, softcap)
+    check_attend(geometry, geometry.head_dim, q, tables, starts, lengths, scale, window, softcap)
     out = torch.zeros(q.shape)
     lse = torch.full(q.shape[:2], -torch.inf)
     for sequence, rows, length in sequences(starts, lengths):
@@ -89,7 +89,7 @@ def seal(
     targets: Tensor,
 ) -> None:
     """Codes whole blocks of one stream; see `kvist.ops.schema`. Raises `ValueError` or `IndexError`."""
-    block_size, heads, dim = _check_stream(planes, flat, frame, keys)
+    block_size, heads, dim = check_stream(planes, flat, frame, keys)
     gather = packing.gather_keys if keys else packing.gather_values
     for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
         if not 0 <= source < len(open) or not 0 <= target < len(planes[0]):
@@ -126,11 +126,11 @@ def attend_coded(
     softcap: float = 0.0,
 ) -> Tensor:
     """Attention over coded blocks, merged with `own`; see `kvist.ops.schema`. Raises `ValueError` or `IndexError`."""
-    size, heads, dim = _check_stream(key_planes, key_coding, key_frame, keys=True)
-    if (block_size, heads, dim) != _check_stream(value_planes, value_coding, value_frame, keys=False):
+    size, heads, dim = check_stream(key_planes, key_coding, key_frame, keys=True)
+    if (block_size, heads, dim) != check_stream(value_planes, value_coding, value_frame, keys=False):
         raise ValueError("the key planes and the value planes hold different blocks, heads or dims")
     geometry = Geometry(min(len(key_planes[0]), len(value_planes[0])), heads, size, dim, torch.float32)
-    _check_attend(geometry, q, tables, starts, lengths, scale, window, softcap)
+    check_attend(geometry, geometry.head_dim, q, tables, starts, lengths, scale, window, softcap)
     if own.shape != q.shape or lse.shape != q.shape[:2] or own.dtype != torch.float32 or lse.dtype != torch.float32:
         raise ValueError(f"own and lse are float32 {list(q.shape)} and {list(q.shape[:2])}")
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -207,7 +207,7 @@ def sequences(starts: Tensor, lengths: Tensor) -> Iterator[tuple[int, slice, int
             yield sequence, slice(bounds[sequence], bounds[sequence + 1]), length
 
 
-def _check_stream(
+def check_stream(
     planes: Sequence[Tensor], flat: Sequence[int], frame: Sequence[Tensor], keys: bool
 ) -> tuple[int, int, int]:
     """Block size, heads and dim of a stream's planes. Raises `ValueError` unless all belong together."""
@@ -232,8 +232,9 @@ def _check_stream(
     return size, heads, how.dim
 
 
-def _check_attend(
+def check_attend(
     geometry: Geometry,
+    key_dim: int,
     q: Tensor,
     tables: Tensor,
     starts: Tensor,
@@ -242,10 +243,9 @@ def _check_attend(
     window: int,
     softcap: float,
 ) -> None:
-    if q.dim() != 3 or q.shape[2] != geometry.head_dim or not q.shape[1] or q.shape[1] % geometry.heads:
-        raise ValueError(
-            f"attend needs q [T, a multiple of {geometry.heads}, {geometry.head_dim}], got {list(q.shape)}"
-        )
+    """Raises `ValueError` or `IndexError` unless queries of `key_dim` numbers and all that goes with them are sound."""
+    if q.dim() != 3 or q.shape[2] != key_dim or not q.shape[1] or q.shape[1] % geometry.heads:
+        raise ValueError(f"attend needs q [T, a multiple of {geometry.heads}, {key_dim}], got {list(q.shape)}")
     if q.dtype not in packing.DTYPES:
         raise ValueError(f"attend takes q as float32, bfloat16 or float16, got {q.dtype}")
     sequences = lengths.shape[0] if lengths.dim() == 1 else -1

@@ -5,6 +5,7 @@
 | `write` | stores k and v [T, H, D] in the planes at `slots` [T] int64 = block * block_size + offset; -1 is padding |
 | `attend` | causal attention of ragged batches of queries over paged keys and values |
 | `attend_own` | `attend` with a float32 result, and what is needed to merge it with other keys |
+| `attend_made` | attention whose keys are made of the values, dense or coded |
 | `seal` | codes whole blocks of one stream |
 | `attend_coded` | attention over the coded blocks before each query's own, merged with what `attend_own` gave |
 | `silu_mul` | gate_up [..., 2I] → silu(gate) * up [..., I] |
@@ -41,6 +42,15 @@ the first p // block_size blocks of its sequence through their codes; the result
 over these and its own block together. A stream's planes are [codes, scales] with `Coding.flat` and `Frame.tensors`
 behind them, or, not coded, one plane as `attend` has it with two empty lists. Coded keys have lost their mean, so a
 row's scores lack q.mean: its own keys are weighed as if they did, too. Where scores are capped the mean has to be zero.
+
+`attend_made(q, own, behind_planes, behind_coding, behind_frame, value_planes, value_coding, value_frame, tie, tables,
+starts, lengths, block_size, scale, window)`: the streams as `attend_coded` has them, coded or not; means are added
+back. A token's key is its value [D] and, behind it, its vector of the stream `behind`, q being [T, Hq, D + that one's];
+or, where `tie` is [weight [D], cos, sin [half, positions] float32, offsets [S] int32], its value times weight with
+dimension i rotated with i + half by its position, which is its place in the sequence plus the sequence's offset, a
+multiple of 16. `own`: nothing, and a query sees what it sees in `attend`; or what this operator gave for own blocks,
+and it sees those and the first p // block_size blocks. The result [T, Hq, D] float32 and its lse [T, Hq] are of all
+that the query sees.
 
 `seal(open, planes, coding, frame, keys, sources, targets)`: codes block sources[i] of the plane `open` (as `write`
 fills it) into block targets[i] of `planes` ([N] int64 each), as keys or as values; without a coding it is copied into
@@ -92,6 +102,11 @@ SCHEMAS = {
         "(Tensor q, Tensor own, Tensor lse, Tensor[] key_planes, int[] key_coding, Tensor[] key_frame, "
         "Tensor[] value_planes, int[] value_coding, Tensor[] value_frame, Tensor tables, Tensor starts, "
         "Tensor lengths, int block_size, float scale, int window=0, float softcap=0.0) -> Tensor"
+    ),
+    "attend_made": (
+        "(Tensor q, Tensor[] own, Tensor[] behind_planes, int[] behind_coding, Tensor[] behind_frame, "
+        "Tensor[] value_planes, int[] value_coding, Tensor[] value_frame, Tensor[] tie, Tensor tables, Tensor starts, "
+        "Tensor lengths, int block_size, float scale, int window=0) -> (Tensor, Tensor)"
     ),
     "silu_mul": "(Tensor gate_up) -> Tensor",
     "gelu": "(Tensor x, bool tanh) -> Tensor",
@@ -182,6 +197,32 @@ def _fake_attend_coded(
     softcap: float = 0.0,
 ) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _fake_attend_made(
+    q: Tensor,
+    own: list[Tensor],
+    behind_planes: list[Tensor],
+    behind_coding: list[int],
+    behind_frame: list[Tensor],
+    value_planes: list[Tensor],
+    value_coding: list[int],
+    value_frame: list[Tensor],
+    tie: list[Tensor],
+    tables: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    block_size: int,
+    scale: float,
+    window: int = 0,
+) -> tuple[Tensor, Tensor]:
+    behind = behind_frame[0].shape[1] if behind_coding else _dim_of_keys(behind_planes)
+    shape = *q.shape[:2], q.shape[2] - behind
+    return q.new_empty(shape, dtype=torch.float32), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def _dim_of_keys(planes: list[Tensor]) -> int:
+    return planes[0].shape[3] * (planes[0].shape[5] if planes[0].dim() == 6 else 1) if planes else 0
 
 
 def _fake_silu_mul(gate_up: Tensor) -> Tensor:
@@ -275,6 +316,7 @@ def _define(namespace: str) -> Library:
     torch.library.register_fake(f"{namespace}::attend_own", _fake_attend_own, lib=library)
     torch.library.register_fake(f"{namespace}::seal", _fake_seal, lib=library)
     torch.library.register_fake(f"{namespace}::attend_coded", _fake_attend_coded, lib=library)
+    torch.library.register_fake(f"{namespace}::attend_made", _fake_attend_made, lib=library)
     torch.library.register_fake(f"{namespace}::silu_mul", _fake_silu_mul, lib=library)
     torch.library.register_fake(f"{namespace}::gelu", _fake_gelu, lib=library)
     torch.library.register_fake(f"{namespace}::packed_linear", _fake_packed_linear, lib=library)

@@ -104,6 +104,7 @@ def _open_step(works: Sequence[Work], block_size: int, padding: int, passing: in
     """The blocks that the works write, in the order of rows. Those a lease does not keep open pass by."""
     tables: list[int] = []
     lengths: list[int] = []
+    offsets: list[int] = []
     slots: list[int] = []
     starts = [0]
     sources: list[int] = []
@@ -119,6 +120,7 @@ def _open_step(works: Sequence[Work], block_size: int, padding: int, passing: in
             slots += range(block * block_size + max(first, start) - start, block * block_size + stop - start)
             tables.append(block)
             lengths.append(stop - start)
+            offsets.append(start)
             starts.append(len(slots))
             if stop - start == block_size:
                 sources.append(block)
@@ -132,6 +134,7 @@ def _open_step(works: Sequence[Work], block_size: int, padding: int, passing: in
         tables=torch.tensor(tables, dtype=torch.int32)[:, None],
         starts=torch.tensor(starts, dtype=torch.int32),
         lengths=torch.tensor(lengths, dtype=torch.int32),
+        offsets=torch.tensor(offsets, dtype=torch.int32),
         sources=torch.tensor(sources, dtype=torch.int64),
         targets=[torch.tensor(own, dtype=torch.int64) for own in targets],
     )

@@ -16,7 +16,7 @@ from kvist.cache.choice import parse_choice
 from kvist.cache.codecs import DenseCodec
 from kvist.cache.layout import Layout, plan_layout
 from kvist.cache.spec import LayerSpec
-from kvist.cache.step import KeysOf
+from kvist.cache.step import Tie
 from kvist.models.decoder import Decoder
 from kvist.models.linear import tensors_of
 from kvist.models.plain import PlainView
@@ -48,9 +48,9 @@ class _ObservedView(PlainView):
         self._observe = observe
         self._read = read
 
-    def attend(self, q: Tensor, scale: float, keys: KeysOf | None = None) -> Tensor:
+    def attend(self, q: Tensor, scale: float, tie: Tie | None = None) -> Tensor:
         self._observe(Vectors(q, torch.empty(0) if self.k is None else self.k, self.v, scale))
-        out = super().attend(q, scale, keys)
+        out = super().attend(q, scale, tie)
         if not self._read:
             self.k, self.v = None, torch.empty(0)
         return out
@@ -63,8 +63,8 @@ class _Silent(PlainView):
         super().__init__()
         self._source = source
 
-    def attend(self, q: Tensor, scale: float, keys: KeysOf | None = None) -> Tensor:
-        return PlainView.attend(self._source, q, scale, keys)
+    def attend(self, q: Tensor, scale: float, tie: Tie | None = None) -> Tensor:
+        return PlainView.attend(self._source, q, scale, tie)
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ Nothing is paged here. Every row of a step starts at position 0, so a view needs
 import torch
 from torch import Tensor
 
-from kvist.cache.step import KeysOf
+from kvist.cache.step import Tie
 from kvist.models.decoder import Decoder
 from kvist.models.plain import PlainActivations, PlainView
 
@@ -67,9 +67,9 @@ class DenseView:
         """Keep `k`, `v` `[T, kv_heads, head_dim]` for the `attend` that follows."""
         self._plain.write(k, v)
 
-    def attend(self, q: Tensor, scale: float, keys: KeysOf | None = None) -> Tensor:
+    def attend(self, q: Tensor, scale: float, tie: Tie | None = None) -> Tensor:
         """Causal attention of `q` `[T, heads, head_dim]` within each row. Same shape out."""
-        return self._dropout(self._plain.attend(q, scale, keys))
+        return self._dropout(self._plain.attend(q, scale, tie))
 
 
 def row_logits(model: Decoder, tokens: Tensor, dropout: Dropout) -> Tensor:

@@ -11,8 +11,7 @@ import time
 import llama_cpp
 
 TYPES = {"f16": 1, "q4_0": 2, "q8_0": 8}
-CHUNK = 512
-COMPUTED = 4096  # tokens of a context that are computed; what is longer repeats them
+CHUNK = 512  # tokens of a call; and of a context that are computed, which what is longer repeats
 
 
 @llama_cpp.llama_log_callback
@@ -60,12 +59,11 @@ class Context:
         llama_cpp.llama_memory_seq_rm(self.memory, 0, self.length, -1)
 
     def fill(self, length: int) -> None:
-        """The first `COMPUTED` tokens are computed; copies of what is there then follow, their keys rotated to where
+        """The first `CHUNK` tokens are computed; copies of what is there then follow, their keys rotated to where
         they stand, as a shift of the context does. How long a step takes does not depend on the numbers."""
-        while self.length < min(length, COMPUTED):
-            count = min(CHUNK, length - self.length)
-            self.run(count, self.length)
-            self.length += count
+        if length and not self.length:
+            self.length = min(CHUNK, length)
+            self.run(self.length, 0)
         while self.length < length:
             self._repeat(min(self.length, length - self.length))
         # What is still to be rotated is, before the next call.

@@ -1,5 +1,5 @@
-// Attention over coded blocks, merged with that over each row's own block, as plain pointers. bindings_coded.cpp checks
-// everything before it calls.
+// Attention over coded blocks, merged with that over each row's own block, and over keys that are made of the values,
+// as plain pointers. bindings_coded.cpp and bindings_made.cpp check everything before they call.
 #pragma once
 
 #include <optional>
@@ -25,5 +25,27 @@ struct AttendCodedCall {
 };
 
 void attend_coded(const AttendCodedCall& call);
+
+// How keys are made of values: times the weights, then dimension i rotated with i + half.
+struct Tie {
+  const float* weight;  // [head_dim]
+  const float* cos;     // [half, positions], and the next the same
+  const float* sin;
+  int64_t half, positions;
+  const int32_t* offsets;  // [sequences]: the position of each one's first token, a multiple of sixteen
+};
+
+struct AttendMadeCall {
+  Batch batch;
+  StreamPlanes values;
+  std::optional<StreamPlanes> behind;  // what keys have behind the values
+  std::optional<Tie> tie;              // or what they are made with
+  const float* own;                    // as above, or null: then a query sees the tokens up to its own
+  const float* lse;
+  float* out;      // [T, query_heads, head_dim]
+  float* out_lse;  // [T, query_heads]
+};
+
+void attend_made(const AttendMadeCall& call);
 
 }  // namespace kvist

@@ -19,7 +19,8 @@ Attention::Attention(const Batch& batch, const Keys& keys, const Values& values,
       plan_(make_plan(batch, std::max(keys.head_bytes(), values.head_bytes()), at::get_num_threads())) {}
 
 void Attention::run() const {
-  const int64_t stride = state_.stride(), per_row = kScoreStride + 3 * stride;
+  const int64_t stride = state_.stride(), query_stride = State(batch_.key_dim).stride();
+  const int64_t per_row = query_stride + kScoreStride + 2 * stride;
   const Buffer<float> memory = make_buffer<float>(plan_.threads * plan_.largest * per_row);
   const Buffer<float> kept = make_buffer<float>(plan_.kept_rows * stride);
   const std::unique_ptr<std::atomic<int64_t>[]> unfinished(new std::atomic<int64_t>[plan_.groups.size()]);
@@ -30,8 +31,9 @@ void Attention::run() const {
   at::parallel_for(0, plan_.threads, 1, [&](int64_t thread, int64_t) {
     const TileScope tiles;
     float* mine = memory.get() + thread * plan_.largest * per_row;
-    const Scratch scratch{mine, mine + plan_.largest * stride, mine + plan_.largest * (stride + kScoreStride),
-                          mine + plan_.largest * (2 * stride + kScoreStride)};
+    const Scratch scratch{mine, mine + plan_.largest * query_stride,
+                          mine + plan_.largest * (query_stride + kScoreStride),
+                          mine + plan_.largest * (query_stride + kScoreStride + stride)};
     for (int64_t i = shares.take(thread); i >= 0; i = shares.take(thread))
       work(tasks[i], i + 1 < count ? &tasks[i + 1] : nullptr, scratch, kept.get(), unfinished[tasks[i].group]);
   });

@@ -52,7 +52,8 @@ struct Split {
 class Keys {
  public:
   virtual ~Keys() = default;
-  // The group's queries as `score` wants them: at most State::stride() floats each, head after head.
+  // The group's queries as `score` wants them: at most the stride of a State of key_dim floats each,
+  // head after head.
   virtual void load_queries(const Group& group, float* queries) const = 0;
   // Products of one head's rows from split.first on with the keys that the last row sees, not yet scaled.
   virtual void score(const Split& split, int64_t head, const float* queries, float* scores, Fetcher& fetcher) const = 0;

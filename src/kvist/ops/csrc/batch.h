@@ -23,10 +23,11 @@ struct Group {
 };
 
 struct Batch {
-  const void* q;  // [T, query_heads, head_dim], rows q_stride apart
+  const void* q;  // [T, query_heads, key_dim], rows q_stride apart
   int64_t q_stride;
   Number q_type;
-  int64_t query_heads, heads, block_size, head_dim;
+  int64_t query_heads, heads, block_size;
+  int64_t head_dim, key_dim;  // of values and what comes of them, and of keys and queries
 
   const int32_t* tables;  // [sequences, table_stride]
   int64_t table_stride;

@@ -36,7 +36,7 @@ void write_tensors(const Tensor& keys, const Tensor& values, const Tensor& k, co
 Tensor attend_tensors(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& tables,
                       const Tensor& starts, const Tensor& lengths, double scale, int64_t window, double softcap) {
   const Geometry g = geometry(keys, values);
-  const CheckedBatch checked = check_batch(g, q, tables, starts, lengths, scale, false, window, softcap);
+  const CheckedBatch checked = check_batch(g, g.head_dim, q, tables, starts, lengths, scale, false, window, softcap);
   const Tensor out = checked.result(q.scalar_type());
   if (checked.used())
     attend({checked.batch, keys.const_data_ptr(), values.const_data_ptr(), g.type, out.mutable_data_ptr(), nullptr});
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> attend_own_tensors(const Tensor& q, const Tensor& key
                                               const Tensor& tables, const Tensor& starts, const Tensor& lengths,
                                               double scale, int64_t window, double softcap) {
   const Geometry g = geometry(keys, values);
-  const CheckedBatch checked = check_batch(g, q, tables, starts, lengths, scale, false, window, softcap);
+  const CheckedBatch checked = check_batch(g, g.head_dim, q, tables, starts, lengths, scale, false, window, softcap);
   const Tensor out = checked.result(at::kFloat), lse = at::empty({q.size(0), q.size(1)}, out.options());
   lse.narrow(0, checked.used(), q.size(0) - checked.used()).fill_(-INFINITY);
   if (checked.used())

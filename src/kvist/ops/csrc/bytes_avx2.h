@@ -37,10 +37,6 @@ inline void store_ints(int32_t* to, Ints x) { store_bytes(to, x); }
 inline Ints add(Ints a, Ints b) {
   return {_mm256_add_epi32(a.half[0], b.half[0]), _mm256_add_epi32(a.half[1], b.half[1])};
 }
-// high * 256 + low
-inline Ints join_digits(Ints high, Ints low) {
-  return add({_mm256_slli_epi32(high.half[0], 8), _mm256_slli_epi32(high.half[1], 8)}, low);
-}
 
 inline Vec to_float(Ints x) {
   Vec result;

@@ -21,8 +21,6 @@ inline Ints set1_int(int32_t x) { return _mm512_set1_epi32(x); }
 inline Ints load_ints(const int32_t* from) { return _mm512_loadu_si512(from); }
 inline void store_ints(int32_t* to, Ints x) { _mm512_storeu_si512(to, x); }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
-// high * 256 + low
-inline Ints join_digits(Ints high, Ints low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low); }
 
 inline Vec to_float(Ints x) { return _mm512_cvtepi32_ps(x); }
 // To nearest even; anything for what no int32 holds.

@@ -29,10 +29,6 @@ inline void store_ints(int32_t* to, Ints x) {
   KVIST_UNROLL for (int i = 0; i < kParts; i++) *reinterpret_cast<UnalignedInts*>(to + i * kWidth) = x.part[i];
 }
 inline Ints add(Ints a, Ints b) { return each_int([&](int i) { return a.part[i] + b.part[i]; }); }
-// high * 256 + low
-inline Ints join_digits(Ints high, Ints low) {
-  return each_int([&](int i) { return high.part[i] * 256 + low.part[i]; });
-}
 
 inline Bytes load_bytes(const void* from) {
   Bytes result;

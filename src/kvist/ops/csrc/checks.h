@@ -73,9 +73,9 @@ struct CheckedBatch {
   Batch batch;
 
   int64_t used() const { return batch.starts[batch.sequences]; }  // rows that are not padding
-  // Like q, zeros where there is padding.
+  // A row for each of q, zeros where there is padding.
   Tensor result(at::ScalarType type) const {
-    const Tensor out = at::empty(q.sizes(), q.options().dtype(type));
+    const Tensor out = at::empty({q.size(0), q.size(1), batch.head_dim}, q.options().dtype(type));
     if (used() < q.size(0)) out.narrow(0, used(), q.size(0) - used()).zero_();
     return out;
   }
@@ -109,11 +109,12 @@ inline void check_metadata(const Geometry& g, const Tensor& tables, const Tensor
   }
 }
 
-inline CheckedBatch check_batch(const Geometry& g, const Tensor& q, const Tensor& tables, const Tensor& starts,
-                                const Tensor& lengths, double scale, bool whole_blocks, int64_t window,
-                                double softcap) {
-  TORCH_CHECK_VALUE(g.heads > 0 && q.dim() == 3 && q.size(2) == g.head_dim && q.size(1) > 0 && q.size(1) % g.heads == 0,
-                    "attend needs q [T, a multiple of ", g.heads, ", ", g.head_dim, "], got ", q.sizes());
+// `key_dim`: of queries.
+inline CheckedBatch check_batch(const Geometry& g, int64_t key_dim, const Tensor& q, const Tensor& tables,
+                                const Tensor& starts, const Tensor& lengths, double scale, bool whole_blocks,
+                                int64_t window, double softcap) {
+  TORCH_CHECK_VALUE(g.heads > 0 && q.dim() == 3 && q.size(2) == key_dim && q.size(1) > 0 && q.size(1) % g.heads == 0,
+                    "attend needs q [T, a multiple of ", g.heads, ", ", key_dim, "], got ", q.sizes());
   TORCH_CHECK_VALUE(std::isfinite(scale) && scale > 0, "scale must be positive and finite, got ", scale);
   TORCH_CHECK_VALUE(window >= 0 && window <= int64_t{1} << 31, "a window is not negative, got ", window);
   TORCH_CHECK_VALUE(std::isfinite(softcap) && softcap >= 0, "softcap must be finite and not negative, got ", softcap);
@@ -127,6 +128,7 @@ inline CheckedBatch check_batch(const Geometry& g, const Tensor& q, const Tensor
                    g.heads,
                    g.block_size,
                    g.head_dim,
+                   key_dim,
                    checked.tables.const_data_ptr<int32_t>(),
                    checked.tables.size(1),
                    checked.starts.const_data_ptr<int32_t>(),

@@ -13,8 +13,8 @@ constexpr int64_t kBeyond = kTileRows * kMaxCodedDim + 64;  // bytes that the la
 constexpr int64_t kSumStride = kColumns * kLanes;
 constexpr int64_t kGrain = 16;  // times sixteen rows that pay for waking one more thread
 
-// The sums of both digits fit an int32 together.
-static_assert(kMaxCodedDim * int64_t{255} * kDigitReach <= std::numeric_limits<int32_t>::max());
+// The sums of a digit fit an int32.
+static_assert(kMaxCodedDim * int64_t{255} * 128 <= std::numeric_limits<int32_t>::max());
 
 // Scores of rows, kScoreStride apart, from their sums: sum * scale of the query * scale of the token.
 template <int kDigits, bool kFresh>

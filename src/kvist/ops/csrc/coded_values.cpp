@@ -10,8 +10,9 @@ namespace {
 
 constexpr int64_t kDigitStride = kSplit + 64;  // off the power of two, where rows would share their cache sets
 
-// The sums of both digits of all weights of a split fit an int32 together.
-static_assert(kSplit * int64_t{128} * kDigitReach <= std::numeric_limits<int32_t>::max());
+// The sums of a digit of all weights of a split fit an int32.
+static_assert(kSplit * int64_t{255} * 128 <= std::numeric_limits<int32_t>::max());
+constexpr int64_t kSumStride = kMaxCodedDim + kLanes;  // off the power of two, too
 
 // The weights of one row times the scales of its `seen` tokens, a multiple of sixteen, as whole numbers of two digits.
 // Returns what one of them stands for; `total` is their sum.
@@ -49,7 +50,7 @@ float quantize_weights(const float* weights, const float* scales, int64_t seen, 
 // the rows of one head; and the sums. There is room beyond, since tiles of rows are read whole.
 struct CodedValues::Weighed {
   alignas(64) uint8_t digits[kGroupRows + kTileRows][2][kDigitStride];
-  alignas(64) int32_t sums[kGroupRows][2][kMaxCodedDim];
+  alignas(64) int32_t sums[kGroupRows][2][kSumStride];
   float scale[kGroupRows];
 };
 
@@ -124,7 +125,7 @@ void CodedValues::add_values(const Split& split, int64_t head, int64_t index, We
   columns.scalar_stride = kDigitStride;
   columns.digits = 2;
   columns.start = nullptr;
-  columns.out_stride = kMaxCodedDim;
+  columns.out_stride = kSumStride;
   fetcher.pace(kFetchedInProduct * static_cast<float>(segment.dims) / static_cast<float>(coding.dim * group.heads),
                split.seen() / size * ticks(segment.dims / kLanes, columns.steps));
   for (int64_t key = split.begin, first = split.first; key < split.seen(); key += size) {
@@ -149,7 +150,7 @@ void CodedValues::store_sums(const Split& split, int64_t head, int64_t index, co
     const Vec scale = set1(weighed.scale[row]);
     float* out = states + (head * split.group.rows + row) * state_.stride() + segment.first;
     for (int64_t i = 0; i < segment.dims / kLanes; i++)
-      store(out + i * kLanes, whole_sum<2>(weighed.sums[row][0], kMaxCodedDim, i) * scale);
+      store(out + i * kLanes, whole_sum<2>(weighed.sums[row][0], kSumStride, i) * scale);
   }
 }
 

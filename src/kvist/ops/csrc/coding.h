@@ -10,7 +10,7 @@
 
 namespace kvist {
 
-constexpr int64_t kMaxCodedDim = 256;
+constexpr int64_t kMaxCodedDim = 512;
 constexpr int64_t kMaxCodedBlock = 64;
 
 enum class Rule { kAbsmax, kSignedMax, kUnbiased, kLeastSquares };

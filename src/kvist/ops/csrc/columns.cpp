@@ -160,7 +160,7 @@ void sum_tiles(const Columns& p, const uint8_t* decoded, int64_t chunks, int64_t
 // What a tile holds beyond the rows and the steps that there are comes out in rows that nobody reads, or is multiplied
 // by zeros.
 void multiply_tiles(const Columns& p, Fetcher& fetcher) {
-  alignas(64) uint8_t decoded[kColumns * 64 * 64];
+  alignas(64) uint8_t decoded[kColumns * kMaxSteps * 64];
   const int64_t chunks = (p.steps + kTileSteps - 1) / kTileSteps;
   with_bits(p.bits,
             [&](auto bits) { decode_columns<decltype(bits)::value>(p, fetcher, chunks * kTileSteps, decoded); });
@@ -188,7 +188,7 @@ void multiply(const Columns& p, Fetcher& fetcher) {
     });
     return;
   }
-  alignas(64) uint8_t decoded[kColumns * 64 * 64];
+  alignas(64) uint8_t decoded[kColumns * kMaxSteps * 64];
   with_bits(p.bits, [&](auto bits) { decode_columns<decltype(bits)::value>(p, fetcher, p.steps, decoded); });
   Columns bytes = p;
   bytes.codes = decoded;

@@ -16,13 +16,14 @@ namespace kvist {
 
 constexpr int64_t kColumns = 4;  // at a time, of sixteen numbers each
 constexpr int64_t kTileRows = 16;
+constexpr int64_t kMaxSteps = kMaxCodedDim / 4;  // of four codes, in a column
 constexpr int64_t kFewRows = 8;  // of queries; for these codes are decoded in registers, else once into memory
 
 struct Columns {
   const uint8_t* codes;
   int64_t column_bytes;
   int64_t columns;  // at most kColumns
-  int64_t steps;    // of four codes, a multiple of four, at most 64
+  int64_t steps;    // of four codes, a multiple of four, at most kMaxSteps
   int64_t bits;
   const Levels* levels;
   const uint8_t* scalars;  // bytes; a row's steps stand side by side
@@ -52,9 +53,9 @@ inline void each_column(int64_t columns, F f) {
 // The sums of one row in column i, of which there are as many, `stride` apart, as its query or weights have digits.
 template <int kDigits>
 inline Vec whole_sum(const int32_t* sums, int64_t stride, int64_t i) {
-  const Ints high = load_ints(sums + i * kLanes);
-  if constexpr (kDigits == 1) return to_float(high);
-  return to_float(join_digits(high, load_ints(sums + stride + i * kLanes)));
+  const Vec high = to_float(load_ints(sums + i * kLanes));
+  if constexpr (kDigits == 1) return high;
+  return fma(high, set1(256), to_float(load_ints(sums + stride + i * kLanes)));
 }
 
 }  // namespace kvist

@@ -10,14 +10,15 @@
 namespace kvist {
 namespace {
 
-constexpr int kTile = 8;     // rows of one vector of outputs whose sums the registers hold
-constexpr int kFewRows = 2;  // so few take all vectors of a strip at once, whose sums do not wait for each other
+constexpr int kTile = 8;          // rows of one vector of outputs whose sums the registers hold
+constexpr int kFewRows = 2;       // so few take all vectors of a strip at once, whose sums do not wait for each other
+constexpr int64_t kAhead = 4096;  // bytes that are asked for before they are needed
 
 // kColumns vectors of sixteen outputs of a strip, from its vector `first` on, for rows of x.
 template <int kBits, int kRows, int kColumns>
 void tile(const Packed& w, const uint8_t* strip, int first, const float* x, Vec (&total)[kRows][kColumns]) {
   constexpr int kStep = kBits == 8 ? 4 : 8;  // columns that stand together
-  const Vec middle = set1(kBits == 8 ? 128.0f : 8.0f);
+  constexpr float kMiddle = kBits == 8 ? 128.0f : 8.0f;
   KVIST_UNROLL for (int r = 0; r < kRows; r++)
     KVIST_UNROLL for (int c = 0; c < kColumns; c++) total[r][c] = zero();
   for (int64_t g = 0; g < w.groups(); g++, strip += w.group_bytes()) {
@@ -27,10 +28,12 @@ void tile(const Packed& w, const uint8_t* strip, int first, const float* x, Vec 
     const uint8_t* codes = strip + kStrip * 2 + first * 64;
     const float* columns = x + g * w.group;
     for (int64_t k = 0; k < w.group; k += kStep, codes += kStrip * 4, columns += kStep) {
+      if constexpr (kRows <= kFewRows)
+        KVIST_UNROLL for (int c = 0; c < kColumns; c++) prefetch(codes + kAhead + c * 64);
       KVIST_UNROLL for (int j = 0; j < kStep; j++) {
-        const int bit = 8 * (j % 4) + 4 * (j / 4);
+        const unsigned bit = 8 * (j % 4) + 4 * (j / 4);
         KVIST_UNROLL for (int c = 0; c < kColumns; c++) {
-          const Vec code = bits_of_fours<kBits>(codes + c * 64, bit) - middle;
+          const Vec code = bits_of_fours<kBits>(codes + c * 64, bit, kMiddle);
           KVIST_UNROLL for (int r = 0; r < kRows; r++)
             sum[r][c] = fma(code, set1(columns[r * w.width() + j]), sum[r][c]);
         }

@@ -107,11 +107,16 @@ inline void store_as_pairs(uint32_t* to, Vec x) {
 }
 
 inline Pairs load_pairs(const BFloat16* from) { return _mm512_loadu_si512(from); }
-// The `kBits` bits from bit `first` on of each of sixteen groups of four bytes, as numbers.
+
+// The `kBits` bits from bit `first` on of each of sixteen groups of four bytes, as numbers, less `middle`. They become
+// the low bits of 2^23.
 template <int kBits>
-inline Vec bits_of_fours(const uint8_t* from, int first) {
-  const __m512i fours = _mm512_srl_epi32(_mm512_loadu_si512(from), _mm_cvtsi32_si128(first));
-  return _mm512_cvtepi32_ps(_mm512_and_si512(fours, _mm512_set1_epi32((1 << kBits) - 1)));
+inline Vec bits_of_fours(const uint8_t* from, unsigned first, float middle) {
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  const __m512i fours = (__m512i)((Words)_mm512_loadu_si512(from) >> first);
+  const __m512i mask = _mm512_set1_epi32((1 << kBits) - 1), exponent = _mm512_set1_epi32(0x4b000000);
+  const __m512i bits = _mm512_ternarylogic_epi32(fours, mask, exponent, 0xea);  // (fours & mask) | exponent
+  return _mm512_castsi512_ps(bits) - set1(8388608.0f + middle);
 }
 
 inline Pairs load_half_pairs(const BFloat16* from) { return _mm512_maskz_loadu_epi32(0xff, from); }

@@ -234,12 +234,13 @@ inline Pairs load_pairs(const BFloat16* from) {
   return result;
 }
 
-// The `kBits` bits from bit `first` on of each of sixteen groups of four bytes, as numbers.
+// The `kBits` bits from bit `first` on of each of sixteen groups of four bytes, as numbers, less `middle`. They become
+// the low bits of 2^23.
 template <int kBits>
-inline Vec bits_of_fours(const uint8_t* from, int first) {
+inline Vec bits_of_fours(const uint8_t* from, unsigned first, float middle) {
   return each([&](int i) {
     const NativeBits fours = *reinterpret_cast<const UnalignedBits*>(from + 4 * i * kWidth);
-    return __builtin_convertvector((fours >> static_cast<uint32_t>(first)) & ((1u << kBits) - 1), NativeFloat);
+    return as_float(((fours >> first) & ((1u << kBits) - 1)) | 0x4b000000u) - (8388608.0f + middle);
   });
 }
 
