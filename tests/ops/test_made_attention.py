@@ -16,7 +16,6 @@ from kvist.cache.spec import Role, Stream
 from kvist.ops import packing
 from kvist.ops.backend import Backend
 from kvist.ops.coding import Frame
-from kvist.ops.reference_made import tied_keys
 
 LENGTHS, QUERIES = (700, 3, 576, 70), (9, 3, 1, 33)
 BEHIND = 32  # numbers of a vector behind the values
@@ -41,7 +40,7 @@ class Made:
     values: CodedStream
     behind: CodedStream
     weight: Tensor
-    angles: Tensor  # [half, positions]
+    angles: Tensor  # [positions / 16, pairs, 16]
     tied: bool
     tables: Tensor
     block_size: int
@@ -98,8 +97,7 @@ class Made:
             border = 0 if exact or not self.lossy else position // size * size
             v, *behind = (torch.cat([there[:border], own[border : position + 1]]) for own, there in known)
             if self.tied:
-                cos, sin = (table[:, : position + 1].double() for table in (self.angles.cos(), self.angles.sin()))
-                k = tied_keys(v, self.weight.double(), cos, sin)
+                k = self._tied(v)
             else:
                 k = torch.cat([v, behind[0]], dim=-1)
             scores = torch.einsum("hgd,thd->hgt", q.unflatten(0, (k.shape[1], -1)), k) * self.scale
@@ -107,6 +105,16 @@ class Made:
                 scores[..., : max(0, position + 1 - self.window)] = -torch.inf
             rows.append(torch.einsum("hgt,thd->hgd", torch.softmax(scores, -1), v).flatten(0, 1))
         return torch.stack(rows)
+
+    def _tied(self, v: Tensor) -> Tensor:
+        angles = self.angles.transpose(1, 2).flatten(0, 1)[: len(v)].double()  # [n, pairs]
+        k, pairs, half = v * self.weight.double(), angles.shape[1], v.shape[2] // 2
+        turned = (
+            torch.complex(k[..., :pairs], k[..., half : half + pairs])
+            * torch.polar(torch.ones(()).double(), angles)[:, None]
+        )
+        k[..., :pairs], k[..., half : half + pairs] = turned.real, turned.imag
+        return k
 
 
 def _vectors(stream: CodedStream, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -134,8 +142,8 @@ def made(ops: Backend, kind: tuple[str, str], shape: tuple[int, int, int, int], 
         _stream(ops, kind[1], Role.VALUES, heads, dim, size, tables),
         _stream(ops, kind[0], Role.KEYS, heads, BEHIND, size, tables),
     ]
-    half = dim // 2 if dim < 80 else dim // 4  # of what is rotated
-    angles = torch.outer(torch.arange(half) / half, torch.arange(704.0))
+    pairs = dim // 2 if dim < 80 else dim // 4
+    angles = torch.outer(torch.arange(704.0), torch.arange(1, pairs + 1) / pairs).unflatten(0, (-1, 16)).mT.contiguous()
     weight = 1 + torch.randn(dim, generator=torch.Generator().manual_seed(3)) / 4
     return Made(*streams, weight, angles, tied, tables, size)
 
@@ -267,7 +275,7 @@ def test_a_wrong_weight_or_another_stream_behind_shows(tied):
     cache, pieces = made(ops, ("fp32", "fp32"), SHAPES[0], tied), pieces_of(SHAPES[0], tied)
     through = torch.cat([cache.plainly(piece) for piece in pieces])
     if tied:
-        other = replace(cache, angles=cache.angles.flip(1))
+        other = replace(cache, angles=cache.angles.flip(1).contiguous())
     else:
         other = replace(cache, behind=replace(cache.behind, planes=[cache.behind.planes[0] + 1.5]))
         other.behind.planes[0][:, 1] *= 2
@@ -284,11 +292,11 @@ def test_what_does_not_fit_is_refused(name):
     with pytest.raises(ValueError, match="q"):
         behind.attend(ops, [piece])
     with pytest.raises(ValueError, match="positions"):
-        replace(tied, angles=tied.angles[:, :300]).attend(ops, [piece])
+        replace(tied, angles=tied.angles[:20]).attend(ops, [piece])
     with pytest.raises(ValueError, match="weight"):
         replace(tied, weight=tied.weight[:-1]).attend(ops, [piece])
-    with pytest.raises(ValueError, match="half"):
-        replace(tied, angles=tied.angles.repeat(2, 1)).attend(ops, [piece])
+    with pytest.raises(ValueError, match="pairs"):
+        replace(tied, angles=tied.angles.repeat(1, 2, 1)).attend(ops, [piece])
     with pytest.raises(ValueError, match="block"):
         replace(behind, block_size=32).attend(ops, [wide])
     gone = behind.tables.clone()

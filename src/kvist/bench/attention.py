@@ -168,8 +168,9 @@ class _Layers:
 
 
 def _tie(dim: int, positions: int) -> Tie:
-    """Rotations of all of a head's pairs, and weights about one."""
-    angles = torch.outer(10_000.0 ** -torch.linspace(0, 1, dim // 2), torch.arange(-(-positions // 16) * 16))
+    """Rotations of a quarter of a head's pairs, as Gemma 4 has them, and weights about one."""
+    angles = torch.outer(torch.arange(-(-positions // 16) * 16), 10_000.0 ** -torch.linspace(0, 1, dim // 8))
+    angles = angles.unflatten(0, (-1, 16)).mT.contiguous()
     return Tie(1 + torch.randn(dim, generator=torch.Generator().manual_seed(1)) / 8, angles.cos(), angles.sin())
 
 

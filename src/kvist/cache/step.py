@@ -9,8 +9,8 @@ from kvist.ops.reference_made import tied_keys
 
 @dataclass(frozen=True)
 class Tie:
-    """How keys are made of the values of tied streams: times `weight` `[dim]`, then dimension i rotated with i + half
-    by `cos` and `sin` `[half, positions]`. All float32, contiguous."""
+    """How keys are made of the values of tied streams: times `weight` `[dim]`, then dimension i < pairs rotated with
+    i + dim / 2 by `cos` and `sin` `[positions / 16, pairs, 16]`. All float32, contiguous."""
 
     weight: Tensor
     cos: Tensor
@@ -18,7 +18,7 @@ class Tie:
 
     def keys(self, values: Tensor, positions: Tensor) -> Tensor:
         """The keys that `values` `[n, heads, dim]` at `positions` `[n]` int64 also are."""
-        return tied_keys(values, self.weight, self.cos[:, positions], self.sin[:, positions])
+        return tied_keys(values, positions, self.weight, self.cos, self.sin)
 
 
 @dataclass(frozen=True)

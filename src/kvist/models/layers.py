@@ -63,7 +63,7 @@ class RopeTable:
             self._scale = 1.0 if rope.yarn is None else rope.yarn.scale
             self._cos = torch.empty(0, 1, rotated)
             self._sin = torch.empty(0, 1, rotated)
-            self._halves = self._transposed()
+            self._by_position = self._in_sixteens()
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """The rotation of each of `positions` `[T]` int64, rounded once to `dtype`."""
@@ -73,9 +73,9 @@ class RopeTable:
         return Rotation(self._cos[positions].to(dtype), self._sin[positions].to(dtype))
 
     def by_position(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[rotated / 2, positions]` float32 of each pair that rotates together, up to any position
-        that was asked for."""
-        return self._halves
+        """Cosines and sines `[positions / 16, pairs, 16]` float32 of the pairs that turn, up to any position that was
+        asked for."""
+        return self._by_position
 
     def _grow(self, needed: int) -> None:
         cos, sin = [self._cos], [self._sin]
@@ -85,11 +85,12 @@ class RopeTable:
             cos.append(angles.cos() * self._scale)
             sin.append(angles.sin() * self._scale)
         self._cos, self._sin = torch.cat(cos), torch.cat(sin)
-        self._halves = self._transposed()
+        self._by_position = self._in_sixteens()
 
-    def _transposed(self) -> tuple[Tensor, Tensor]:
-        half = self._cos.shape[-1] // 2
-        return self._cos[:, 0, :half].T.contiguous(), self._sin[:, 0, :half].T.contiguous()
+    def _in_sixteens(self) -> tuple[Tensor, Tensor]:
+        pairs = int((self._frequencies != 0).nonzero().max()) + 1
+        cos, sin = (x[:, 0, :pairs].unflatten(0, (-1, 16)).mT.contiguous() for x in (self._cos, self._sin))
+        return cos, sin
 
 
 def inverse_frequencies(rope: Rope, rotated: int) -> Tensor:

@@ -61,15 +61,16 @@ class Made:
         if self.behind is not None:
             return torch.cat((values, self.behind(blocks, count)), dim=-1), values
         weight, cos, sin, offsets = self.tie
-        place = slice(int(offsets[sequence]) + start, int(offsets[sequence]) + start + count)
-        return tied_keys(values, weight, cos[:, place], sin[:, place]), values
+        positions = int(offsets[sequence]) + start + torch.arange(count)
+        return tied_keys(values, positions, weight, cos, sin), values
 
 
-def tied_keys(values: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`values` [n, H, D] float32 times `weight` [D], dimension i rotated with i + half by cos and sin [half, n]."""
-    half, turn, lean = len(cos), cos.T[:, None], sin.T[:, None]
-    first, second, rest = (values * weight).split((half, half, values.shape[-1] - 2 * half), dim=-1)
-    return torch.cat((first * turn - second * lean, second * turn + first * lean, rest), dim=-1)
+def tied_keys(values: Tensor, positions: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The keys [n, H, D] float32 that `values` at `positions` [n] int64 also are; the rest as `attend_made` has it."""
+    turn, lean = (table[positions // 16, :, positions % 16][:, None] for table in (cos, sin))
+    pairs, half = turn.shape[-1], values.shape[-1] // 2
+    first, plain, second, rest = (values * weight).split((pairs, half - pairs) * 2, dim=-1)
+    return torch.cat((first * turn - second * lean, plain, second * turn + first * lean, rest), dim=-1)
 
 
 def attend_made(
@@ -132,13 +133,13 @@ def _check_tie(tie: Sequence[Tensor], dim: int, lengths: Tensor) -> None:
     weight, cos, sin, offsets = tie
     if any(x.dtype != torch.float32 for x in (weight, cos, sin)) or weight.shape != (dim,):
         raise ValueError(f"weight must be float32 [{dim}], and cos and sin float32, got {list(weight.shape)}")
-    if cos.dim() != 2 or cos.shape != sin.shape or 2 * len(cos) > dim:
-        raise ValueError(f"cos and sin must be [half, positions], got {list(cos.shape)} and {list(sin.shape)}")
+    if cos.dim() != 3 or cos.shape != sin.shape or cos.shape[2] != 16 or 2 * cos.shape[1] > dim:
+        raise ValueError(f"cos and sin must be [positions / 16, pairs, 16], got {list(cos.shape)}, {list(sin.shape)}")
     if offsets.shape != lengths.shape or offsets.dtype != torch.int32:
         raise ValueError(f"offsets must be {list(lengths.shape)} int32, got {list(offsets.shape)} {offsets.dtype}")
     ends = offsets + (lengths + 15) // 16 * 16
-    if bool((offsets < 0).any()) or bool((offsets % 16 != 0).any()) or bool((ends > cos.shape[1]).any()):
-        raise ValueError(f"offsets are multiples of 16, and cos and sin have {cos.shape[1]} positions")
+    if bool((offsets < 0).any()) or bool((offsets % 16 != 0).any()) or bool((ends > 16 * len(cos)).any()):
+        raise ValueError(f"offsets are multiples of 16, and cos and sin have {16 * len(cos)} positions")
 
 
 LIBRARIES[REFERENCE].impl("attend_made", attend_made, "CompositeExplicitAutograd")

@@ -46,9 +46,9 @@ row's scores lack q.mean: its own keys are weighed as if they did, too. Where sc
 `attend_made(q, own, behind_planes, behind_coding, behind_frame, value_planes, value_coding, value_frame, tie, tables,
 starts, lengths, block_size, scale, window)`: the streams as `attend_coded` has them, coded or not; means are added
 back. A token's key is its value [D] and, behind it, its vector of the stream `behind`, q being [T, Hq, D + that one's];
-or, where `tie` is [weight [D], cos, sin [half, positions] float32, offsets [S] int32], its value times weight with
-dimension i rotated with i + half by its position, which is its place in the sequence plus the sequence's offset, a
-multiple of 16. `own`: nothing, and a query sees what it sees in `attend`; or what this operator gave for own blocks,
+or, where `tie` is [weight [D], cos, sin [positions / 16, pairs, 16] float32, offsets [S] int32], its value times weight
+with dimension i < pairs rotated with i + D / 2 by its position, which is its place in the sequence plus the sequence's
+offset, a multiple of 16. `own`: nothing, and a query sees what it sees in `attend`; or what this operator gave for own blocks,
 and it sees those and the first p // block_size blocks. The result [T, Hq, D] float32 and its lse [T, Hq] are of all
 that the query sees.
 

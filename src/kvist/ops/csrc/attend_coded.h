@@ -26,12 +26,12 @@ struct AttendCodedCall {
 
 void attend_coded(const AttendCodedCall& call);
 
-// How keys are made of values: times the weights, then dimension i rotated with i + half.
+// How keys are made of values: times the weights, then dimension i rotated with i + head_dim / 2, for the first `pairs`.
 struct Tie {
   const float* weight;  // [head_dim]
-  const float* cos;     // [half, positions], and the next the same
+  const float* cos;     // [positions / 16, pairs, 16], and the next the same
   const float* sin;
-  int64_t half, positions;
+  int64_t pairs;
   const int32_t* offsets;  // [sequences]: the position of each one's first token, a multiple of sixteen
 };
 

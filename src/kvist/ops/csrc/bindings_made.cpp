@@ -15,9 +15,10 @@ Tie check_tie(TensorList tie, const CheckedBatch& checked) {
                       "what keys are made with is contiguous float32, got ", x.scalar_type(), " ", x.sizes());
   TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == batch.head_dim, "weight must be [", batch.head_dim,
                     "], got ", weight.sizes());
-  TORCH_CHECK_VALUE(cos.dim() == 2 && cos.sizes() == sin.sizes() && 2 * cos.size(0) <= batch.head_dim,
-                    "cos and sin must be [half, positions], twice half being at most ", batch.head_dim, ", got ",
-                    cos.sizes(), " and ", sin.sizes());
+  TORCH_CHECK_VALUE(cos.dim() == 3 && cos.size(2) == kLanes && cos.sizes() == sin.sizes() &&
+                        2 * cos.size(1) <= batch.head_dim,
+                    "cos and sin must be [positions / 16, pairs, 16], the pairs at most half of ", batch.head_dim,
+                    ", got ", cos.sizes(), " and ", sin.sizes());
   TORCH_CHECK_VALUE(offsets.dim() == 1 && offsets.size(0) == batch.sequences && offsets.scalar_type() == at::kInt &&
                         offsets.is_contiguous(),
                     "offsets must be a contiguous [", batch.sequences, "] int32, got ", offsets.scalar_type(), " ",
@@ -25,14 +26,13 @@ Tie check_tie(TensorList tie, const CheckedBatch& checked) {
   const int32_t* offset = offsets.const_data_ptr<int32_t>();
   for (int64_t s = 0; s < batch.sequences; s++) {
     const int64_t end = offset[s] + (int64_t{batch.lengths[s]} + kLanes - 1) / kLanes * kLanes;
-    TORCH_CHECK_VALUE(offset[s] >= 0 && offset[s] % kLanes == 0 && end <= cos.size(1),
+    TORCH_CHECK_VALUE(offset[s] >= 0 && offset[s] % kLanes == 0 && end <= cos.size(0) * kLanes,
                       "offsets are multiples of 16, and positions up to ", end, " need so many of cos and sin, got ",
-                      offset[s], " and ", cos.size(1));
+                      offset[s], " and ", cos.size(0) * kLanes);
   }
   return {weight.const_data_ptr<float>(),
           cos.const_data_ptr<float>(),
           sin.const_data_ptr<float>(),
-          cos.size(0),
           cos.size(1),
           offset};
 }

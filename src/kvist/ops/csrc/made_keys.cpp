@@ -51,6 +51,11 @@ void MadeKeys::load_queries(const Group& group, float* queries) const {
       for (int64_t i = 0; i < width_; i += kLanes)
         store(queries + row * width_ + i, load_first(from + i, batch_.key_dim - i));
     });
+    const int64_t half = batch_.head_dim / 2;
+    for (int64_t i = tie_ ? tie_->pairs : half; i < half; i++) {
+      queries[row * width_ + i] *= tie_->weight[i];
+      queries[row * width_ + i + half] *= tie_->weight[i + half];
+    }
   });
   if (tie_ || !values_.coded()) return;
   for (int64_t head = 0; head < group.heads; head++)
@@ -91,14 +96,15 @@ void MadeKeys::make(const Group& group, int64_t head, int64_t token, Lanes* keys
   }
 }
 
+// Of sixteen tokens from `position` on. What is not rotated has its weights in the queries.
 void MadeKeys::tie(int64_t position, Lanes* keys) const {
-  for (int64_t i = 0; i < batch_.head_dim; i++) store(keys[i], load(keys[i]) * set1(tie_->weight[i]));
-  for (int64_t i = 0; i < tie_->half; i++) {
-    const Vec cos = load(tie_->cos + i * tie_->positions + position);
-    const Vec sin = load(tie_->sin + i * tie_->positions + position);
-    const Vec first = load(keys[i]), second = load(keys[i + tie_->half]);
+  const int64_t half = batch_.head_dim / 2, place = position * tie_->pairs;
+  for (int64_t i = 0; i < tie_->pairs; i++) {
+    const Vec cos = load(tie_->cos + place + i * kLanes), sin = load(tie_->sin + place + i * kLanes);
+    const Vec first = load(keys[i]) * set1(tie_->weight[i]);
+    const Vec second = load(keys[i + half]) * set1(tie_->weight[i + half]);
     store(keys[i], first * cos - second * sin);
-    store(keys[i + tie_->half], second * cos + first * sin);
+    store(keys[i + half], second * cos + first * sin);
   }
 }
 

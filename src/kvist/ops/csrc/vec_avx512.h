@@ -108,6 +108,11 @@ inline void store_as_pairs(uint32_t* to, Vec x) {
 
 inline Pairs load_pairs(const BFloat16* from) { return _mm512_loadu_si512(from); }
 
+// Sixteen bytes as numbers.
+inline Vec byte_numbers(const uint8_t* from) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+
 // The `kBits` bits from bit `first` on of each of sixteen groups of four bytes, as numbers, less `middle`. They become
 // the low bits of 2^23.
 template <int kBits>

@@ -234,6 +234,16 @@ inline Pairs load_pairs(const BFloat16* from) {
   return result;
 }
 
+// Sixteen bytes as numbers.
+inline Vec byte_numbers(const uint8_t* from) {
+  typedef uint8_t NativeBytes __attribute__((vector_size(kWidth)));
+  return each([&](int i) {
+    NativeBytes bytes;
+    std::memcpy(&bytes, from + i * kWidth, sizeof(bytes));
+    return __builtin_convertvector(bytes, NativeFloat);
+  });
+}
+
 // The `kBits` bits from bit `first` on of each of sixteen groups of four bytes, as numbers, less `middle`. They become
 // the low bits of 2^23.
 template <int kBits>

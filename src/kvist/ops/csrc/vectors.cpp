@@ -5,38 +5,88 @@
 namespace kvist {
 namespace {
 
-using Four = float __attribute__((vector_size(16)));
-
-inline Four load_four(const float* from) {
-  Four x;
-  std::memcpy(&x, from, sizeof(x));
-  return x;
-}
-inline void store_four(float* to, Four x) { std::memcpy(to, &x, sizeof(x)); }
-
-// rows [token][dim] → x [dim][token], sixteen of each.
-void transpose(const float (*rows)[kLanes], Lanes* x) {
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define KVIST_SHUFFLES
 #endif
 #endif
+
 #if defined(KVIST_SHUFFLES)
-  for (int t = 0; t < kLanes; t += 4) {
-    for (int d = 0; d < kLanes; d += 4) {
-      const Four a = load_four(&rows[t][d]), b = load_four(&rows[t + 1][d]);
-      const Four c = load_four(&rows[t + 2][d]), e = load_four(&rows[t + 3][d]);
-      const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const Four ce_low = __builtin_shufflevector(c, e, 0, 4, 1, 5), ce_high = __builtin_shufflevector(c, e, 2, 6, 3, 7);
-      store_four(&x[d][t], __builtin_shufflevector(ab_low, ce_low, 0, 1, 4, 5));
-      store_four(&x[d + 1][t], __builtin_shufflevector(ab_low, ce_low, 2, 3, 6, 7));
-      store_four(&x[d + 2][t], __builtin_shufflevector(ab_high, ce_high, 0, 1, 4, 5));
-      store_four(&x[d + 3][t], __builtin_shufflevector(ab_high, ce_high, 2, 3, 6, 7));
-    }
+using Sixteen = float __attribute__((vector_size(64)));
+
+inline Sixteen load_sixteen(const void* from) {
+  Sixteen x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+inline void store_sixteen(void* to, Sixteen x) { std::memcpy(to, &x, sizeof(x)); }
+
+// Four rows → in each quarter of x[j], column 4 * quarter + j of all four.
+inline void transpose_quarters(Sixteen (&x)[4]) {
+  const auto low = [](Sixteen a, Sixteen b) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+  };
+  const auto high = [](Sixteen a, Sixteen b) {
+    return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  };
+  const auto firsts = [](Sixteen a, Sixteen b) {
+    return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+  };
+  const auto seconds = [](Sixteen a, Sixteen b) {
+    return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  };
+  const Sixteen a = low(x[0], x[1]), b = high(x[0], x[1]), c = low(x[2], x[3]), d = high(x[2], x[3]);
+  x[0] = firsts(a, c), x[1] = seconds(a, c), x[2] = firsts(b, d), x[3] = seconds(b, d);
+}
+
+// Four vectors → each of their quarters together.
+inline void gather_quarters(Sixteen a, Sixteen b, Sixteen c, Sixteen d, Sixteen (&x)[4]) {
+  const auto outer = [](Sixteen a, Sixteen b) {  // quarters 0 and 2 of both
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+  };
+  const auto inner = [](Sixteen a, Sixteen b) {  // quarters 1 and 3 of both
+    return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  };
+  const Sixteen ab = outer(a, b), cd = outer(c, d), ef = inner(a, b), gh = inner(c, d);
+  x[0] = outer(ab, cd), x[1] = outer(ef, gh), x[2] = inner(ab, cd), x[3] = inner(ef, gh);
+}
+#endif
+
+// rows [token][dim] → x [dim][token], sixteen of each.
+void transpose(const float (*rows)[kLanes], Lanes* x) {
+#if defined(KVIST_SHUFFLES)
+  Sixteen part[4][4];
+  for (int t = 0; t < 4; t++) {
+    for (int i = 0; i < 4; i++) part[t][i] = load_sixteen(rows[4 * t + i]);
+    transpose_quarters(part[t]);
+  }
+  for (int j = 0; j < 4; j++) {
+    Sixteen columns[4];
+    gather_quarters(part[0][j], part[1][j], part[2][j], part[3][j], columns);
+    for (int i = 0; i < 4; i++) store_sixteen(x[4 * i + j], columns[i]);
   }
 #else
   for (int d = 0; d < kLanes; d++)
     for (int t = 0; t < kLanes; t++) x[d][t] = rows[t][d];
+#endif
+}
+
+// Four steps of sixteen lanes of four bytes → each lane's sixteen bytes together.
+inline void transpose_fours(const Bytes (&steps)[4], uint8_t (*lanes)[kLanes]) {
+  alignas(64) uint32_t words[4][kLanes];
+  for (int step = 0; step < 4; step++) store_bytes(words[step], steps[step]);
+#if defined(KVIST_SHUFFLES)
+  Sixteen x[4];
+  for (int step = 0; step < 4; step++) x[step] = load_sixteen(words[step]);
+  transpose_quarters(x);
+  for (int j = 0; j < 4; j++) {
+    alignas(64) uint8_t quarters[4][kLanes];
+    store_sixteen(quarters, x[j]);
+    for (int i = 0; i < 4; i++) std::memcpy(lanes[4 * i + j], quarters[i], kLanes);
+  }
+#else
+  for (int lane = 0; lane < kLanes; lane++)
+    for (int step = 0; step < 4; step++) std::memcpy(lanes[lane] + 4 * step, &words[step][lane], 4);
 #endif
 }
 
@@ -61,17 +111,9 @@ inline void spread_keys(const Bytes (&steps)[4], Vec scale, Lanes* x) {
 
 // Four steps of a column of values, of four tokens each: a lane is a dimension.
 inline void spread_values(const Bytes (&steps)[4], Vec scale, Lanes* x) {
-  alignas(64) uint32_t words[4][kLanes], turned[kLanes][4];
-  for (int step = 0; step < 4; step++) store_bytes(words[step], steps[step]);
-  for (int lane = 0; lane < kLanes; lane++)
-    for (int step = 0; step < 4; step++) turned[lane][step] = words[step][lane];
-  for (int lane = 0; lane < kLanes; lane++) {
-    uint8_t bytes[kLanes];
-    float numbers[kLanes];
-    std::memcpy(bytes, turned[lane], sizeof(bytes));
-    for (int i = 0; i < kLanes; i++) numbers[i] = static_cast<float>(static_cast<int32_t>(bytes[i]) - 128);
-    store(x[lane], load(numbers) * scale);
-  }
+  alignas(64) uint8_t lanes[kLanes][kLanes];
+  transpose_fours(steps, lanes);
+  for (int lane = 0; lane < kLanes; lane++) store(x[lane], (byte_numbers(lanes[lane]) - set1(128)) * scale);
 }
 
 }  // namespace
@@ -88,10 +130,12 @@ void Vectors::read(int64_t id, int64_t head, int64_t token, Lanes* x) const {
   const CodedStream& stream = *stream_.coded;
   alignas(64) Lanes framed[kMaxCodedDim];
   read_framed(id, token, framed);
-  rotate_back(framed, stream.coding, stream.frame);
+  const bool rotated = !stream.coding.rotation.empty();
+  hadamard(framed, stream.coding.rotation);
   const int32_t* order = stream.frame.order + head * dims_;
   const float* mean = stream.frame.mean + head * dims_;
-  for (int64_t i = 0; i < dims_; i++) store(x[order[i]], load(framed[i]) + set1(mean[order[i]]));
+  for (int64_t i = 0; i < dims_; i++)
+    store(x[order[i]], load(framed[i]) * set1(rotated ? stream.frame.signs[i] : 1.0f) + set1(mean[order[i]]));
 }
 
 void Vectors::enter(int64_t head, Lanes* x) const {
