@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "vec.h"
@@ -12,21 +13,25 @@
 namespace kvist {
 namespace {
 
-constexpr int64_t kChunk = 96;  // rows
+constexpr int64_t kMost = 96, kLeast = 12;  // rows of a chunk
 
-// f(first, count) for chunks of rows, which threads share where every one gets a fair part.
+// f(first, count) for chunks of rows, which threads take in turn where every one gets a fair part; they become smaller,
+// so that all are done at nearly the same time.
 template <class F>
 void in_chunks(int64_t rows, F f) {
   const int64_t threads = at::get_num_threads();
   if (rows < 8 * threads) {
-    for (int64_t first = 0; first < rows; first += kChunk) f(first, std::min(kChunk, rows - first));
+    for (int64_t first = 0; first < rows; first += kMost) f(first, std::min(kMost, rows - first));
     return;
   }
-  const int64_t rounds = (rows + threads * kChunk - 1) / (threads * kChunk), chunks = threads * rounds;
-  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t first = rows * i / chunks, last = rows * (i + 1) / chunks;
-      if (first < last) f(first, last - first);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t first = next; first < rows;) {
+      const int64_t left = rows - first, fair = left / (2 * threads) / kLeast * kLeast;
+      const int64_t count = std::min(left, std::clamp(fair, kLeast, kMost));
+      if (!next.compare_exchange_weak(first, first + count)) continue;
+      f(first, count);
+      first = next;
     }
   });
 }

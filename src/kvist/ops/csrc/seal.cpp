@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
 
 #include "batch.h"
@@ -120,35 +121,50 @@ class Coder {
   Borders borders_;
 };
 
-// What sixteen vectors have in common with their levels, and the codes where wanted.
+// What sixteen vectors have in common with their levels.
 struct Fit {
-  Vec match = zero(), square = zero();  // <x, l> and |l|^2
+  Vec match, square;  // <x, l> and |l|^2
 };
 
 template <int kBits>
 Fit fit(const Lanes* x, int64_t dims, const Coder<kBits>& coder, Vec per_level, uint8_t* codes) {
-  Fit found;
+  Vec match = zero(), square = zero();
   for (int64_t i = 0; i < dims; i++) {
     const Vec number = load(x[i]);
     const Ints code = coder.code(number * per_level);
     const Vec level = coder.level(code);
-    found.match = fma(number, level, found.match);
-    found.square = fma(level, level, found.square);
-    if (codes) store_low_bytes(codes + i * kMaxCodedBlock, code);
+    match = fma(number, level, match);
+    square = fma(level, level, square);
+    store_low_bytes(codes + i * kMaxCodedBlock, code);
   }
-  return found;
+  return {match, square};
 }
 
 // Levels per number: of `per_level` times those that are tried, the first whose levels come nearest to the vectors.
 template <int kBits>
 Vec search(const Lanes* x, int64_t dims, const Coder<kBits>& coder, Vec per_level) {
+  constexpr int kTogether = 3;  // sums that do not wait for each other
+  static_assert(std::size(kTried) % kTogether == 0);
   Vec best = per_level, most = zero();
-  for (const float factor : kTried) {
-    const Vec tried = per_level * set1(factor);
-    const Fit found = fit(x, dims, coder, tried, nullptr);
-    const Vec captured = found.match * found.match / found.square;
-    best = where_greater(captured, most, tried, best);
-    most = where_greater(captured, most, captured, most);
+  for (size_t first = 0; first < std::size(kTried); first += kTogether) {
+    Vec tried[kTogether], match[kTogether], square[kTogether];
+    KVIST_UNROLL for (int j = 0; j < kTogether; j++) {
+      tried[j] = per_level * set1(kTried[first + j]);
+      match[j] = square[j] = zero();
+    }
+    for (int64_t i = 0; i < dims; i++) {
+      const Vec number = load(x[i]);
+      KVIST_UNROLL for (int j = 0; j < kTogether; j++) {
+        const Vec level = coder.level(coder.code(number * tried[j]));
+        match[j] = fma(number, level, match[j]);
+        square[j] = fma(level, level, square[j]);
+      }
+    }
+    KVIST_UNROLL for (int j = 0; j < kTogether; j++) {
+      const Vec captured = match[j] * match[j] / square[j];
+      best = where_greater(captured, most, tried[j], best);
+      most = where_greater(captured, most, captured, most);
+    }
   }
   return best;
 }
