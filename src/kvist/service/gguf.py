@@ -41,7 +41,8 @@ class GgufModel:
             return None
         for slot in slots:
             if slot.name in checkpoint.names():
-                found.setdefault(slot.parameter, set()).add(GROUPS.get(checkpoint.kind(slot.name)))
+                kinds = checkpoint.kinds(slot.name)
+                found.setdefault(slot.parameter, set()).update(GROUPS.get(kind) for kind in kinds)
         own = {name: group for name, groups in found.items() if len(groups) == 1 for group in groups}
         others = uniform(8)
         return lambda name, columns: own.get(name) or others(name, columns)
