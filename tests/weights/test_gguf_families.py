@@ -132,6 +132,9 @@ def both(folder: Path, case: str, kind: Kind) -> tuple[Path, Path]:
         name: tensor + 0.3 * torch.empty(tensor.shape).normal_(generator=generator) if "norm" in name else tensor
         for name, tensor in export(model).items()
     }
+    for name in tensors if config["model_type"] == "gemma4_text" else ():
+        if name.endswith("q_norm.weight"):  # there is no other scale of q.k
+            tensors[name] *= 0.2
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text(json.dumps(config))
     save(folder / "hf" / SINGLE_FILE, tensors)
