@@ -1,5 +1,6 @@
 """Small random models of transformers, written to disk by it: the oracle of every decoder."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,21 @@ _GEMMA4 = _SMALL | {
     "vocab_size_per_layer_input": VOCAB,
     "pad_token_id": None,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+# The longer lengths are those of the long factors throughout, since transformers computes a text at once here.
+_PHI3_LONG = _SMALL | {
+    "model_type": "phi3",
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": None,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1.0, 1.125, 1.25, 1.5, 1.75, 2.0, 2.25, 3.0],
+        "long_factor": [1.5, 2.0, 4.0, 8.0, 16.0, 24.0, 32.0, 48.0],
+    },
 }
 _DEEPSEEK = _SMALL | {
     "model_type": "deepseek_v2",
@@ -130,6 +146,8 @@ CASES: dict[str, dict[str, object]] = {
         "pad_token_id": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
     },
+    "phi3-long": _PHI3_LONG | {"original_max_position_embeddings": 16},
+    "phi3-short": _PHI3_LONG | {"original_max_position_embeddings": 512},
     "smollm3": _SMALL
     | {
         "model_type": "smollm3",
@@ -306,7 +324,7 @@ class Written:
 
 def write_checkpoint(case: str, directory: Path, seed: int) -> Written:
     """A model of that case with weights from `seed`, saved by transformers."""
-    raw = dict(CASES[case])
+    raw = copy.deepcopy(CASES[case])  # transformers writes into what is in it
     config = AutoConfig.for_model(raw.pop("model_type"), **raw)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)

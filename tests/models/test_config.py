@@ -1,6 +1,7 @@
 """Configs as transformers reads them, or not at all."""
 
 import json
+import math
 from collections.abc import Callable
 
 import pytest
@@ -52,6 +53,8 @@ def test_a_key_left_out_means_what_it_means_to_transformers(case: str, written: 
     else:  # transformers fails on them where the number of layers is another
         for key in ("layer_types", "no_rope_layers"):
             raw.pop(key, None)
+    if "long" in case or "short" in case:  # transformers fails on factors of another length
+        fixed |= {"hidden_size", "num_attention_heads"}
     kept = 0
     for key in raw.keys() - fixed:
         rest = {name: value for name, value in raw.items() if name != key}
@@ -87,6 +90,28 @@ def test_configs_from_before_rope_parameters_read_the_same(
     assert read_config(raw | legacy, "config.json") == expected
     theirs = AutoConfig.for_model(raw["model_type"], **{k: v for k, v in (raw | legacy).items() if k != "model_type"})
     assert read_config(theirs.to_dict(), "transformers") == expected
+
+
+def test_longrope_of_older_checkpoints(written: Callable[[str], Written]) -> None:
+    """The factors are chosen by the model's context alone; attention grows by how much longer it has become."""
+    raw, expected = saved("phi3-long", written), read_config(saved("phi3-long", written), "config.json")
+    parameters = raw.pop("rope_parameters")
+    factors = {name: parameters[name] for name in ("short_factor", "long_factor")}
+    legacy = {"rope_theta": 10_000.0, "partial_rotary_factor": 0.5, "rope_scaling": factors | {"type": "su"}}
+    assert read_config(raw | legacy, "config.json") == expected
+    assert expected.rope.divisors == tuple(factors["long_factor"])
+    assert expected.rope.scale == math.sqrt(1 + math.log(512 / 16) / math.log(16))
+    short = read_config(raw | legacy | {"original_max_position_embeddings": 512}, "config.json").rope
+    assert (short.divisors, short.scale) == (tuple(factors["short_factor"]), 1.0)
+    for change, finding in (
+        ({"type": "su", "short_factor": [1.0]}, "'long_factor' is missing"),
+        (factors | {"type": "su", "long_factor": ["a"]}, "long_factor should be a list of numbers"),
+        (factors | {"type": "su", "long_factor": [1.0, 2.0]}, "2 divisors for 8 frequencies"),
+        (factors | {"type": "su", "attention_factor": 0.0}, "attention_factor must be positive"),
+        (factors | {"type": "su", "short_mscale": 1.2}, "short_mscale"),
+    ):
+        with pytest.raises(ConfigError, match=finding):
+            read_config(raw | legacy | {"rope_scaling": change}, "config.json")
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

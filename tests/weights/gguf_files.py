@@ -1,5 +1,6 @@
 """GGUF files as others write them: through the gguf package."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,14 +197,14 @@ def write_family(path: Path, tensors: Mapping[str, torch.Tensor], config: Mappin
         if family == "gpt_neox" and name.endswith("attn_qkv"):
             by_head = numbers.reshape(heads, 3, dim, *numbers.shape[1:])
             numbers = by_head.swapaxes(0, 1).reshape(numbers.shape)
-        _add(writer, f"{name}.{ending}", np.ascontiguousarray(numbers), kind)
+        add(writer, f"{name}.{ending}", np.ascontiguousarray(numbers), kind)
+    if config["rope_parameters"].get("rope_type") == "longrope":
+        for length in ("long", "short"):
+            factors = np.array(config["rope_parameters"][f"{length}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{length}.weight", factors)
     for name, matrices in experts.items():
-        _add(writer, f"{name}.weight", np.stack([matrices[expert] for expert in range(len(matrices))]), kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+        add(writer, f"{name}.weight", np.stack([matrices[expert] for expert in range(len(matrices))]), kind)
+    return close(writer, path)
 
 
 def _add_facts(writer: gguf.GGUFWriter, family: str, config: Mapping[str, Any], dim: int) -> None:
@@ -214,6 +215,11 @@ def _add_facts(writer: gguf.GGUFWriter, family: str, config: Mapping[str, Any], 
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "longrope":
+        original = config["original_max_position_embeddings"]
+        longer = config["max_position_embeddings"] / original
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(longer) / math.log(original)))
     writer.add_rope_dimension_count(int(dim * rope.get("partial_rotary_factor", 1.0)))
     if "rms_norm_eps" in config:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
@@ -224,7 +230,7 @@ def _add_facts(writer: gguf.GGUFWriter, family: str, config: Mapping[str, Any], 
     if "use_parallel_residual" in config:
         writer.add_parallel_residual(config["use_parallel_residual"])
     if family.startswith("gemma") or family == "phi3":
-        writer.add_sliding_window(config["sliding_window"] or 0)
+        writer.add_sliding_window(config.get("sliding_window") or 0)
     if family == "gemma3_text":
         writer.add_float32("gemma3.rope.freq_base_swa", ropes["sliding_attention"]["rope_theta"])
     if family == "gemma2":
@@ -236,8 +242,19 @@ def _add_facts(writer: gguf.GGUFWriter, family: str, config: Mapping[str, Any], 
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
 
 
-def _add(writer: gguf.GGUFWriter, name: str, numbers: np.ndarray, kind: Kind) -> None:
+def add(writer: gguf.GGUFWriter, name: str, numbers: np.ndarray, kind: Kind) -> None:
+    """A tensor of that kind, in float32 where the converter never has another."""
+    numbers = np.ascontiguousarray(numbers)
     if numbers.ndim == 1 or kind is Kind.F32 or "ffn_gate_inp" in name:
         writer.add_tensor(name, numbers)
     else:
         writer.add_tensor(name, gguf.quants.quantize(numbers, kind), raw_dtype=kind)
+
+
+def close(writer: gguf.GGUFWriter, path: Path) -> Path:
+    """Writes the file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -279,6 +279,32 @@ def test_how_a_text_is_cut_first(pre: str, pieces: list[str], byte_level: Backen
     assert ours.decode(ours.encode("12345 Don't é\n\n x").ids) == "12345 Don't é\n\n x"
 
 
+def test_how_deepseek_cuts_a_text(byte_level: Backend) -> None:
+    """Its punctuation has ASCII's letters in it, and cuts them from others."""
+    ours = build_tokenizer(vocabulary_of(byte_level, pre="deepseek-llm"), "test")
+    text = "Don't  say x=12345;\r\n\tok, café 東京  "
+    found = [text[first:last] for _, (first, last) in ours.pre_tokenizer.pre_tokenize_str(text)]
+    assert found == [
+        "Don",
+        "'",
+        "t",
+        " ",
+        " say",
+        " x",
+        "=",
+        "12345",
+        ";",
+        "\r",
+        "\n",
+        "\tok",
+        ",",
+        " caf",
+        "é",
+        *" |東京|  ".split("|"),
+    ]
+    assert ours.decode(ours.encode(text).ids) == text
+
+
 def test_sentencepiece_vocabularies() -> None:
     """Scores decide what is merged first; bytes stand for characters that there are not."""
     pieces = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)]]
@@ -305,6 +331,21 @@ def test_sentencepiece_vocabularies() -> None:
     assert ours.decode(ours.encode("ab é 東").ids) == "ab é 東"
     tokenizer = Tokenizer(ours, {2}, 1)
     assert tokenizer.token_bytes(3 + 0xC3) == b"\xc3"
+
+
+def test_gemma4_vocabularies() -> None:
+    """Merges decide, spaces are characters, and nothing is put before a text but the first token."""
+    pieces = ["<pad>", "<bos>", "<unk>", "<turn|>", *[f"<0x{byte:02X}>" for byte in range(256)]]
+    words = ["\u2581", "\n", "\n\n", "a", "b", "c", "ab", "bc", "\u2581a", "\u2581ab", "\u2581\u2581"]
+    merges = ["\n \n", "\u2581 \u2581", "b c", "\u2581 a", "a b", "\u2581a b"]
+    types = [3, 3, 2, 3, *[6] * 256, *[1] * len(words)]
+    facts = {"scores": [0.0] * len(types), "merges": merges, "pre": "default", "bos": 1, "eos": 3, "unknown": 2}
+    ends = {"adds_bos": True, "adds_eos": False, "adds_space": False}
+    ours = build_tokenizer(GgufVocabulary("gemma4", [*pieces, *words], types, **facts, **ends), "test")
+    assert ours.encode("abc a").tokens == ["<bos>", "a", "bc", "\u2581a"]
+    assert ours.encode("a\n\nab  ab<turn|>").tokens == ["<bos>", *"a \n\n ab \u2581\u2581 ab <turn|>".split(" ")]
+    text = " ab é\n 東"
+    assert ours.decode(ours.encode(text).ids) == text
 
 
 @pytest.mark.parametrize(

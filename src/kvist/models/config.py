@@ -59,11 +59,13 @@ class Rope:
     linear_factor: float = 1.0
     llama3: Llama3Scaling | None = None
     divisors: tuple[float, ...] = ()  # of each frequency, or none
+    scale: float = 1.0  # of cos and sin, without yarn
     yarn: Yarn | None = None
     turning: float = 1.0  # share of the frequencies that turn at all, the first ones
 
     def __post_init__(self) -> None:
-        for name, value in {"rope_theta": self.theta, "factor": self.linear_factor}.items():
+        numbers = {"rope_theta": self.theta, "factor": self.linear_factor, "attention_factor": self.scale}
+        for name, value in numbers.items():
             if not 0 < value < math.inf:
                 raise ConfigError(f"RoPE: {name} must be positive and finite, got {value}")
         if not 0 < self.turning <= 1:

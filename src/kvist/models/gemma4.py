@@ -273,11 +273,14 @@ class Gemma4(Decoder):
 
     config: Gemma4Config
     renamed = RENAMED
-    ignored = SENSES
 
     def __init__(self, config: Gemma4Config, activations: Activations) -> None:
         blocks = (Block(config, index, activations) for index in range(config.layers))
         super().__init__(config, blocks, RMSNorm(config.hidden_size, config.norm_eps))
+        # Published checkpoints also hold keys and values of layers that read another's.
+        unused = (index for index, source in enumerate(config.sources) if source != index)
+        parts = [f"{config.prefix}layers.{index}.self_attn.{name}." for index in unused for name in _CACHED]
+        self.ignored = (*SENSES, *parts)
         assert config.rope is not None
         self._ropes = {
             True: RopeTable(config.rope, config.head_dim),
@@ -380,6 +383,7 @@ class Gemma4(Decoder):
         return slots
 
 
+_CACHED = ("k_proj", "v_proj", "k_norm")
 _NORMS = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "attended_norm",

@@ -6,8 +6,9 @@ import numpy as np
 
 from kvist.base.errors import ConfigError, WeightsError
 from kvist.models.config import ModelConfig
-from kvist.models.gguf_families import ARCHITECTURES, ROPE_FACTORS, Architecture, Facts
-from kvist.weights.gguf import Part
+from kvist.models.gguf_facts import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, Architecture, Facts
+from kvist.models.gguf_families import ARCHITECTURES
+from kvist.weights.gguf import Joined, Part
 from kvist.weights.gguf_header import GgufHeader, GgufTensor
 
 
@@ -24,31 +25,60 @@ def config_of(header: GgufHeader) -> dict[str, Any]:
     return config | {"vocab_size": embedding.shape[0], "tie_word_embeddings": tied}
 
 
-def parts_of(header: GgufHeader, config: ModelConfig) -> dict[str, Part]:
+def parts_of(header: GgufHeader, config: ModelConfig) -> dict[str, Part | Joined]:
     """The file's tensors under the names of Hugging Face. Raises `WeightsError` for one that has no place there."""
-    architecture, parts = _architecture(header), dict[str, Part]()
+    architecture, parts = _architecture(header), dict[str, Part | Joined]()
     for name, tensor in header.tensors.items():
-        if name == ROPE_FACTORS:
+        if name in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
             continue
         stem, _, ending = name.rpartition(".")
         first, _, rest = stem.partition(".")
         number, _, inner = rest.partition(".")
         within = first == "blk" and number.isdecimal()
+        block = architecture.prefix.format(int(number)) if within else ""
+        if within and f"{inner}.{ending}" in architecture.named:
+            parts[block + architecture.named[f"{inner}.{ending}"]] = Part(tensor)
+            continue
+        if within and architecture.split is not None and inner in architecture.split[:2]:
+            parts[f"{block}{architecture.split[2]}.{ending}"] = _joined(header, f"blk.{number}.", architecture, config)
+            continue
         if within and inner in architecture.experts and len(tensor.shape) == 3:
-            where = architecture.prefix.format(int(number)) + architecture.experts[inner]
             for expert in range(tensor.shape[0]):
-                parts[f"{where.format(expert)}.{ending}"] = Part(tensor, matrix=expert)
+                where = architecture.experts[inner].format(expert)
+                parts[f"{block}{where}.{ending}"] = Part(tensor, matrix=expert)
             continue
         if stem in architecture.outer:
             theirs, where = stem, architecture.outer[stem]
         elif within and inner in architecture.block:
-            theirs, where = inner, architecture.prefix.format(int(number)) + architecture.block[inner]
+            theirs, where = inner, block + architecture.block[inner]
         else:
             raise WeightsError(
                 f"{header.path}: tensor {name!r} has no place in the architecture {header.architecture!r}"
             )
         parts[f"{where}.{ending}"] = _part(architecture, name, theirs, tensor, config)
     return parts
+
+
+def _joined(header: GgufHeader, block: str, architecture: Architecture, config: ModelConfig) -> Joined:
+    """Of one head after another the rows of its keys, which lie there as columns, and those of its values."""
+    assert architecture.split is not None
+    keys, values = (header.tensors.get(f"{block}{name}.weight") for name in architecture.split[:2])
+    shape = config.heads, config.head_dim, getattr(config, "plain", 0)
+    if (
+        keys is None
+        or values is None
+        or keys.shape != shape
+        or len(values.shape) != 3
+        or values.shape[::2] != shape[:2]
+    ):
+        raise WeightsError(
+            f"{header.path}: {block}{architecture.split[0]} and {architecture.split[1]} should be matrices of "
+            f"{config.heads} heads and {config.head_dim} latent numbers"
+        )
+    found = list[Part]()
+    for head in range(keys.shape[0]):
+        found += [Part(keys, transposed=True, matrix=head), Part(values, matrix=head)]
+    return Joined(tuple(found))
 
 
 def _part(architecture: Architecture, name: str, theirs: str, tensor: GgufTensor, config: ModelConfig) -> Part:

@@ -2,18 +2,13 @@
 
 Names and order of the numbers are those of llama.cpp's converter from Hugging Face's checkpoints."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from kvist.base.errors import ConfigError, WeightsError
-from kvist.models.config import ModelConfig
-from kvist.weights.gguf import Kind, woven_rows
-from kvist.weights.gguf_header import GgufHeader
+from kvist.models.gguf_facts import Architecture, Facts, rope_of
+from kvist.models.gguf_newer import DEEPSEEK2, GEMMA4
 
-_BLOCK = "model.layers.{}."
 _LLAMA_BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -42,72 +37,6 @@ _GPT2_OUTER = {
     "output_norm": "transformer.ln_f",
     "output": "lm_head",
 }
-ROPE_FACTORS = "rope_freqs.weight"
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """`config`: what the metadata says, in Hugging Face's keys. `block`, `outer`: names of tensors, theirs to ours.
-    `woven`: q and k have their rotated halves woven into each other. `turned`: linear weights that the checkpoints of
-    Hugging Face store as [in, out]. `added`: by the end of a tensor's name, what the converter has added to all of its
-    numbers. `experts`: tensors that hold a matrix of every expert."""
-
-    config: Callable[["Facts"], dict[str, Any]]
-    block: Mapping[str, str]
-    outer: Mapping[str, str]
-    prefix: str = _BLOCK
-    woven: bool = False
-    turned: frozenset[str] = frozenset()
-    added: Mapping[str, float] = field(default_factory=dict)
-    experts: Mapping[str, str] = field(default_factory=dict)
-
-    def order(self, theirs: str, config: ModelConfig) -> np.ndarray | None:
-        """In which order the rows of a block's tensor lie in the file; None where it is their own."""
-        if self.woven and theirs in ("attn_q", "attn_k"):
-            heads = config.heads if theirs == "attn_q" else config.kv_heads
-            return woven_rows(heads * config.head_dim, heads)
-        if theirs == "attn_qkv" and getattr(config, "interleaved", False):  # q, k and v of all heads behind each other
-            rows = np.arange(3 * config.heads * config.head_dim)
-            return rows.reshape(3, config.heads, config.head_dim).swapaxes(0, 1).reshape(-1)
-        return None
-
-
-# What changes nothing, or says again what the tensors say.
-_INERT = frozenset(
-    {
-        "attention.layer_norm_epsilon",
-        "expert_count",
-        "expert_used_count",
-        "rope.scaling.finetuned",
-        "rope.scaling.orig_ctx_len",
-        "rope.scaling.original_context_length",
-        "tensor_data_layout",
-        "vocab_size",
-    }
-)
-
-
-class Facts:
-    """The metadata of the file's architecture, key by key. What nobody asked for may change the mathematics."""
-
-    def __init__(self, header: GgufHeader) -> None:
-        self.header = header
-        self._prefix = f"{header.architecture}."
-        self._rest = {key.removeprefix(self._prefix) for key in header.metadata if key.startswith(self._prefix)}
-
-    def get(self, key: str, kind: type, default: Any = ...) -> Any:
-        """See `GgufHeader.get`; without the architecture's name before the key."""
-        self._rest.discard(key)
-        return self.header.get(self._prefix + key, kind, default)
-
-    def finish(self) -> None:
-        """Raises `ConfigError` for keys that were not asked for and are not known to change nothing."""
-        zero = {key for key in self._rest if self.header.metadata[self._prefix + key] in (0, False, "")}
-        if unknown := sorted(self._rest - _INERT - zero):
-            raise ConfigError(
-                f"{self.header.path}: {', '.join(self._prefix + key for key in unknown)} may change the mathematics "
-                "and is not supported"
-            )
 
 
 def _llama_like(model_type: str, rotated: int | None = None) -> Callable[[Facts], dict[str, Any]]:
@@ -130,7 +59,7 @@ def _llama_like(model_type: str, rotated: int | None = None) -> Callable[[Facts]
             "head_dim": dim,
             "max_position_embeddings": get("context_length", int),
             "rms_norm_eps": get("attention.layer_norm_rms_epsilon", float, 1e-6),
-            "rope_parameters": _rope(facts),
+            "rope_parameters": rope_of(facts),
         }
         if model_type == "llama":
             if window := get("attention.sliding_window", int, 0):
@@ -139,26 +68,6 @@ def _llama_like(model_type: str, rotated: int | None = None) -> Callable[[Facts]
         return config
 
     return read
-
-
-def _rope(facts: Facts) -> dict[str, Any]:
-    header, theta = facts.header, facts.get("rope.freq_base", float, 10_000.0)
-    kind, factor = facts.get("rope.scaling.type", str, "none"), facts.get("rope.scaling.factor", float, None)
-    factors = header.tensors.get(ROPE_FACTORS)
-    if factors is not None:
-        if factors.kind is not Kind.F32 or len(factors.shape) != 1 or factors.nbytes > 1 << 16:
-            raise WeightsError(f"{header.path}: tensor {ROPE_FACTORS!r} should be a short list of float32")
-        with header.path.open("rb") as file:
-            file.seek(factors.start)
-            divisors = np.frombuffer(file.read(factors.nbytes), np.float32)
-        return {"rope_type": "divided", "rope_theta": theta, "divisors": [float(number) for number in divisors]}
-    if kind == "linear":
-        if factor is None:
-            raise WeightsError(f"{header.path}: the key '{header.architecture}.rope.scaling.factor' is missing")
-        return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
-    if kind != "none":
-        raise ConfigError(f"{header.path}: RoPE scaling {kind!r} is not supported (none and linear are)")
-    return {"rope_type": "default", "rope_theta": theta}
 
 
 def _gpt2(facts: Facts) -> dict[str, Any]:
@@ -284,6 +193,8 @@ ARCHITECTURES = {
     "stablelm": Architecture(_with_layer_norm("stablelm"), _LLAMA_BLOCK, _LLAMA_OUTER),
     "gemma2": Architecture(_gemma("gemma2", 46), _GEMMA_BLOCK, _LLAMA_OUTER, added={"norm.weight": 1.0}),
     "gemma3": Architecture(_gemma("gemma3_text", 62), _GEMMA_BLOCK, _LLAMA_OUTER, added={"norm.weight": 1.0}),
+    "gemma4": GEMMA4,
+    "deepseek2": DEEPSEEK2,
     "gpt2": Architecture(
         _gpt2,
         _GPT2_BLOCK,

@@ -121,9 +121,38 @@ def _yarn(parameters: Keys) -> Yarn:
     )
 
 
-def read_rope(keys: Keys, default_theta: float, default_share: float = 1.0) -> tuple[Rope, float]:
+def _numbers(parameters: Keys, name: str) -> tuple[float, ...]:
+    found = parameters.take(name, list)
+    if not found or not all(type(number) in (int, float) for number in found):
+        raise ConfigError(f"{parameters.where}: {name} should be a list of numbers, got {found!r:.80}")
+    return tuple(float(number) for number in found)
+
+
+def longrope_scale(factor: float, original: int) -> float:
+    """How much attention grows where a context of `original` tokens is `factor` times as long (arXiv 2402.13753,
+    section 3.2)."""
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+
+
+def _longrope(keys: Keys, parameters: Keys, theta: float, positions: int) -> Rope:
+    """Two divisors for each frequency, short and long. The long ones are used where the model's context is longer than
+    the one that it was first trained on, whatever the length of a text: transformers changes from short to long within
+    a text, and the keys that it has cached until then stay as they were turned."""
+    inner = parameters.take("original_max_position_embeddings", int, positions)
+    original = keys.take("original_max_position_embeddings", int, inner)
+    if not 1 <= original < 2**31:
+        raise ConfigError(f"{parameters.where}: original_max_position_embeddings must be at least 1, got {original}")
+    short, long = _numbers(parameters, "short_factor"), _numbers(parameters, "long_factor")
+    factor = parameters.take("factor", float, positions / original)
+    scale = parameters.take("attention_factor", float, longrope_scale(factor, original))
+    return Rope(theta, divisors=long if positions > original else short, scale=scale)
+
+
+def read_rope(
+    keys: Keys, default_theta: float, default_share: float = 1.0, positions: int | None = None
+) -> tuple[Rope, float]:
     """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before it); and which part of a head is
-    rotated."""
+    rotated. `positions`: the model's context in tokens, of families that may have longrope."""
     theta = keys.take("rope_theta", float, default_theta)
     scaling, given = keys.take("rope_scaling", dict, {}), keys.take("rope_parameters", dict, {})
     if scaling and given:
@@ -147,16 +176,15 @@ def read_rope(keys: Keys, default_theta: float, default_share: float = 1.0) -> t
             ),
         )
     elif kind == "divided":
-        divisors = parameters.take("divisors", list)
-        if not all(type(number) is float for number in divisors):
-            raise ConfigError(f"{keys.where}: RoPE divisors should be a list of numbers")
-        rope = Rope(theta, divisors=tuple(divisors))
+        rope = Rope(theta, divisors=_numbers(parameters, "divisors"))
+    elif kind in ("longrope", "su") and positions is not None:
+        rope = _longrope(keys, parameters, theta, positions)
     elif kind == "yarn":
         rope = Rope(theta, yarn=_yarn(parameters))
     elif kind == "proportional":
         rope, share = Rope(theta, linear_factor=parameters.take("factor", float, 1.0), turning=share), 1.0
     elif kind != "default":
-        known = "default, linear, llama3, yarn, proportional"
+        known = f"default, linear, llama3, yarn, {'proportional' if positions is None else 'proportional, longrope'}"
         raise ConfigError(f"{keys.where}: RoPE scaling {kind!r} is not supported ({known} are)")
     parameters.finish()
     return rope, share

@@ -60,7 +60,7 @@ class RopeTable:
     def __init__(self, rope: Rope, rotated: int) -> None:
         with torch.device("cpu"):
             self._frequencies = inverse_frequencies(rope, rotated)
-            self._scale = 1.0 if rope.yarn is None else rope.yarn.scale
+            self._scale = rope.scale if rope.yarn is None else rope.yarn.scale
             self._cos = torch.empty(0, 1, rotated)
             self._sin = torch.empty(0, 1, rotated)
             self._by_position = self._in_sixteens()

@@ -46,11 +46,12 @@ def read(keys: Keys, family: str) -> ModelConfig:
     keys.require("use_mrope", False)
     layers = keys.take("num_hidden_layers", int)
     head_dim = keys.take("head_dim", int, 128 if family == "qwen3" else hidden // heads)
-    rope, share = read_rope(keys, 2_000_000.0 if family == "smollm3" else 10_000.0)
+    theta = 2_000_000.0 if family == "smollm3" else 10_000.0
+    rope, share = read_rope(keys, theta, positions=positions if family == "phi3" else None)
     if share != 1 and family != "phi3":
         raise ConfigError(f"{keys.where}: partial_rotary_factor={share} is not supported in a {family} model")
     if family == "phi3":
-        keys.take("original_max_position_embeddings", int, positions)  # says something of scaled RoPE alone
+        keys.take("original_max_position_embeddings", int, positions)  # changes nothing without longrope
     repeats = 1 + keys.take("layer_sharing", bool, False) if family == "mobilellm" else 1
     tied = keys.take("tie_word_embeddings", bool, family == "smollm3")
     if family == "mobilellm":

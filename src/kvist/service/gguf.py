@@ -20,8 +20,9 @@ from kvist.weights.checkpoint import Stamp, stamp_of
 from kvist.weights.gguf import GROUPS, GgufCheckpoint
 from kvist.weights.gguf_header import GgufHeader, read_header
 
-_VERSION = 1  # raised whenever the same file would give another folder
+_VERSION = 2  # raised whenever the same file would give another folder
 _CONFIG = "config.json"
+_TURN_ENDS = frozenset({"<end_of_turn>", "<turn|>"})  # Gemma's; its files do not always name them
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class GgufModel:
             return None
         for slot in slots:
             if slot.name in checkpoint.names():
-                found.setdefault(slot.parameter, set()).add(GROUPS.get(checkpoint.kind(slot.name)))
+                kinds = checkpoint.kinds(slot.name)
+                found.setdefault(slot.parameter, set()).update(GROUPS.get(kind) for kind in kinds)
         own = {name: group for name, groups in found.items() if len(groups) == 1 for group in groups}
         others = uniform(8)
         return lambda name, columns: own.get(name) or others(name, columns)
@@ -76,6 +78,7 @@ def _write(header: GgufHeader, folder: Path) -> None:
             (folder / "chat_template.jinja").write_text(template, "utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         ends = [header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        ends += [index for index, token in enumerate(vocabulary.tokens) if token in _TURN_ENDS]
         config["eos_token_id"] = sorted({index for index in ends if type(index) is int})
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -89,6 +92,8 @@ def _vocabulary(header: GgufHeader) -> GgufVocabulary:
         return header.numbers(name, kind) if name in header.metadata else []
 
     kind, pre = get("model", str, ""), get("pre", str, "default")
+    # llama.cpp adds Gemma 4's first token whatever a file says.
+    bos = kind in ("llama", "gemma4") or pre in ("llama-bpe", "llama3", "llama-v3")
     return GgufVocabulary(
         kind=kind,
         tokens=header.texts("tokenizer.ggml.tokens"),
@@ -99,7 +104,7 @@ def _vocabulary(header: GgufHeader) -> GgufVocabulary:
         bos=get("bos_token_id", int, None),
         eos=get("eos_token_id", int, None),
         unknown=get("unknown_token_id", int, None),
-        adds_bos=get("add_bos_token", bool, kind == "llama" or pre in ("llama-bpe", "llama3", "llama-v3")),
+        adds_bos=get("add_bos_token", bool, bos) or kind == "gemma4",
         adds_eos=get("add_eos_token", bool, False),
-        adds_space=get("add_space_prefix", bool, True),
+        adds_space=get("add_space_prefix", bool, kind != "gemma4"),
     )

@@ -1,4 +1,5 @@
-"""A tokenizer from what a GGUF file says of it: byte-level BPE with merges, or SentencePiece's BPE with scores."""
+"""A tokenizer from what a GGUF file says of it: byte-level BPE with merges, SentencePiece's BPE with scores, or Gemma
+4's with merges."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,21 @@ _PATTERNS = {
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
 }
+# DeepSeek-V2's cuts, one after the other: lines, letters that have cases, punctuation, spaces at the end, Chinese and
+# Korean, digits.
+_DEEPSEEK_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-"
+    "ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-"
+    "ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+_DEEPSEEK = (
+    r"[\r\n]",
+    rf"\s?[{_DEEPSEEK_LETTERS}]+",
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    r"\s+$",
+    r"[一-龥ࠀ-一가-퟿]+",
+    r"\p{N}+",
+)
 _GPT2 = frozenset({"gpt-2", "phi-2", "olmo", "roberta-bpe", "default"})
 _SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
 _MOST_TOKENS = 1 << 20
@@ -31,7 +47,7 @@ _MOST_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class GgufVocabulary:
-    """`kind`: "gpt2" (merges) or "llama" (scores). `types`: of each token. `pre`: how a text is cut first."""
+    """`kind`: "gpt2", "gemma4" (merges) or "llama" (scores). `types`: of each token. `pre`: how a text is cut first."""
 
     kind: str
     tokens: Sequence[str]
@@ -61,9 +77,12 @@ def build(vocabulary: GgufVocabulary, where: str) -> tokenizers.Tokenizer:
     if vocabulary.kind == "gpt2":
         backend = _byte_level(vocabulary, ids, where)
     elif vocabulary.kind == "llama":
-        backend = _sentencepiece(vocabulary, ids, where)
+        backend = _spaced(vocabulary, ids, _scored(vocabulary, ids, where))
+    elif vocabulary.kind == "gemma4":
+        backend = _spaced(vocabulary, ids, _merges(vocabulary, ids, where))
     else:
-        raise TextError(f"{where}: a tokenizer of kind {vocabulary.kind!r} is not supported (gpt2 and llama are)")
+        known = "gpt2, llama and gemma4"
+        raise TextError(f"{where}: a tokenizer of kind {vocabulary.kind!r} is not supported ({known} are)")
     for token, kind in zip(tokens, types, strict=True):
         if kind in (_CONTROL, _USER):
             special = kind == _CONTROL
@@ -73,14 +92,19 @@ def build(vocabulary: GgufVocabulary, where: str) -> tokenizers.Tokenizer:
     return backend
 
 
-def _byte_level(vocabulary: GgufVocabulary, ids: Mapping[str, int], where: str) -> tokenizers.Tokenizer:
+def _merges(vocabulary: GgufVocabulary, ids: Mapping[str, int], where: str) -> list[tuple[str, str]]:
+    """Those of the file, in its order."""
     merges = []
     for merge in vocabulary.merges:
         left, _, right = merge.partition(" ")
         if left not in ids or right not in ids or left + right not in ids:
             raise TextError(f"{where}: the merge {merge!r:.80} is of tokens that are not in the vocabulary")
         merges.append((left, right))
-    pre = vocabulary.pre
+    return merges
+
+
+def _byte_level(vocabulary: GgufVocabulary, ids: Mapping[str, int], where: str) -> tokenizers.Tokenizer:
+    pre, merges = vocabulary.pre, _merges(vocabulary, ids, where)
     backend = tokenizers.Tokenizer(models.BPE(dict(ids), merges, ignore_merges=_PATTERNS.get(pre) == _LLAMA3))
     if pre in _PATTERNS:
         cut = pre_tokenizers.Split(Regex(_PATTERNS[pre]), "isolated")
@@ -88,19 +112,23 @@ def _byte_level(vocabulary: GgufVocabulary, ids: Mapping[str, int], where: str) 
         backend.pre_tokenizer = pre_tokenizers.Sequence([cut, spell])
         if _PATTERNS[pre] == _QWEN2:
             backend.normalizer = normalizers.NFC()
+    elif pre == "deepseek-llm":
+        cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _DEEPSEEK]
+        spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, spell])
     elif pre in _SINGLE_DIGITS:
         digits = pre_tokenizers.Digits(individual_digits=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     elif pre in _GPT2:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     else:
-        known = ", ".join(sorted({*_PATTERNS, *_SINGLE_DIGITS, *_GPT2}))
+        known = ", ".join(sorted({*_PATTERNS, *_SINGLE_DIGITS, *_GPT2, "deepseek-llm"}))
         raise TextError(f"{where}: how {pre!r} cuts a text is not known here ({known} are)")
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def _sentencepiece(vocabulary: GgufVocabulary, ids: Mapping[str, int], where: str) -> tokenizers.Tokenizer:
+def _scored(vocabulary: GgufVocabulary, ids: Mapping[str, int], where: str) -> list[tuple[str, str]]:
     """Pairs are merged in the order of the scores of what they make."""
     if len(vocabulary.scores) != len(ids):
         raise TextError(f"{where}: {len(vocabulary.scores):,} scores for {len(ids):,} tokens")
@@ -111,8 +139,12 @@ def _sentencepiece(vocabulary: GgufVocabulary, ids: Mapping[str, int], where: st
             if left in ids and right in ids:
                 found.append((-vocabulary.scores[index], ids[left], ids[right], left, right))
     found.sort(key=lambda merge: merge[:3])
+    return [(left, right) for *_, left, right in found]
+
+
+def _spaced(vocabulary: GgufVocabulary, ids: Mapping[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """Over characters, spaces written as others and cut nowhere; bytes stand for characters that there are not."""
     unknown = None if vocabulary.unknown is None else vocabulary.tokens[vocabulary.unknown]
-    merges = [(left, right) for *_, left, right in found]
     backend = tokenizers.Tokenizer(models.BPE(dict(ids), merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     spaced = [normalizers.Prepend(_SPACE)] if vocabulary.adds_space else []
     backend.normalizer = normalizers.Sequence([*spaced, normalizers.Replace(" ", _SPACE)])

@@ -47,8 +47,24 @@ class Part:
         return self.tensor.shape if self.matrix is None else self.tensor.shape[1:]
 
     @property
+    def shape_there(self) -> tuple[int, ...]:
+        """Of the tensor of the new name."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+    @property
     def rows(self) -> int:
         return prod(self.shape[:-1])
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Matrices of as many columns whose rows, one's behind the other's, are one tensor under its new name."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def shape_there(self) -> tuple[int, ...]:
+        return sum(part.shape_there[0] for part in self.parts), self.parts[0].shape_there[1]
 
 
 def woven_rows(rows: int, heads: int) -> np.ndarray:
@@ -59,7 +75,7 @@ def woven_rows(rows: int, heads: int) -> np.ndarray:
 class GgufCheckpoint:
     """`parts` by the names of Hugging Face. The interface is that of `Checkpoint`."""
 
-    def __init__(self, header: GgufHeader, parts: Mapping[str, Part]) -> None:
+    def __init__(self, header: GgufHeader, parts: Mapping[str, Part | Joined]) -> None:
         self.directory = header.path
         self._parts = dict(parts)
         self._data = np.memmap(header.path, np.uint8, mode="r")
@@ -70,28 +86,26 @@ class GgufCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor `name`."""
-        part = self._find(name)
-        return part.shape[::-1] if part.transposed else part.shape
+        return self._find(name).shape_there
 
     def dtype(self, name: str) -> torch.dtype:
-        """As stored; bfloat16 where it is quantized."""
-        return _FLOATS.get(self._find(name).tensor.kind, torch.bfloat16)
+        """As stored; bfloat16 where it is quantized, or of several types."""
+        kinds = self.kinds(name)
+        return _FLOATS.get(next(iter(kinds)), torch.bfloat16) if len(kinds) == 1 else torch.bfloat16
 
-    def kind(self, name: str) -> GGMLQuantizationType:
-        """The type of tensor `name` in the file."""
-        return self._find(name).tensor.kind
+    def kinds(self, name: str) -> set[GGMLQuantizationType]:
+        """The types in the file of what tensor `name` is made of."""
+        return {part.tensor.kind for part in _pieces(self._find(name))}
 
     @property
     def is_quantized(self) -> bool:
         """Whether any tensor is."""
-        return any(part.tensor.kind not in _FLOATS for part in self._parts.values())
+        return any(kind not in _FLOATS for name in self._parts for kind in self.kinds(name))
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of `names`, one after another, as numbers."""
         for name in names:
-            part = self._find(name)
-            numbers = self._rows(part, 0, part.rows).view(part.shape)
-            yield name, numbers.T if part.transposed else numbers
+            yield name, self._whole(self._find(name))
 
     def copy_into(self, targets: Mapping[str, Any]) -> None:
         """Copy each named tensor into its target, by rows, decoded; into packed weights whose groups are those of the
@@ -104,6 +118,9 @@ class GgufCheckpoint:
                 )
         for name, target in targets.items():
             part = self._parts[name]
+            if isinstance(part, Joined):
+                target.copy_(self._whole(part))
+                continue
             if part.transposed:
                 target = target.T
             row_bytes = max(1, part.shape[-1] * 4)
@@ -119,10 +136,17 @@ class GgufCheckpoint:
                 else:
                     place.copy_(self._rows(part, first, last))
 
-    def _find(self, name: str) -> Part:
+    def _find(self, name: str) -> Part | Joined:
         if name not in self._parts:
             raise WeightsError(f"{self.directory}: the file holds no tensor for {name!r}")
         return self._parts[name]
+
+    def _whole(self, part: Part | Joined) -> Tensor:
+        """All numbers, under the new name."""
+        if isinstance(part, Joined):
+            return torch.cat([self._whole(one) for one in part.parts])
+        numbers = self._rows(part, 0, part.rows).view(part.shape)
+        return numbers.T if part.transposed else numbers
 
     def _blocks(self, part: Part, first: int, last: int) -> np.ndarray:
         """Rows as they lie in the file, [last - first, bytes] uint8."""
@@ -159,3 +183,7 @@ class GgufCheckpoint:
             both = torch.from_numpy(blocks[:, :, 2:].copy())
             codes = torch.cat((both & 15, both >> 4), dim=2).to(torch.int8) - 8
         return codes.reshape(last - first, -1), scales
+
+
+def _pieces(part: Part | Joined) -> tuple[Part, ...]:
+    return part.parts if isinstance(part, Joined) else (part,)
