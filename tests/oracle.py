@@ -73,6 +73,40 @@ GPT2 = ModelConfig(
     tied=True,
 )
 
+# Configs as checkpoints have them: layers that read one another's caches, with windows and without, whose keys are
+# their values; and latents.
+_TINY = {
+    "vocab_size": 67,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+}
+SHARED_AND_TIED = _TINY | {
+    "model_type": "gemma4_text",
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "attention_k_eq_v": True,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 67,
+    "sliding_window": 100,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+LATENT = _TINY | {
+    "model_type": "deepseek_v2",
+    "kv_lora_rank": 64,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+
 
 def make_runner(
     config: ModelConfig = LLAMA,

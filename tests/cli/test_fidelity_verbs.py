@@ -123,9 +123,10 @@ def test_calibrate_proposes_what_auto_then_is(kvist: Kvist, text: Path, own_fold
     assert Path(answer["path"]).is_file()
     assert f"--kv auto is now {answer['proposal']}" in outcome.err
     documented = (Path(__file__).parents[2] / "docs" / "json.md").read_text()
-    for key in {*answer, *answer["layers"][0], *answer["layers"][0]["keys"][0]}:
+    keys = answer["layers"][0]["streams"]["k"]
+    for key in {*answer, *answer["layers"][0], *keys, *keys["tried"][0]}:
         assert key in documented
-    assert all("correlation" not in found for layer in answer["layers"] for found in layer["values"])
+    assert all("correlation" not in found for layer in answer["layers"] for found in layer["streams"]["v"]["tried"])
     ran = as_json(kvist("run", "-p", "KING:\n" * 30, "--kv", "auto", "--max-tokens", 3, "--temperature", 0, "--json"))
     assert ran["kv"]["codec"] == answer["proposal"]
     assert ran["kv"]["bytes_per_token"] == answer["bytes_per_token"]

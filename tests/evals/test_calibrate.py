@@ -19,8 +19,6 @@ from kvist.cache.calibration import Calibration, StreamStatistics, save_calibrat
 from kvist.cache.choice import parse_choice
 from kvist.cache.codecs import CODECS
 from kvist.evals.calibrate import CalibrationReport, calibrate, compact, mean_and_drift
-from kvist.evals.vectors import decoded
-from kvist.service import calibration as calibration_module
 from kvist.service.calibration import (
     calibrated,
     calibration_path,
@@ -35,18 +33,34 @@ from kvist.service.loaded import BUNDLED, Loaded, open_model
 names = st.sampled_from(["turbo2", "turbo2.5", "turbo4", "int4-rot", "int8", "bf16"])
 
 
-@given(st.lists(st.tuples(names, names), min_size=1, max_size=40))
-def test_a_compact_choice_means_the_assignment(assignment: list[tuple[str, str]]) -> None:
+streams = st.sampled_from([("k", "v"), ("rope", "latent"), ("kv",), ()])
+
+
+@given(st.lists(streams.flatmap(lambda found: st.fixed_dictionaries(dict.fromkeys(found, names))), max_size=40))
+def test_a_compact_choice_means_the_assignment(layers: list[dict[str, str]]) -> None:
+    assignment: dict[str, dict[int, str]] = {}
+    for number, layer in enumerate(layers):
+        for name, codec in layer.items():
+            assignment.setdefault(name, {})[number] = codec
+    if not assignment:
+        return
     choice = parse_choice(compact(assignment))
-    assert [(choice.codec(i, "k").name, choice.codec(i, "v").name) for i in range(len(assignment))] == assignment
+    assert [{name: choice.codec(i, name).name for name in layer} for i, layer in enumerate(layers)] == layers
 
 
 def test_choices_are_compact() -> None:
-    assert compact([("turbo4", "turbo4")] * 9) == "turbo4"
-    assert compact([("turbo4", "turbo3")] * 9) == "k=turbo4,v=turbo3"
+    def of(**streams: list[str]) -> str:
+        return compact({name: dict(enumerate(codecs)) for name, codecs in streams.items()})
+
+    assert of(k=["turbo4"] * 9, v=["turbo4"] * 9) == "turbo4"
+    assert of(k=["turbo4"] * 9, v=["turbo3"] * 9) == "k=turbo4,v=turbo3"
     keys = ["turbo4"] * 2 + ["turbo3"] * 27 + ["int8"]
     values = ["turbo3"] * 29 + ["turbo2"]
-    assert compact(list(zip(keys, values, strict=True))) == "turbo3,0-1:k=turbo4,29:k=int8,29:v=turbo2"
+    assert of(k=keys, v=values) == "turbo3,0-1:k=turbo4,29:k=int8,29:v=turbo2"
+    # Layers without the stream do not divide a run.
+    assert compact({"k": {0: "int8", 2: "int8", 4: "turbo4", 6: "int8", 7: "turbo4", 9: "turbo4", 11: "turbo4"}}) == (
+        "turbo4,0-2:k=int8,6:k=int8"
+    )
 
 
 def test_mean_and_drift_by_numpy() -> None:
@@ -76,7 +90,8 @@ def test_the_cheapest_codec_that_is_good_enough() -> None:
     calibration, report = proposed(base, 0.99)
     assert [layer.layer for layer in report.layers] == [0, 1]
     for layer in report.layers:
-        for tried, chosen in ((layer.keys, layer.k), (layer.values, layer.v)):
+        keys, values = layer.streams["k"], layer.streams["v"]
+        for tried, chosen in ((keys.tried, keys.chosen), (values.tried, values.chosen)):
             assert [found.bits for found in tried] == sorted(found.bits for found in tried)
             assert {"turbo2", "turbo4", "int8", "bf16", "fp32"} <= {found.codec for found in tried}
             assert not any(found.codec.startswith("paper") for found in tried), "no kernel reads these"
@@ -84,12 +99,13 @@ def test_the_cheapest_codec_that_is_good_enough() -> None:
             assert all(found.quality < 0.99 for found in tried if found.bits < chosen.bits)
             # In heads of 32 int4 and turbo4 take the same bits.
             assert all(found.quality <= chosen.quality for found in tried if found.bits == chosen.bits)
-        assert all(found.correlation is not None for found in layer.keys)
-        assert all(found.correlation is None for found in layer.values)
+        assert all(found.correlation is not None for found in keys.tried)
+        assert all(found.correlation is None for found in values.tried)
+        assert values.mean is None
     choice = parse_choice(report.proposal)
-    assert [(choice.codec(i, "k").name, choice.codec(i, "v").name) for i in range(2)] == [
-        (layer.k.codec, layer.v.codec) for layer in report.layers
-    ]
+    for layer in report.layers:
+        for name, stream in layer.streams.items():
+            assert choice.codec(layer.layer, name).name == stream.chosen.codec
     assert calibration.proposal == report.proposal
     dearer, cheaper = proposed(base, 0.9999)[1], proposed(base, 0.9)[1]
     assert cheaper.bytes_per_token < report.bytes_per_token < dearer.bytes_per_token
@@ -97,51 +113,15 @@ def test_the_cheapest_codec_that_is_good_enough() -> None:
     assert proposed(base, 1.0)[1].proposal == "fp32"
 
 
-def test_numbers_of_a_candidate_by_numpy() -> None:
-    base = random_model()
-    calibration, report = proposed(base, 0.99, tokens=130)
-    vectors = {}
-    observe(base.model, ids(130), vectors.__setitem__)
-    calibration_module.save_calibration(calibration_path(calibration.model), calibration)
-    keys, values = base.with_kv("turbo3").layout.layers[1].streams
-    seen = vectors[1]
-    k2, v2 = decoded(keys, seen.k, 64), decoded(values, seen.v, 64)
-    correlations, outputs = [], []
-    for head in range(4):
-        q, k, v, coded_k, coded_v = (
-            x[:, head if index == 0 else head // 2].double().numpy()
-            for index, x in enumerate((seen.q, seen.k, seen.v, k2, v2))
-        )
-        a, b, exact, coded = [], [], [], []
-        for position in range(64, 130):
-            earlier = position // 64 * 64
-            one, other = k[:earlier] @ q[position], coded_k[:earlier] @ q[position]
-            a.append(one - one.mean())
-            b.append(other - other.mean())
-            weights = np.exp(seen.scale * k[: position + 1] @ q[position])
-            mixed = np.concatenate([coded_v[:earlier], v[earlier : position + 1]])
-            exact.append(weights @ v[: position + 1] / weights.sum())
-            coded.append(weights @ mixed / weights.sum())
-        correlations.append(np.corrcoef(np.concatenate(a), np.concatenate(b))[0, 1])
-        error = signal = 0.0
-        for rows in (slice(0, 64), slice(64, 66)):
-            x, y = (np.array(part[rows]) - np.mean(part[rows], axis=0) for part in (exact, coded))
-            error, signal = error + ((x - y) ** 2).sum(), signal + (x**2).sum()
-        outputs.append(1 - error / signal)
-    layer = report.layers[1]
-    found = next(found for found in layer.keys if found.codec == "turbo3")
-    assert found.correlation == pytest.approx(min(correlations), abs=1e-5)
-    found = next(found for found in layer.values if found.codec == "turbo3")
-    assert found.output == pytest.approx(min(outputs), abs=1e-5)
-
-
 def test_keys_that_share_a_mean_are_given_codecs_that_take_it_off() -> None:
     report = proposed(random_model(shift=12.0), 0.98)[1]
-    assert all(layer.mean > 3 for layer in report.layers)
     for layer in report.layers:
-        quality = {found.codec: found.quality for found in layer.keys}
+        keys = layer.streams["k"]
+        assert keys.mean is not None
+        assert keys.mean > 3
+        quality = {found.codec: found.quality for found in keys.tried}
         assert quality["turbo4"] > 0.98 > quality["int4-rot"]
-        assert CODECS[layer.k.codec].centred
+        assert CODECS[keys.chosen.codec].centred
 
 
 def test_sharp_attention_asks_for_better_keys() -> None:
@@ -151,14 +131,14 @@ def test_sharp_attention_asks_for_better_keys() -> None:
         for block in sharp.model.blocks:
             block.attention.qkv.weight[: SMALL.heads * SMALL.head_dim] *= 6
     found, of_sharp = (proposed(model, 0.99)[1].layers[0] for model in (base, sharp))
-    turbo2, of_sharp_turbo2 = found.keys[0], of_sharp.keys[0]
+    turbo2, of_sharp_turbo2 = found.streams["k"].tried[0], of_sharp.streams["k"].tried[0]
     assert of_sharp_turbo2.correlation == pytest.approx(turbo2.correlation, abs=0.01)
     assert 1 - of_sharp_turbo2.output > 5 * (1 - turbo2.output)
 
 
 def test_heads_that_no_codec_can_hold_stay_as_they_are() -> None:
     report = calibrate(narrow_model(LLAMA), ids(200), "random")[1]
-    assert {found.codec for found in report.layers[0].keys} == {"bf16", "fp32"}
+    assert {found.codec for found in report.layers[0].streams["k"].tried} == {"bf16", "fp32"}
     assert report.proposal == "bf16"
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvist.base.errors import RequestError, TextError
 from kvist.cache.codecs import codec, paper
 from kvist.cache.layout import plan_layout
+from kvist.cache.spec import key_value
 from kvist.evals import tradeoff
 from kvist.evals.fidelity import FidelityReport, compare, run, summarize, windows
 from kvist.evals.vectors import Agreement, VectorMeter, compare_outputs, decoded
@@ -239,7 +240,7 @@ def test_outputs_by_numpy() -> None:
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(150, heads, 32, generator=generator) for heads in (4, 2, 2))
     noise = torch.randn(2, 128, 2, 32, generator=generator) * 0.3
-    (found,) = compare_outputs(Vectors(q, k, v, 0.2), [(k[:128] + noise[0], v[:128] + noise[1])], 64)
+    (found,) = compare_outputs(Vectors(q, k, v, 0.2, key_value(2, 32)), [(k[:128] + noise[0], v[:128] + noise[1])], 64)
     for head in range(4):
         exact, coded = [], []
         for position in range(64, 150):

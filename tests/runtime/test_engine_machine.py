@@ -1,42 +1,31 @@
 """The engine over a runner without a model, driven at random: wrong KV anywhere shows as a wrong token.
 
-Each written position stores a digest of the digest before it, as it is *read back from the blocks*, and of its token;
-the logits are made of that digest. So a block that was adopted wrongly, copied short, evicted under a reader or written
-by two changes what is drawn. Sealing is imitated as in `tests/cache/test_open_leases.py`. Behind the memory stands a
-kept cache that writes and reads when it is told to, loses blocks, and fails in the middle of a load."""
+Each position shows what it was computed from (see `fake_runner`). So a block that was adopted wrongly, copied
+short, evicted under a reader or written by two changes what is drawn. Behind the memory stands a kept cache that writes
+and reads when it is told to, loses blocks, and fails in the middle of a load."""
 
 from collections import Counter
 from collections.abc import Sequence as Tokens
-from types import SimpleNamespace
 
 import pytest
-import torch
+from fake_runner import BAD, BLOCKS, SIZE, STEP, FakeKept, FakeRunner, alone
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from torch import Tensor
 
-from kvist.base.errors import NumericsError
-from kvist.base.events import CacheEvent, Evicted, Reserved
-from kvist.cache.kept import Fetch, Fetched, KeptCounters, Losses
+from kvist.base.events import Evicted, Reserved
+from kvist.cache import layout as layout_module
+from kvist.cache import windows as windows_module
 from kvist.cache.manager import CacheManager, Lease
-from kvist.cache.pool import BlockPool
-from kvist.cache.record import BlockId, Loss
+from kvist.cache.record import Loss
 from kvist.cache.tree import Node
-from kvist.runtime.batch import Work
+from kvist.cache.windows import WindowGroup
 from kvist.runtime.engine import Engine
 from kvist.runtime.keeper import Keeper
 from kvist.runtime.request import FinishReason, Request, Sampling
-from kvist.runtime.sampler import sample
 from kvist.runtime.scheduler import Scheduler
 from kvist.runtime.sequence import Sequence
 
-SIZE = 4
-BLOCKS = 12
-RUNNING = 4
-STEP = 11  # tokens
-VOCAB = 8
-BAD = VOCAB  # a token whose numbers are not finite
 ONE = st.integers(0, 2**16)
 SETTINGS = settings(max_examples=120, stateful_step_count=40, suppress_health_check=list(HealthCheck))
 
@@ -48,164 +37,11 @@ PROMPTS = st.builds(
 )
 
 
-def digest(before: int, token: int) -> int:
-    return hash((before, token, 17))
-
-
-def logits_of(digest: int) -> Tensor:
-    return torch.tensor([(digest >> (5 * place)) % 7 for place in range(VOCAB)] + [-50], dtype=torch.float32)
-
-
-class FakeRunner:
-    """What the engine knows of a runner, over lists instead of tensors."""
-
-    def __init__(self, manager: type[CacheManager], lossy: bool) -> None:
-        self.events: list[CacheEvent] = []
-        open_pool = BlockPool(2 * RUNNING + 3) if lossy else None
-        self.manager = manager(BlockPool(BLOCKS), SIZE, self.events.append, open_pool)
-        self.manager.make_public([place * place % 3 for place in range(2 * SIZE + 1)])
-        self.widths = SimpleNamespace(most=64)
-        self.sequences = RUNNING
-        self.model = SimpleNamespace(
-            config=SimpleNamespace(max_positions=BLOCKS * SIZE, vocab_size=VOCAB + 1, hidden_size=1),
-            adapters=SimpleNamespace(ids=["tuned"]),
-        )
-        self.blocks: list[list[int | None]] = [[None] * SIZE for _ in range(BLOCKS)]
-        self.open: list[list[int | None]] = [[None] * SIZE for _ in range(open_pool.capacity if open_pool else 0)]
-        self.widest = 0
-        self.store = self
-        self.layout = SimpleNamespace(block_bytes=SIZE)
-
-    def read_block(self, blocks: Tokens[int]) -> list[int | None]:
-        return self.blocks[blocks[0]].copy()
-
-    def write_block(self, blocks: Tokens[int], data: list[int | None]) -> None:
-        assert None not in data
-        self.blocks[blocks[0]] = list(data)
-
-    def run(self, works: Tokens[Work]) -> list[Tensor]:
-        self.widest = max(self.widest, sum(len(work.tokens) for work in works))
-        reserved: list[Lease] = []
-        try:
-            for work in works:
-                copies = self.manager.reserve(work.lease, len(work.tokens))
-                reserved.append(work.lease)
-                for copy in copies:
-                    memory = self.open if copy.open else self.blocks
-                    memory[copy.target] = memory[copy.source].copy()
-            if any(BAD in work.tokens for work in works):
-                raise NumericsError("not finite")
-        except BaseException:
-            for lease in reserved:
-                self.manager.rollback(lease, lease.length)
-            raise
-        rows = [self._write(work.lease, work.tokens, len(work.adapter)) for work in works]
-        for work in works:
-            self.manager.commit(work.lease, len(work.tokens))
-        return [
-            torch.stack([logits_of(d) for d in row])[len(row) - w.logits :] for row, w in zip(rows, works, strict=True)
-        ]
-
-    def _write(self, lease: Lease, tokens: Tokens[int], start: int) -> list[int]:
-        passing: dict[int, list[int | None]] = {}
-        found = []
-        for place, token in enumerate(tokens, lease.length):
-            index, offset = divmod(place, SIZE)
-            before = start if place == 0 else self._read(lease, place - 1, passing)
-            assert before is not None, "a position that nobody has written"
-            value = digest(before, token)
-            if self.manager.open_pool is None:
-                self.blocks[lease.table[index]][offset] = value
-            else:
-                block = (
-                    self.open[lease.open[index]] if index in lease.open else passing.setdefault(index, [None] * SIZE)
-                )
-                block[offset] = value
-                if offset == SIZE - 1:
-                    self.blocks[lease.table[index]] = block.copy()
-            found.append(value)
-        return found
-
-    def _read(self, lease: Lease, place: int, passing: dict[int, list[int | None]]) -> int | None:
-        index, offset = divmod(place, SIZE)
-        if index in lease.open:
-            return self.open[lease.open[index]][offset]
-        return passing[index][offset] if index in passing else self.blocks[lease.table[index]][offset]
-
-
-class FakeKept:
-    """What the keeper knows of a kept cache. Nothing is written or read but by `write` and `read`."""
-
-    def __init__(self) -> None:
-        self.tiers = ("fake",)
-        self.rivals = ()
-        self.losses = Losses(KeptCounters())
-        self.records: dict[str, list[int | None]] = {}
-        self.queue: dict[str, list[int | None]] = {}
-        self.fetches: list[Fetch] = []
-        self.room = 3
-        self.hits = 0
-
-    @property
-    def has_room(self) -> bool:
-        return len(self.queue) < self.room
-
-    def has(self, block: BlockId) -> bool:
-        return block.name in self.records
-
-    def is_kept(self, block: BlockId) -> bool:
-        return block.name in self.records or block.name in self.queue
-
-    def save(self, block: BlockId, payload: list[int | None], until: float) -> None:
-        self.queue[block.name] = payload
-
-    def pin(self, blocks: Tokens[str], until: float) -> None:
-        pass
-
-    def fetch(self, blocks: Tokens[BlockId], start: int) -> Fetch:
-        self.fetches.append(Fetch(blocks, start))
-        return self.fetches[-1]
-
-    def take(self, fetch: Fetch) -> Fetched:
-        fetch.taken += 1
-        return fetch.ready.popleft()
-
-    def cancel(self, fetch: Fetch) -> None:
-        fetch.cancelled = True
-        fetch.ready.clear()
-
-    def wait(self, fetches: Tokens[Fetch], seconds: float) -> None:
-        self.read(1)
-
-    def write(self, count: int) -> None:
-        for name in list(self.queue)[:count]:
-            self.records[name] = self.queue.pop(name)
-
-    def read(self, count: int) -> None:
-        self.fetches = [fetch for fetch in self.fetches if not fetch.done and not fetch.cancelled]
-        for fetch in self.fetches:
-            for block in fetch.blocks[fetch.read : fetch.read + count]:
-                fetch.read += 1
-                fetch.done = fetch.read == len(fetch.blocks)
-                if block.name not in self.records:
-                    fetch.done = True
-                    break
-                self.hits += 1
-                fetch.ready.append(Fetched(block, self.records[block.name].copy(), "fake"))  # type: ignore[arg-type]
-
-
-def alone(request: Request) -> list[int]:
-    """What a request draws, from nothing."""
-    tokens, value = list(request.prompt), len(request.adapter)
-    for token in tokens:
-        value = digest(value, token)
-    while len(tokens) - len(request.prompt) < request.max_tokens and len(tokens) <= BLOCKS * SIZE:
-        token = sample(logits_of(value), request.sampling, len(tokens))
-        tokens.append(token)
-        value = digest(value, token)
-        if token in request.stop_ids:
-            break
-    return tokens[len(request.prompt) :]
+@pytest.fixture(autouse=True)
+def _little_slack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts here are so short that windows would never move on otherwise."""
+    for module in (layout_module, windows_module):
+        monkeypatch.setattr(module, "SLACK", SIZE)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -215,10 +51,11 @@ class EngineMachine(RuleBasedStateMachine):
         scheduler: type[Scheduler],
         keeper: type[Keeper],
         lossy: bool,
+        windows: Tokens[int],
         seen: Counter[str],
     ) -> None:
         super().__init__()
-        self.runner = FakeRunner(manager, lossy)
+        self.runner = FakeRunner(manager, lossy, windows)
         self.kept = FakeKept()
         self.engine = Engine(self.runner, STEP, self.kept)  # type: ignore[arg-type]
         self.engine.scheduler.__class__ = scheduler
@@ -326,9 +163,10 @@ class EngineMachine(RuleBasedStateMachine):
         manager = self.runner.manager
         assert not list(manager.leases)
         assert manager.available == BLOCKS
+        self.seen["lost by a window"] += any(-1 in node.windows for node in manager.tree.nodes())
         manager.tree.clear()
         manager.check()
-        assert manager.pool.free == BLOCKS
+        assert all(pool.free == pool.capacity for pool in (manager.pool, *(group.pool for group in manager.windows)))
         self.seen["read"] += self.kept.hits
         events = self.runner.events
         self.seen["preempted"] += self.engine.scheduler.preemptions
@@ -341,7 +179,7 @@ class EngineMachine(RuleBasedStateMachine):
                 self.told[drawn.sequence].append(drawn.token)
 
     def _compare(self, sequence: Sequence) -> None:
-        expected = alone(sequence.request)
+        expected = alone(sequence.request, [group.window.size for group in self.runner.manager.windows])
         self.seen["restored"] += sequence.cached.tiers["fake"] > 0
         self.seen["lost"] += sequence.loss is not None
         assert sequence.lease is None or sequence.lease.released
@@ -369,16 +207,19 @@ def drive(
     scheduler: type[Scheduler],
     keeper: type[Keeper],
     lossy: bool,
+    windows: Tokens[int] = (),
     chosen: settings = SETTINGS,
 ) -> Counter[str]:
     seen: Counter[str] = Counter()
-    run_state_machine_as_test(lambda: EngineMachine(manager, scheduler, keeper, lossy, seen), settings=chosen)
+    run_state_machine_as_test(lambda: EngineMachine(manager, scheduler, keeper, lossy, windows, seen), settings=chosen)
     return seen
 
 
-@pytest.mark.parametrize("lossy", [False, True])
-def test_whatever_comes_each_draws_what_it_draws_alone(lossy: bool) -> None:
-    seen = drive(CacheManager, Scheduler, Keeper, lossy)
+@pytest.mark.parametrize("windows", [(), (3, 6)], ids=["", "windows"])
+@pytest.mark.parametrize("lossy", [False, True], ids=["exact", "lossy"])
+def test_whatever_comes_each_draws_what_it_draws_alone(lossy: bool, windows: Tokens[int]) -> None:
+    chosen = settings(SETTINGS, max_examples=240) if windows else SETTINGS
+    seen = drive(CacheManager, Scheduler, Keeper, lossy, windows, chosen)
     wanted = (
         "choices",
         "cancelled",
@@ -393,8 +234,9 @@ def test_whatever_comes_each_draws_what_it_draws_alone(lossy: bool) -> None:
         "restored",
         "lost",
         "public",
+        *(["lost by a window"] if windows else []),
     )
-    assert min(seen[what] for what in wanted) > 10, seen
+    assert min(seen[what] for what in wanted) > 5, seen
 
 
 class CopiesNothing(CacheManager):
@@ -428,7 +270,33 @@ class ForgetsWhoWasPreempted(Scheduler):
 class CopiesAnotherBlock(Keeper):
     def _hand_over(self, node: Node) -> None:
         todo = self._unwritten.pop(node)
-        self.kept.save(todo.block, self._store.read_block([node.block ^ 1]), todo.until)
+        self.kept.save(todo.block, self._store.read_block([node.block ^ 1, *node.windows]), todo.until)
+
+
+class SeesTooLittle(WindowGroup):
+    """Forgets the oldest block that is still seen."""
+
+    def needed(self, length: int) -> list[int]:
+        return super().needed(length)[1:]
+
+
+class AdoptsWhatIsGone(WindowGroup):
+    def fits(self, lease: Lease, start: int, nodes: Tokens[Node]) -> bool:
+        return True
+
+
+class CopiesNoWindow(WindowGroup):
+    def reserve(self, lease: Lease, first: int, end: int) -> list[tuple[int, int]]:
+        super().reserve(lease, first, end)
+        return []
+
+
+class KeepsAnotherBlock(WindowGroup):
+    """Publishes a lease's block under the node of the next."""
+
+    def publish(self, lease: Lease, index: int, node: Node) -> None:
+        if node.windows[self.place] < 0 and index in lease.windows[self.place]:
+            super().publish(lease, index - 1 if index - 1 in lease.windows[self.place] else index, node)
 
 
 @pytest.mark.parametrize(
@@ -446,4 +314,17 @@ def test_the_machine_notices_what_is_broken(
 ) -> None:
     unshrunk = settings(SETTINGS, phases=[Phase.generate], print_blob=False)
     with pytest.raises((Exception, ExceptionGroup)):
-        drive(manager, scheduler, keeper, False, unshrunk)
+        drive(manager, scheduler, keeper, False, (), unshrunk)
+
+
+@pytest.mark.parametrize("group", [SeesTooLittle, AdoptsWhatIsGone, CopiesNoWindow, KeepsAnotherBlock])
+def test_the_machine_notices_what_is_broken_of_windows(group: type[WindowGroup]) -> None:
+    class Broken(CacheManager):
+        def __init__(self, *arguments: object, **options: object) -> None:
+            super().__init__(*arguments, **options)  # type: ignore[arg-type]
+            for one in self.windows:
+                one.__class__ = group
+
+    unshrunk = settings(SETTINGS, phases=[Phase.generate], print_blob=False)
+    with pytest.raises((Exception, ExceptionGroup)):
+        drive(Broken, Scheduler, Keeper, False, (3, 6), unshrunk)

@@ -23,7 +23,7 @@ from kvist.runtime.engine import Engine
 from kvist.runtime.request import FinishReason, Request, Sampling
 from kvist.runtime.runner import Runner
 from kvist.runtime.sequence import Sequence
-from oracle import LLAMA, make_runner, tokens_of
+from oracle import LATENT, LLAMA, SHARED_AND_TIED, make_runner, tokens_of
 
 TALL = replace(LLAMA, head_dim=32)
 BUDGET = 1 << 30
@@ -94,39 +94,6 @@ def test_layers_with_windows_come_back_as_well(kv: str, windows: tuple[int, ...]
     once_more = again.ask([*prompt, 5, 6, 7])
     assert sum(once_more.cached.tiers.values()) >= 384
     again.end()
-
-
-TINY = {
-    "vocab_size": 67,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 1024,
-}
-SHARED_AND_TIED = TINY | {
-    "model_type": "gemma4_text",
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "global_head_dim": 64,
-    "attention_k_eq_v": True,
-    "num_kv_shared_layers": 2,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 67,
-    "sliding_window": 100,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-}
-LATENT = TINY | {
-    "model_type": "deepseek_v2",
-    "kv_lora_rank": 64,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 32,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-}
 
 
 @pytest.mark.parametrize("kv", ["fp32", "turbo4"])

@@ -12,7 +12,7 @@ from kvist.cli.options import Dtype, Json, Model, note, print_json
 from kvist.cli.run import INTERRUPTED
 
 if TYPE_CHECKING:
-    from kvist.evals.calibrate import CalibrationReport
+    from kvist.evals.calibrate import CalibrationReport, Candidate
     from kvist.service.loaded import Loaded
 
 
@@ -83,21 +83,31 @@ def _print(report: "CalibrationReport") -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     title = f"{report.model} · {report.text}, {report.tokens:,} tokens · at least {report.threshold}"
     layers = Table(title=title, title_justify="left")
-    for column in ("layer", "mean of keys / σ", "drift / σ", "keys", "scores", "output", "values", "output"):
-        layers.add_column(column, justify="left" if column in ("keys", "values") else "right")
+    for column in ("layer", "stream", "mean / σ", "drift / σ", "codec", "scores", "output"):
+        layers.add_column(column, justify="left" if column in ("stream", "codec") else "right")
     for layer in report.layers:
-        k, v, means = layer.k, layer.v, (f"{layer.mean:.2f}", f"{layer.drift:.2f}")
-        found = (k.codec, f"{k.correlation:.4f}", f"{k.output:.4f}", v.codec, f"{v.output:.4f}")
-        layers.add_row(str(layer.layer), *means, *found)
+        place = ", ".join(map(str, (layer.layer, *layer.readers)))
+        for name, stream in layer.streams.items():
+            means = ("" if number is None else f"{number:.2f}" for number in (stream.mean, stream.drift))
+            layers.add_row(place, name, *means, stream.chosen.codec, *_numbers(stream.chosen))
+            place = ""
     console.print(layers)
     codecs = Table(title="the worst layer under each codec", title_justify="left")
     codecs.add_column("codec")
-    for column in ("bits/value", "keys: scores", "keys: output", "values: output"):
-        codecs.add_column(column, justify="right")
-    for k, v in report.worst():
-        found = (f"{k.correlation:.4f}", f"{k.output:.4f}", f"{v.output:.4f}")
-        codecs.add_row(k.codec, f"{k.bits:.3g}", *found)
+    codecs.add_column("bits/value", justify="right")
+    worst = report.worst()
+    for name in worst:
+        codecs.add_column(f"{name}: scores", justify="right")
+        codecs.add_column(f"{name}: output", justify="right")
+    for row in zip(*worst.values(), strict=True):
+        bits = max(found.bits for found in row)
+        codecs.add_row(row[0].codec, f"{bits:.3g}", *(number for found in row for number in _numbers(found)))
     console.print(codecs)
     console.print(
         f"{report.proposal}: {report.bits_per_value:.3g} bits a value, {format_bytes(report.bytes_per_token)} a token"
     )
+
+
+def _numbers(found: "Candidate") -> tuple[str, str]:
+    """Of scores and of output."""
+    return "" if found.correlation is None else f"{found.correlation:.4f}", f"{found.output:.4f}"

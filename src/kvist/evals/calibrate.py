@@ -3,7 +3,8 @@
 Two numbers speak for a codec in a layer, each of its worst head. The correlation of exact and coded scores: of what can
 be known of keys alone, it tells best whether a model survives. And what attention's output keeps of its variance, which
 weighs an error as the layer's own softmax does: where attention is sharp, keys need more than their scores show. Keys
-have to hold both above the threshold, values the second.
+have to hold both above the threshold, values the second; a stream that keys are made of and values are too, both. What
+several layers read is measured with the queries of all of them.
 
 The default of 0.99 leaves noise of about a hundredth of the signal. Mean KL divergence under it, beside uniform codecs
 of about its size: the bundled model 0.0015 at 3.1 bits (turbo3 0.0009 at 3.25, turbo2.5 0.0026 at 2.75); the recall
@@ -13,7 +14,7 @@ bits for 0.0020, 0.00021 and 0.011. (`kvist fidelity` on the last tenth of Tiny 
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 
@@ -24,7 +25,7 @@ from kvist.cache.calibration import Calibration, StreamStatistics
 from kvist.cache.choice import parse_choice
 from kvist.cache.codecs import CODECS, FP16, bits_per_value
 from kvist.cache.layout import BLOCK_SIZE, Layout, StreamLayout, plan_layout
-from kvist.cache.spec import Reading
+from kvist.cache.spec import Reading, Role
 from kvist.evals.vectors import compare_outputs, compare_scores, decoded
 from kvist.service.calibration import Vectors, measure, model_digest, observe
 from kvist.service.loaded import Loaded
@@ -38,8 +39,8 @@ _THIRDS = 3
 class Candidate:
     """One codec for one stream of one layer, at `bits` per value.
 
-    Of its worst head: `output`, 1 less the mean squared error of attention's output, relative to its variance; for keys
-    also `correlation`, of exact and coded scores.
+    Of the worst head of any layer that reads it: `output`, 1 less the mean squared error of attention's output,
+    relative to its variance; for a stream that keys are made of also `correlation`, of exact and coded scores.
     """
 
     codec: str
@@ -57,23 +58,35 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class LayerFinding:
-    """One layer. Lengths of means are in units of the root mean square of the distance of a head's keys from their
+class StreamFinding:
+    """One stream of one layer. `tried`: all candidates, cheapest first; `chosen`: the proposed one.
+
+    Of a stream of keys, lengths of means in units of the root mean square of the distance of a head's keys from their
     mean. `mean`: of the mean key of the worst head. `drift`: of the way from there to the mean key of a third of the
-    text, worst third and head. `keys`, `values`: all candidates, cheapest first; `k`, `v`: the proposed ones.
+    text, worst third and head.
     """
 
-    layer: int
-    mean: float
-    drift: float
-    keys: list[Candidate]
-    values: list[Candidate]
-    k: Candidate
-    v: Candidate
+    tried: list[Candidate]
+    chosen: Candidate
+    mean: float | None = None
+    drift: float | None = None
 
     def to_json(self) -> dict[str, object]:
-        tried = {"keys": [k.to_json() for k in self.keys], "values": [v.to_json() for v in self.values]}
-        return asdict(self) | {"k": self.k.codec, "v": self.v.codec} | tried
+        means = {} if self.mean is None else {"mean": self.mean, "drift": self.drift}
+        return {"codec": self.chosen.codec, **means, "tried": [found.to_json() for found in self.tried]}
+
+
+@dataclass(frozen=True)
+class LayerFinding:
+    """One layer that keeps streams of its own, by name. `readers`: other layers that read them."""
+
+    layer: int
+    readers: list[int]
+    streams: dict[str, StreamFinding]
+
+    def to_json(self) -> dict[str, object]:
+        streams = {name: stream.to_json() for name, stream in self.streams.items()}
+        return {"layer": self.layer, "readers": self.readers, "streams": streams}
 
 
 @dataclass(frozen=True)
@@ -89,11 +102,13 @@ class CalibrationReport:
     bytes_per_token: float
     layers: list[LayerFinding]
 
-    def worst(self) -> list[tuple[Candidate, Candidate]]:
-        """For each codec, as keys and as values, the least of each number over the layers."""
-        keys = zip(*(layer.keys for layer in self.layers), strict=True)
-        values = zip(*(layer.values for layer in self.layers), strict=True)
-        return [(_worst(k), _worst(v)) for k, v in zip(keys, values, strict=True)]
+    def worst(self) -> dict[str, list[Candidate]]:
+        """For each stream and each codec, the least of each number over the layers."""
+        tried: dict[str, list[list[Candidate]]] = {}
+        for layer in self.layers:
+            for name, stream in layer.streams.items():
+                tried.setdefault(name, []).append(stream.tried)
+        return {name: _worst(layers) for name, layers in tried.items()}
 
     def to_json(self) -> dict[str, object]:
         return asdict(self) | {"layers": [layer.to_json() for layer in self.layers]}
@@ -115,20 +130,22 @@ def calibrate(
         raise RequestError(f"a threshold lies between 0 and 1, got {threshold}")
     if len(tokens) < SHORTEST:
         raise RequestError(f"a calibration needs at least {SHORTEST} tokens; the text has {len(tokens):,}")
-    specs = loaded.config.layer_specs()
-    if any(spec.source is not None or spec.reading is not Reading.APART for spec in specs):
-        raise ConfigError("kvist calibrate proposes codecs where every layer keeps keys and values, apart, of its own")
     watch("means")
     calibration = measure(loaded.model, tokens, model_digest(loaded.model))
     layouts = _candidates(loaded, calibration)
-    findings: list[LayerFinding] = []
+    measured = _Measured(layouts, calibration, threshold)
 
     def see(layer: int, seen: Vectors) -> None:
         watch(f"layer {layer} of {loaded.config.layers}")
-        findings.append(_finding(layer, seen, layouts, calibration, threshold))
+        measured.see(layer, seen)
 
     observe(loaded.model, tokens, see)
-    proposal = compact([(finding.k.codec, finding.v.codec) for finding in findings])
+    findings = measured.findings()
+    assignment: dict[str, dict[int, str]] = {}
+    for finding in findings:
+        for name, stream in finding.streams.items():
+            assignment.setdefault(name, {})[finding.layer] = stream.chosen.codec
+    proposal = compact(assignment)
     calibration = replace(calibration, proposal=proposal)
     layout = plan_layout(
         loaded.config.layer_specs(), parse_choice(proposal), full=loaded.layout.full, calibration=calibration
@@ -162,37 +179,70 @@ def _candidates(loaded: Loaded, calibration: Calibration) -> list[Layout]:
     return [*sorted(found, key=lambda layout: layout.bits_per_value), own]
 
 
-def _finding(
-    layer: int, seen: Vectors, layouts: Sequence[Layout], calibration: Calibration, threshold: float
-) -> LayerFinding:
-    size = layouts[0].block_size
-    keys, values = zip(*(layout.layers[layer].streams for layout in layouts), strict=True)
-    exact_k, exact_v = seen.k.float(), seen.v.float()
-    coded_k = [decoded(stream, seen.k, size) for stream in keys]
-    coded_v = [decoded(stream, seen.v, size) for stream in values]
-    scores = compare_scores(seen, coded_k, size)
-    outputs = compare_outputs(seen, [(k, exact_v) for k in coded_k] + [(exact_k, v) for v in coded_v], size)
-    of_k, of_v = outputs[: len(keys)], outputs[len(keys) :]
-    k = [
-        _candidate(stream, size, output.kept(), score.correlation())
-        for stream, output, score in zip(keys, of_k, scores, strict=True)
+class _Measured:
+    """What each of `layouts` does to each stream; `see` is called layer by layer."""
+
+    def __init__(self, layouts: Sequence[Layout], calibration: Calibration, threshold: float) -> None:
+        self._layouts = layouts
+        self._calibration = calibration
+        self._threshold = threshold
+        self._specs = [layer.spec for layer in layouts[0].layers]
+        # By layer and stream: the candidates, as each layer that reads it finds them, and of keys mean and drift.
+        self._tried: dict[tuple[int, str], list[list[Candidate]]] = {}
+        self._means: dict[tuple[int, str], tuple[float, float]] = {}
+
+    def see(self, layer: int, seen: Vectors) -> None:
+        source = self._specs[layer].source
+        owner = layer if source is None else source
+        for place, stream in enumerate(self._specs[owner].streams):
+            key = owner, stream.name
+            found = _candidates_of(seen, place, [layout.layers[owner].streams[place] for layout in self._layouts])
+            self._tried.setdefault(key, []).append(found)
+            if owner == layer and stream.role is Role.KEYS:
+                self._means[key] = mean_and_drift(seen.streams[place], self._calibration.streams[layer][stream.name])
+
+    def findings(self) -> list[LayerFinding]:
+        """Of the layers that keep something, in order."""
+        found = []
+        for layer, spec in enumerate(self._specs):
+            if spec.source is not None:
+                continue
+            readers = [number for number, other in enumerate(self._specs) if other.source == layer]
+            streams = {stream.name: self._stream((layer, stream.name)) for stream in spec.streams}
+            found.append(LayerFinding(layer, readers, streams))
+        return found
+
+    def _stream(self, key: tuple[int, str]) -> StreamFinding:
+        tried = _worst(self._tried[key])
+        return StreamFinding(tried, _cheapest(tried, self._threshold), *self._means.get(key, ()))
+
+
+def _candidates_of(seen: Vectors, place: int, layouts: Sequence[StreamLayout]) -> list[Candidate]:
+    """Each of `layouts` for the stream at `place` of one layer, beside its other streams as they are."""
+    sides = []
+    for layout in layouts:
+        streams = [stream.float() for stream in seen.streams]
+        streams[place] = decoded(layout, streams[place], BLOCK_SIZE)
+        sides.append(seen.sides([stream[: len(streams[place])] for stream in streams]))
+    outputs = [output.kept().min() for output in compare_outputs(seen, sides, BLOCK_SIZE)]
+    correlations: list[float | None] = [None] * len(layouts)
+    if place == 0 or seen.spec.reading is Reading.JOINED:  # keys are made of it
+        found = compare_scores(seen, [keys for keys, _ in sides], BLOCK_SIZE)
+        correlations = [float(of.correlation().min()) for of in found]
+    return [
+        Candidate(of.codec.name, bits_per_value(of.codec, of.stream, BLOCK_SIZE), float(output), correlation)
+        for of, output, correlation in zip(layouts, outputs, correlations, strict=True)
     ]
-    v = [_candidate(stream, size, output.kept()) for stream, output in zip(values, of_v, strict=True)]
-    mean, drift = mean_and_drift(seen.k, calibration.streams[layer]["k"])
-    return LayerFinding(layer, mean, drift, k, v, _cheapest(k, threshold), _cheapest(v, threshold))
 
 
-def _candidate(stream: StreamLayout, block_size: int, kept: Tensor, correlation: Tensor | None = None) -> Candidate:
-    bits = bits_per_value(stream.codec, stream.stream, block_size)
-    worst = None if correlation is None else float(correlation.min())
-    return Candidate(stream.codec.name, bits, float(kept.min()), worst)
-
-
-def _worst(candidates: Sequence[Candidate]) -> Candidate:
-    """Of one codec in several layers."""
-    correlations = [found.correlation for found in candidates if found.correlation is not None]
-    output = min(found.output for found in candidates)
-    return replace(candidates[0], output=output, correlation=min(correlations, default=None))
+def _worst(tried: Sequence[Sequence[Candidate]]) -> list[Candidate]:
+    """For each codec the least of each number, and the most bits, over several lists of the same codecs."""
+    found = []
+    for same in zip(*tried, strict=True):
+        correlations = [one.correlation for one in same if one.correlation is not None]
+        bits, output = max(one.bits for one in same), min(one.output for one in same)
+        found.append(Candidate(same[0].codec, bits, output, min(correlations, default=None)))
+    return found
 
 
 def _cheapest(candidates: Sequence[Candidate], threshold: float) -> Candidate:
@@ -211,16 +261,14 @@ def mean_and_drift(keys: Tensor, statistics: StreamStatistics) -> tuple[float, f
     return float((statistics.mean.norm(dim=-1) / unit).max()), drift
 
 
-def compact(assignment: Sequence[tuple[str, str]]) -> str:
-    """The codecs of keys and values, layer by layer, as `parse_choice` reads them: what most layers have, then the
-    layers that have another one."""
-    streams = {"k": [k for k, _ in assignment], "v": [v for _, v in assignment]}
-    usual = {name: Counter(codecs).most_common(1)[0][0] for name, codecs in streams.items()}
-    parts = [f"{name}={codec}" for name, codec in usual.items()]
-    if usual["k"] == usual["v"]:
-        parts = [usual["k"]]
-    for name, codecs in streams.items():
-        for codec, layers in groupby(range(len(codecs)), key=lambda layer, codecs=codecs: codecs[layer]):
+def compact(assignment: Mapping[str, Mapping[int, str]]) -> str:
+    """The codecs of each stream by layer, of those that have it, as `parse_choice` reads them: what most layers have,
+    then the layers that have another one."""
+    usual = {name: Counter(codecs.values()).most_common(1)[0][0] for name, codecs in assignment.items()}
+    same = len(set(usual.values())) == 1
+    parts = [*dict.fromkeys(usual.values())] if same else [f"{name}={codec}" for name, codec in usual.items()]
+    for name, codecs in assignment.items():
+        for codec, layers in groupby(sorted(codecs), key=codecs.__getitem__):
             run = list(layers)
             if codec != usual[name]:
                 where = f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}"

@@ -1,7 +1,9 @@
 """What codecs do to the keys and values that a model makes of a text, as its own queries see them.
 
-A query sees the tokens before its own block through the codecs, and only those are looked at here. What a softmax
-cannot see is no error: a score that all keys share is taken off, query by query, before scores are compared.
+A query sees the tokens before its own block through the codecs, and only those are looked at here, as far as its
+layer's window goes. Where keys are no stream of their own they are made of what the codecs leave, as attention makes
+them. What a softmax cannot see is no error: a score that all keys share is taken off, query by query, before scores are
+compared.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,9 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvist.base.errors import ConfigError
 from kvist.cache.layout import Layout, StreamLayout
-from kvist.cache.spec import Reading
+from kvist.cache.spec import LayerSpec, window_of
 from kvist.service.calibration import Vectors
 
 
@@ -69,25 +70,29 @@ def decoded(stream: StreamLayout, x: Tensor, block_size: int) -> Tensor:
 
 
 def compare_scores(seen: Vectors, coded: Sequence[Tensor], block_size: int) -> list[Agreement]:
-    """Scores q.k of each query with the keys of earlier blocks, against those with each of `coded` keys
+    """Scores of each query with the keys that it sees of earlier blocks, against those with each of `coded` keys
     `[whole blocks, kv_heads, D]`; each query's mean score taken off. By query head."""
+    keys, _ = seen.sides(seen.streams)
     found = [Agreement.nothing(seen.q.shape[1]) for _ in coded]
     for start, rows in _queries(seen, block_size):
-        exact = _scores(rows, seen.k[:start].float())
-        for index, keys in enumerate(coded):
-            found[index] += Agreement.of(exact, _scores(rows, keys[:start]))
+        exact = _scores(rows, start, seen, keys[:start])
+        for index, other in enumerate(coded):
+            found[index] += Agreement.of(exact, _scores(rows, start, seen, other[:start]))
     return found
 
 
 def compare_outputs(seen: Vectors, coded: Sequence[tuple[Tensor, Tensor]], block_size: int) -> list[Agreement]:
-    """Attention's output for the queries that see earlier blocks, own block included, against that with each pair of
-    keys and values `[whole blocks, kv_heads, D]` in those; each channel's mean over a block of queries taken off. By
+    """Attention's output for the queries behind a whole block, own block included, against that with each pair of keys
+    and values `[whole blocks, kv_heads, D]` in earlier ones; each channel's mean over a block of queries taken off. By
     query head."""
+    sides = seen.sides(seen.streams)
     found = [Agreement.nothing(seen.q.shape[1]) for _ in coded]
     for start, rows in _queries(seen, block_size):
-        exact = _outputs(rows, seen, start, seen.k[:start].float(), seen.v[:start].float())
-        for index, (keys, values) in enumerate(coded):
-            found[index] += Agreement.of(exact, _outputs(rows, seen, start, keys[:start], values[:start]))
+        own = slice(start, start + rows.shape[2])
+        exact = _outputs(rows, start, seen, *(x[: own.stop] for x in sides))
+        for index, pair in enumerate(coded):
+            mixed = (torch.cat((x[:start], side[own])) for x, side in zip(pair, sides, strict=True))
+            found[index] += Agreement.of(exact, _outputs(rows, start, seen, *mixed))
     return found
 
 
@@ -95,9 +100,9 @@ def compare_outputs(seen: Vectors, coded: Sequence[tuple[Tensor, Tensor]], block
 class VectorScore:
     """One choice of codecs. Means and worsts are over layers and heads.
 
-    `distortion_k`, `distortion_v`: mean squared error of a head's keys, relative to their variance, and of its values,
-    relative to their mean square. `bias`: mean over heads of `Agreement.bias` of the scores.
-    `logit_correlation_worst`: of the scores of one head, in layer `logit_correlation_layer`.
+    `distortion_k`, `distortion_v`: mean squared error of a head's keys, as attention has them, relative to their
+    variance, and of its values, relative to their mean square. `bias`: mean over heads of `Agreement.bias` of the
+    scores. `logit_correlation_worst`: of the scores of one head, in layer `logit_correlation_layer`.
     """
 
     distortion_k: float
@@ -117,29 +122,24 @@ class VectorMeter:
     def __init__(self, layouts: Sequence[Layout]) -> None:
         self._layouts = layouts
         specs = [layer.spec for layer in layouts[0].layers]
-        # Where keys and values are streams of their own.
-        self._layers = [n for n, spec in enumerate(specs) if spec.streams and spec.reading is Reading.APART]
-        if not self._layers:
-            raise ConfigError("the vectors of a cache are compared where layers keep keys and values, which none does")
-        heads = {n: specs[n].streams[0].heads for n in self._layers}
-        self._errors = [{n: torch.zeros(2, heads[n], dtype=torch.float64) for n in self._layers} for _ in layouts]
-        self._energy = {n: torch.zeros(2, heads[n], dtype=torch.float64) for n in self._layers}
+        self._owners = [number if spec.source is None else spec.source for number, spec in enumerate(specs)]
+        heads = {owner: specs[owner].streams[0].heads for owner in self._owners}
+        self._errors = [{n: torch.zeros(2, heads[n], dtype=torch.float64) for n in heads} for _ in layouts]
+        self._energy = {n: torch.zeros(2, heads[n], dtype=torch.float64) for n in heads}
         self._scores: list[dict[int, Agreement]] = [{} for _ in layouts]
 
     def see(self, layer: int, seen: Vectors) -> None:
         """One window's vectors of one layer."""
-        if layer not in self._energy:
-            return
-        size = self._layouts[0].block_size
-        whole = len(seen.k) // size * size
-        keys, values = seen.k[:whole].float(), seen.v[:whole].float()
-        self._energy[layer] += torch.stack([_energy(_about_mean(keys, 0)), _energy(values)])
-        coded_keys = []
+        size, owner, coded_keys = self._layouts[0].block_size, self._owners[layer], []
+        whole = len(seen.v) // size * size
+        keys, values = seen.sides([x[:whole] for x in seen.streams])
+        if owner == layer:
+            self._energy[layer] += torch.stack([_energy(_about_mean(keys, 0)), _energy(values)])
         for index, layout in enumerate(self._layouts):
-            k, v = (
-                decoded(stream, x, size) for stream, x in zip(layout.layers[layer].streams, (keys, values), strict=True)
-            )
-            self._errors[index][layer] += torch.stack([_energy(k - keys), _energy(v - values)])
+            streams = zip(layout.layers[owner].streams, seen.streams, strict=True)
+            k, v = seen.sides([decoded(stream, x, size) for stream, x in streams])
+            if owner == layer:
+                self._errors[index][layer] += torch.stack([_energy(k - keys), _energy(v - values)])
             coded_keys.append(k)
         for index, found in enumerate(compare_scores(seen, coded_keys, size)):
             before = self._scores[index].get(layer)
@@ -150,15 +150,15 @@ class VectorMeter:
         return [self._score(index) for index in range(len(self._layouts))]
 
     def _score(self, index: int) -> VectorScore:
-        relative = torch.stack([self._errors[index][layer] / self._energy[layer] for layer in self._layers])
-        agreements = [self._scores[index][layer] for layer in self._layers]
+        relative = [self._errors[index][layer] / energy for layer, energy in self._energy.items()]
+        agreements = [self._scores[index][layer] for layer in range(len(self._owners))]
         worst = torch.stack([found.correlation().min() for found in agreements])
         return VectorScore(
-            distortion_k=float(relative[:, 0].mean()),
-            distortion_v=float(relative[:, 1].mean()),
+            distortion_k=float(torch.cat([of[0] for of in relative]).mean()),
+            distortion_v=float(torch.cat([of[1] for of in relative]).mean()),
             bias=float(torch.cat([found.bias() for found in agreements]).mean()),
             logit_correlation_worst=float(worst.min()),
-            logit_correlation_layer=self._layers[int(worst.argmin())],
+            logit_correlation_layer=int(worst.argmin()),
         )
 
 
@@ -167,22 +167,35 @@ def _queries(seen: Vectors, block_size: int) -> Iterator[tuple[int, Tensor]]:
     `[kv_heads, queries of a head, rows, D]` float32."""
     for start in range(block_size, len(seen.q), block_size):
         rows = seen.q[start : start + block_size].float()
-        yield start, rows.unflatten(1, (seen.k.shape[1], -1)).permute(1, 2, 0, 3)
+        yield start, rows.unflatten(1, (seen.v.shape[1], -1)).permute(1, 2, 0, 3)
 
 
-def _scores(rows: Tensor, keys: Tensor) -> Tensor:
-    """`[heads, rows, keys]`, about each query's mean."""
-    return _about_mean((rows @ keys.permute(1, 2, 0)[:, None]).flatten(0, 1), -1)
+def _scores(rows: Tensor, start: int, seen: Vectors, keys: Tensor) -> Tensor:
+    """Of queries from `start` on with keys from 0 on `[heads, rows, keys]`, about the mean of what each query sees of
+    them; 0 for what it does not."""
+    visible = _visible(seen.spec, start, rows.shape[2], len(keys))
+    scores = _capped(rows, keys, seen).where(visible, 0.0)
+    mean = scores.sum(-1, keepdim=True) / visible.sum(-1, keepdim=True).clamp(min=1)
+    return (scores - mean).where(visible, 0.0).flatten(0, 1)
 
 
-def _outputs(rows: Tensor, seen: Vectors, start: int, keys: Tensor, values: Tensor) -> Tensor:
-    """`[heads, rows, D]`, about each channel's mean; `keys` and `values` are those of earlier blocks."""
-    end = start + rows.shape[2]
-    k = torch.cat((keys, seen.k[start:end].float())).permute(1, 2, 0)[:, None]
-    v = torch.cat((values, seen.v[start:end].float())).transpose(0, 1)[:, None]
-    hidden = torch.ones(end - start, end, dtype=torch.bool).triu(start + 1)
-    weights = (rows @ k * seen.scale).masked_fill(hidden, -torch.inf).softmax(-1)
-    return _about_mean(weights @ v, -2).flatten(0, 1)
+def _outputs(rows: Tensor, start: int, seen: Vectors, keys: Tensor, values: Tensor) -> Tensor:
+    """Of queries from `start` on over keys and values from 0 on `[heads, rows, D]`, about each channel's mean."""
+    visible = _visible(seen.spec, start, rows.shape[2], len(keys))
+    weights = _capped(rows, keys, seen).masked_fill(~visible, -torch.inf).softmax(-1)
+    return _about_mean(weights @ values.transpose(0, 1)[:, None], -2).flatten(0, 1)
+
+
+def _capped(rows: Tensor, keys: Tensor, seen: Vectors) -> Tensor:
+    """What the softmax is given, `[kv_heads, queries of a head, rows, keys]`."""
+    scores, cap = rows @ keys.permute(1, 2, 0)[:, None] * seen.scale, seen.spec.softcap
+    return cap * torch.tanh(scores / cap) if cap else scores
+
+
+def _visible(spec: LayerSpec, start: int, rows: int, keys: int) -> Tensor:
+    """Whether each of `rows` queries from `start` on sees each of the keys from 0 on: `[rows, keys]`."""
+    visible, window = torch.ones(rows, keys, dtype=torch.bool).tril(start), window_of(spec.retention)
+    return visible.triu(start + 1 - window) if window else visible
 
 
 def _about_mean(x: Tensor, dim: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from kvist.cache.spec import LayerSpec
 from kvist.cache.step import Tie
 from kvist.models.decoder import Decoder
 from kvist.models.linear import tensors_of
-from kvist.models.plain import PlainView
+from kvist.models.plain import PlainView, keys_of
 from kvist.text.tokenizer import Tokenizer
 
 TEXT = Path(__file__).parent.parent / "bundled" / "calibration.txt"
@@ -30,13 +30,28 @@ _SAMPLE = 64  # numbers of a parameter that its digest reads, at equal distances
 
 @dataclass(frozen=True)
 class Vectors:
-    """What one layer's attention is given: `q` `[T, heads, D]`, `k`, `v` `[T, kv_heads, D]`, and the scale of q.k.
-    `k` is empty where there is one stream, which is `v`."""
+    """What one layer's attention is given: `q` `[T, heads, dim of keys]`, and of its own cache or of the one it reads
+    the first stream `k` and the last one `v`, `[T, kv_heads, dim]` each; `k` is None where there is one. `scale`: of
+    q.k; `spec`: how the streams are read; `tie`: where they are tied."""
 
     q: Tensor
-    k: Tensor
+    k: Tensor | None
     v: Tensor
     scale: float
+    spec: LayerSpec
+    tie: Tie | None = None
+
+    @property
+    def streams(self) -> list[Tensor]:
+        """All streams, in their order."""
+        return [self.v] if self.k is None else [self.k, self.v]
+
+    def sides(self, streams: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The keys and the values, float32, that attention makes of `streams`, which stand for this layer's: the first
+        tokens of each, however many."""
+        *first, last = (stream.float() for stream in streams)
+        positions = torch.arange(len(last))
+        return keys_of(self.spec, first[0] if first else None, last, positions, self.tie), last
 
 
 class _ObservedView(PlainView):
@@ -49,33 +64,39 @@ class _ObservedView(PlainView):
         self._read = read
 
     def attend(self, q: Tensor, scale: float, tie: Tie | None = None) -> Tensor:
-        self._observe(Vectors(q, torch.empty(0) if self.k is None else self.k, self.v, scale))
+        self._observe(Vectors(q, self.k, self.v, scale, self._spec, tie))
         out = super().attend(q, scale, tie)
         if not self._read:
             self.k, self.v = None, torch.empty(0)
         return out
 
 
-class _Silent(PlainView):
-    """Reads what another layer has written, and shows nothing."""
+class _Reader(PlainView):
+    """Reads what another layer has written, and shows it beside its own queries."""
 
-    def __init__(self, source: PlainView) -> None:
-        super().__init__()
+    def __init__(self, observe: Callable[[Vectors], None], spec: LayerSpec, source: PlainView) -> None:
+        super().__init__(spec=spec)
+        self._observe = observe
         self._source = source
 
     def attend(self, q: Tensor, scale: float, tie: Tie | None = None) -> Tensor:
-        return PlainView.attend(self._source, q, scale, tie)
+        self.k, self.v = self._source.k, self._source.v
+        self._observe(Vectors(q, self.k, self.v, scale, self._spec, tie))
+        return super().attend(q, scale, tie)
 
 
 @torch.inference_mode()
 def observe(model: Decoder, tokens: list[int], see: Callable[[int, Vectors], None]) -> None:
-    """Runs `tokens` once, without a cache; `see` gets the number and the vectors of each layer that has some of its
-    own, in order."""
+    """Runs `tokens` once, without a cache; `see` gets the number and the vectors of each layer, in order, also of those
+    that read another's cache."""
 
     def view(layer: int, spec: LayerSpec) -> PlainView:
+        def show(vectors: Vectors) -> None:
+            see(layer, vectors)
+
         if spec.source is not None:
-            return _Silent(views[spec.source])
-        return _ObservedView(lambda vectors: see(layer, vectors), spec, layer in read)
+            return _Reader(show, spec, views[spec.source])
+        return _ObservedView(show, spec, layer in read)
 
     specs, views = model.config.layer_specs(), list[PlainView]()
     read = {spec.source for spec in specs}
@@ -198,9 +219,9 @@ def measure(model: Decoder, tokens: list[int], digest: str) -> Calibration:
     streams: list[dict[str, StreamStatistics]] = [{} for _ in specs]
 
     def see(layer: int, seen: Vectors) -> None:
-        own = specs[layer].streams
-        vectors = (seen.v,) if len(own) == 1 else (seen.k, seen.v)
-        streams[layer] = {stream.name: statistics(x) for stream, x in zip(own, vectors, strict=True)}
+        own = specs[layer].streams  # none where another layer's are read
+        if own:
+            streams[layer] = {stream.name: statistics(x) for stream, x in zip(own, seen.streams, strict=True)}
 
     observe(model, tokens, see)
     return Calibration(digest, len(tokens), tuple(streams))
