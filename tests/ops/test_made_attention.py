@@ -96,10 +96,7 @@ class Made:
         for q, position in zip(piece.q.double(), range(piece.length - len(piece.q), piece.length), strict=True):
             border = 0 if exact or not self.lossy else position // size * size
             v, *behind = (torch.cat([there[:border], own[border : position + 1]]) for own, there in known)
-            if self.tied:
-                k = self._tied(v)
-            else:
-                k = torch.cat([v, behind[0]], dim=-1)
+            k = self._tied(v) if self.tied else torch.cat([v, behind[0]], dim=-1)
             scores = torch.einsum("hgd,thd->hgt", q.unflatten(0, (k.shape[1], -1)), k) * self.scale
             if self.window:
                 scores[..., : max(0, position + 1 - self.window)] = -torch.inf

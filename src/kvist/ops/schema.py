@@ -48,9 +48,9 @@ starts, lengths, block_size, scale, window)`: the streams as `attend_coded` has 
 back. A token's key is its value [D] and, behind it, its vector of the stream `behind`, q being [T, Hq, D + that one's];
 or, where `tie` is [weight [D], cos, sin [positions / 16, pairs, 16] float32, offsets [S] int32], its value times weight
 with dimension i < pairs rotated with i + D / 2 by its position, which is its place in the sequence plus the sequence's
-offset, a multiple of 16. `own`: nothing, and a query sees what it sees in `attend`; or what this operator gave for own blocks,
-and it sees those and the first p // block_size blocks. The result [T, Hq, D] float32 and its lse [T, Hq] are of all
-that the query sees.
+offset, a multiple of 16. `own`: nothing, and a query sees what it sees in `attend`; or what this operator gave for own
+blocks, and it sees those and the first p // block_size blocks. The result [T, Hq, D] float32 and its lse [T, Hq] are of
+all that the query sees.
 
 `seal(open, planes, coding, frame, keys, sources, targets)`: codes block sources[i] of the plane `open` (as `write`
 fills it) into block targets[i] of `planes` ([N] int64 each), as keys or as values; without a coding it is copied into
