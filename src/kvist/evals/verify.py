@@ -30,10 +30,11 @@ from kvist.service.loaded import Loaded
 
 # Of the largest logit: what rounding alone may do to logits computed, or cached, in that type.
 PLAIN_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# With packed weights activations are rounded to 8 bits, and the last bit of one decides to which number: a hundredth of
+# the largest in its group, and what layers make of it.
+PACKED_TOLERANCE = 6e-2
 # The kernels over codes round queries and weights to bytes; and a key near the border of two codes takes the other one
 # when it differs in its last bit, as it does between the two.
-# With packed weights activations are rounded to 8 bits, and the last bit of one decides to which number.
-PACKED_TOLERANCE = 3e-2
 CODED_TOLERANCE = 1e-1
 
 
@@ -255,9 +256,12 @@ class Verifier:
         ids = torch.tensor(tokens)
         theirs = self.loaded.model.logits(self.loaded.model(ids, torch.arange(len(tokens)), views))
         errors, tolerance = (ours - theirs).abs().amax(1) / theirs.abs().max(), self._tolerance()
-        # Who chooses among experts may choose others after the last bit of rounding: most rows must agree all the same.
-        chooses = any(isinstance(module, Experts) for module in self.loaded.model.modules())
-        name, error = ("median", errors.median()) if chooses else ("largest", errors.max())
+        # Where the last bit decides which code a number takes, or which experts a token, a few rows may come out
+        # otherwise: nine of ten must agree all the same.
+        loaded = self.loaded
+        experts = any(isinstance(module, Experts) for module in loaded.model.modules())
+        decides = experts or loaded.model.is_packed or bool(loaded.layout.open_bytes)
+        name, error = ("nine_in_ten", errors.quantile(0.9)) if decides else ("largest", errors.max())
         error = float(error)
         evidence: dict[str, int | float | str] = {f"{name}_relative_error": error, "tolerance": tolerance}
         return Check("paged = plain attention, nearly", error <= tolerance, len(ours), evidence)
