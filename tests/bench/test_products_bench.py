@@ -23,6 +23,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for module in ("models", "products"):
         monkeypatch.setattr(f"kvist.bench.{module}.shape_named", lambda name: TINY)
     monkeypatch.setattr(products, "_CYCLE_BYTES", 1 << 16)
+    monkeypatch.setattr(products, "_AMOUNT", 1e6)
 
 
 def test_every_product_is_measured_and_held_against_the_other() -> None:

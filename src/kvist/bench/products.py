@@ -27,6 +27,7 @@ _LIBRARY = "onednn"
 # Of a result's root mean square: what 8 bits for weights and rows may change.
 _TOLERANCE = 0.03
 _STEPS = 8  # that are timed together
+_AMOUNT = 2e9  # multiplications and additions that are timed together
 
 
 def run(shapes: Sequence[str], rounds: int, observe: Callable[[str], None]) -> Report:
@@ -141,7 +142,7 @@ def _more_rows(
         if off[1] >= _TOLERANCE:
             report.machine[_LIBRARY] = f"{_LIBRARY}'s products are wrong here: off by {off[1]:.3f}"
         what, amount = f"{shape.name} {part}, {count} rows", 2 * count * outputs * columns
-        repeats = max(1, int(2e9 / amount))
+        repeats = max(1, int(_AMOUNT / amount))
         times = interleave([partial(_repeat, ours, repeats), partial(_repeat, theirs, repeats)], rounds)
         for engine, time in zip(("kvist int8", f"{_LIBRARY} int8"), times, strict=True):
             speed = time.map(lambda s: amount * repeats / s / 1e9)  # noqa: B023
