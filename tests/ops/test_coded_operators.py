@@ -69,8 +69,8 @@ BAD_CALLS = {
     "blocks of the rotation": (lambda a: {"key_coding": replaced(a["key_coding"], 2, 24)}, ValueError, "."),
     "channels": (lambda a: {"value_coding": replaced(a["value_coding"], 3, 24)}, ValueError, "multiple of 16"),
     "bits": (lambda a: {"value_coding": replaced(a["value_coding"], 4, 5)}, ValueError, "bits"),
-    "a level": (lambda a: {"value_coding": replaced(a["value_coding"], 5, -129)}, ValueError, "-128"),
-    "levels": (lambda a: {"value_coding": replaced(a["value_coding"], 6, -128)}, ValueError, "levels ascend"),
+    "a level": (lambda a: {"value_coding": replaced(a["value_coding"], 5, -128)}, ValueError, "-127"),
+    "levels": (lambda a: {"value_coding": replaced(a["value_coding"], 6, -127)}, ValueError, "levels ascend"),
     "codes": (
         lambda a: {"key_planes": replaced(a["key_planes"], 0, a["key_planes"][0][..., :-1])},
         ValueError,

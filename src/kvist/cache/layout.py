@@ -17,7 +17,7 @@ from kvist.cache.spec import SLACK, Full, LayerSpec, Reading, Retention, Role, S
 from kvist.ops.coding import Frame
 
 # Part of the fingerprint: raised whenever the same description comes to mean other bytes.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BLOCK_SIZE = 64  # tokens; a multiple of 16 (vector lanes) that divides 512 (the attention's split)
 # The open blocks that a sequence may hold at once: the one it is filling, and the one that a step goes on to.
 OPEN_BLOCKS = 2

@@ -3,7 +3,7 @@
 A vector is first put in a frame: its mean is subtracted, its channels are put in an order, and it is rotated by blocks
 of a randomized Hadamard matrix (signs, then butterflies, then 1/sqrt(n)). Each of these may be the identity. Then it
 is cut into segments. A segment has one scale per token, and each of its numbers is a code that names one of the
-segment's levels: number = scale * level / 128. Levels are whole numbers from -128 to 127, so that kernels multiply
+segment's levels: number = scale * level / 128. Levels are whole numbers from -127 to 127, so that kernels multiply
 bytes; the rounding of a codebook to them is part of the codec, not an error of a kernel.
 
 | plane  | shape                                 | holds                                                  |
@@ -73,8 +73,8 @@ class Segment:
             raise ValueError(f"a segment has a multiple of 16 channels in 2, 3, 4 or 8 bits, got {self}")
         if len(self.levels) != (0 if self.bits == 8 else 2**self.bits):
             raise ValueError(f"{self.bits}-bit codes name {2**self.bits} levels, got {len(self.levels)}")
-        if list(self.levels) != sorted(set(self.levels)) or any(not -UNIT <= level < UNIT for level in self.levels):
-            raise ValueError(f"levels ascend from at least -128 to at most 127, got {self.levels}")
+        if list(self.levels) != sorted(set(self.levels)) or any(abs(level) >= UNIT for level in self.levels):
+            raise ValueError(f"levels ascend from at least -127 to at most 127, got {self.levels}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from kvist.cache.spec import Stream
 from kvist.ops.coding import Coding, Rule, Segment, rotation_blocks
 
 GROUP = 32
-LEVELS = tuple(range(-128, 128, 16))  # -8 to 7 times 16: scales are then as large as the numbers themselves
+LEVELS = tuple(range(-120, 120, 15))  # -8 to 7 times 15
 
 
 @cache

@@ -1,5 +1,6 @@
 // Sixteen lanes of four bytes, and of one int32: the operands and the sums of an instruction that multiplies four bytes
-// by four and adds them up. Codes become such bytes here: their levels plus 128, since the one operand is unsigned.
+// by four and adds them up. Codes become such bytes here: their levels plus kByteOffset, which is 128 where the one
+// operand is unsigned, and 0 where it is not. Levels are never -128.
 //
 // bytes_avx512.h, bytes_avx2.h and bytes_portable.h give the same integers; vec.h says how one is chosen.
 #pragma once
@@ -12,7 +13,7 @@
 
 namespace kvist {
 
-// Levels plus 128, in tables that an instruction looks up. For 8-bit codes: what they are exclusive-or'ed with.
+// Levels plus an offset, in tables that an instruction looks up. For 8-bit codes: what they are exclusive-or'ed with.
 struct Levels {
   alignas(64) uint8_t table[6][64];
 };
@@ -29,12 +30,12 @@ struct Levels {
 
 namespace kvist {
 
-inline Levels make_levels(const std::array<int8_t, 16>& levels, int64_t bits) {
+inline Levels make_levels(const std::array<int8_t, 16>& levels, int64_t bits, int offset = kByteOffset) {
   Levels result = {};
   uint8_t bytes[16];
-  for (int i = 0; i < 16; i++) bytes[i] = static_cast<uint8_t>(levels[i % (1 << bits)] + 128);
+  for (int i = 0; i < 16; i++) bytes[i] = static_cast<uint8_t>(levels[i % (1 << bits)] + offset);
   if (bits == 8)
-    std::memset(result.table[0], 128, sizeof(result.table[0]));
+    std::memset(result.table[0], offset, sizeof(result.table[0]));
   else
     fill_tables(result, bytes, bits);
   return result;

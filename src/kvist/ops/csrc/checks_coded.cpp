@@ -29,7 +29,7 @@ Segment parse_segment(Flat& flat, int64_t first) {
   TORCH_CHECK_VALUE(segment.dims % 16 == 0, "a segment has a multiple of 16 channels, got ", segment.dims);
   TORCH_CHECK_VALUE(segment.bits <= 4 || segment.bits == 8, "codes have 2, 3, 4 or 8 bits, got ", segment.bits);
   for (int64_t i = 0; segment.bits != 8 && i < 1 << segment.bits; i++) {
-    segment.levels[i] = static_cast<int8_t>(flat.next(-128, 127, "a level"));
+    segment.levels[i] = static_cast<int8_t>(flat.next(-127, 127, "a level"));
     TORCH_CHECK_VALUE(i == 0 || segment.levels[i] > segment.levels[i - 1], "levels ascend, got ",
                       int64_t{segment.levels[i]}, " after ", int64_t{segment.levels[i - 1]});
   }

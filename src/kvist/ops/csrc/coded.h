@@ -44,7 +44,7 @@ class CodedKeys : public Keys {
     int64_t digits;
     Levels levels;
     Buffer<uint8_t> scalars;  // [heads, rows, digits, dims]
-    Buffer<int32_t> start;    // [heads, rows, digits]: what makes up for the 128 in unsigned levels
+    Buffer<int32_t> start;    // [heads, rows, digits]: what makes up for kByteOffset in levels
     Buffer<float> scale;      // [heads, rows]
   };
 

@@ -117,7 +117,7 @@ void CodedKeys::quantize(const Lanes* x, int64_t dims, Part& part, const int64_t
       part.start[row] = 0;
     }
     for (int64_t i = 0; i < dims; i++) scalars[i] = low[i][lane];
-    part.start[row + part.digits - 1] = -128 * totals[lane];
+    part.start[row + part.digits - 1] = -kByteOffset * totals[lane];
     part.scale[rows[lane]] = scale[lane];
   }
 }

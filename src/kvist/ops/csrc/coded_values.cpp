@@ -104,7 +104,7 @@ void CodedValues::scale_weights(const Split& split, int64_t head, int64_t segmen
     weighed.scale[row] = quantize_weights(weights + index * kScoreStride, scales, visible, weighed.digits[row][0],
                                           weighed.digits[row][1], total, fetcher);
     std::fill_n(weighed.sums[row][0], dims, 0);
-    std::fill_n(weighed.sums[row][1], dims, -128 * total);  // levels are unsigned in a product, see Columns
+    std::fill_n(weighed.sums[row][1], dims, -kByteOffset * total);  // see Columns
     const auto infinite = [](float scale) { return !std::isfinite(scale); };
     if (poisoned && split.sees(row) && std::any_of(scales + hidden, scales + visible, infinite))
       state_.sum(states + index * state_.stride()) = std::numeric_limits<float>::quiet_NaN();

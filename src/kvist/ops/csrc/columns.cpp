@@ -76,6 +76,10 @@ int64_t sum_rows(const Columns& p, Fetcher& fetcher, int64_t column) {
 template <int kBits, int kStep>
 void sum_few(const Columns& p, Fetcher& fetcher) {
   constexpr int kMost = kFewRows * kStep;
+  if constexpr (kSumVectors < 16) {
+    sum_rows<kBits, kSumVectors, kStep, 1>(p, fetcher, 0);
+    return;
+  }
   constexpr int kByFour = std::min<int>(kMost, kSumVectors / 5 / kStep * kStep);
   constexpr int kByTwo = std::max(kStep, std::min<int>(kMost, kSumVectors * 5 / 12 / kStep * kStep));
   int64_t column = 0;

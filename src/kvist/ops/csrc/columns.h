@@ -1,8 +1,8 @@
 // The one micro-kernel over codes: rows of bytes times columns of codes, both products of attention, in whole numbers.
 //
 // out[row][column] = sum over steps of scalars[row][step] * column[step], four bytes by four at a time. Sums of whole
-// numbers are exact, so tiles are chosen for speed alone. Codes are unsigned here, their levels plus 128, and scalars
-// signed; `start` makes up for the 128.
+// numbers are exact, so tiles are chosen for speed alone. Codes stand for their levels plus kByteOffset, and scalars
+// are signed; `start` makes up for the offset.
 //
 // A tile of a matrix unit (tiles.h) has sixteen rows, whether or not there are as many: sixteen rows of scalars must be
 // readable from each multiple of sixteen on, and 64 bytes beyond.

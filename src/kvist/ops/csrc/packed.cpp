@@ -14,20 +14,23 @@ namespace {
 
 constexpr int kVectors = kStrip / kLanes;  // of outputs in a strip
 // Sums that the registers hold: rows of a tile times its vectors. With 4 bits the codes take registers, too.
-constexpr int kTileRows = kSumVectors >= 24 ? 6 : 2;
-constexpr int kTileVectors8 = kSumVectors >= 24 ? 4 : 2;
+constexpr int kTileRows = kSumVectors >= 24 ? 6 : 4;
+constexpr int kTileVectors8 = kSumVectors >= 24 ? 4 : 1;
 constexpr int kTileVectors4 = kSumVectors >= 24 ? 2 : 1;
 // So few rows wait for the codes, which arrive fastest when they are read as they lie.
 constexpr int64_t kFewRows = 2;
+constexpr int kTileVectorsFew = kSumVectors >= 24 ? 4 : 2;
 constexpr int64_t kAhead = 4096;  // bytes that are asked for before they are needed
 
 // f with the number of a strip's vectors that a tile takes at once.
 template <class F>
 void by_width(int64_t bits, int64_t rows, F f) {
   using std::integral_constant;
-  if (bits == 8) return f(integral_constant<int, 8>{}, integral_constant<int, kTileVectors8>{});
-  if (rows <= kFewRows) return f(integral_constant<int, 4>{}, integral_constant<int, kTileVectors8>{});
-  f(integral_constant<int, 4>{}, integral_constant<int, kTileVectors4>{});
+  const auto wide = [&](auto bits, auto vectors) {
+    rows <= kFewRows ? f(bits, integral_constant<int, kTileVectorsFew>{}) : f(bits, vectors);
+  };
+  if (bits == 8) return wide(integral_constant<int, 8>{}, integral_constant<int, kTileVectors8>{});
+  wide(integral_constant<int, 4>{}, integral_constant<int, kTileVectors4>{});
 }
 
 // Half floats of a group's scales, sixteen outputs.
@@ -39,7 +42,7 @@ inline Vec scales_of(const uint8_t* group, int vector) {
 template <int kBits, int kRows, int kColumns>
 inline void tile(const Packed& w, const uint8_t* strip, int first, const Coded& x, int64_t row,
                  Vec (&total)[kRows][kColumns]) {
-  constexpr int kOffset = kBits == 8 ? 128 : 8;  // codes are not negative
+  constexpr int kOffset = kBits == 8 ? kByteOffset : 8;
   KVIST_UNROLL for (int r = 0; r < kRows; r++)
     KVIST_UNROLL for (int c = 0; c < kColumns; c++) total[r][c] = zero();
   const int64_t groups = x.groups, group_bytes = w.group_bytes();
@@ -57,7 +60,7 @@ inline void tile(const Packed& w, const uint8_t* strip, int first, const Coded& 
       KVIST_UNROLL for (int c = 0; c < kColumns; c++) {
         if constexpr (kRows <= kFewRows) prefetch(codes + kAhead + c * 64);
         if constexpr (kBits == 8) {
-          low[c] = in_register(load_bytes(codes + c * 64));
+          low[c] = in_register(with_offset(load_bytes(codes + c * 64)));
         } else {
           const Bytes both = load_bytes(codes + c * 64);
           low[c] = in_register(low_nibbles(both));
@@ -66,10 +69,12 @@ inline void tile(const Packed& w, const uint8_t* strip, int first, const Coded& 
       }
       KVIST_UNROLL for (int r = 0; r < kRows; r++) {
         const Bytes four = in_register(spread_bytes(rows + r * x.width + k));
-        KVIST_UNROLL for (int c = 0; c < kColumns; c++) sum[r][c] = dot_bytes(sum[r][c], low[c], four);
-        if constexpr (kBits == 4) {
+        if constexpr (kBits == 8) {
+          KVIST_UNROLL for (int c = 0; c < kColumns; c++) sum[r][c] = dot_bytes(sum[r][c], low[c], four);
+        } else {
           const Bytes next = in_register(spread_bytes(rows + r * x.width + k + 4));
-          KVIST_UNROLL for (int c = 0; c < kColumns; c++) sum[r][c] = dot_bytes(sum[r][c], high[c], next);
+          KVIST_UNROLL for (int c = 0; c < kColumns; c++)
+            sum[r][c] = dot_nibbles(sum[r][c], low[c], high[c], four, next);
         }
       }
     }

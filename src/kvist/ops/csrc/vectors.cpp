@@ -122,7 +122,7 @@ Vectors::Vectors(const StreamPlanes& stream, bool keys, int64_t block_size, int6
     : stream_(stream), keys_(keys), block_size_(block_size), dims_(dims) {
   if (stream.coded)
     for (const Segment& segment : stream.coded->coding.segments)
-      levels_.push_back(make_levels(segment.levels, segment.bits));
+      levels_.push_back(make_levels(segment.levels, segment.bits, 128));
 }
 
 void Vectors::read(int64_t id, int64_t head, int64_t token, Lanes* x) const {
