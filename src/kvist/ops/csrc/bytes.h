@@ -22,7 +22,7 @@ struct Levels {
 
 #if defined(KVIST_AVX512)
 #include "bytes_avx512.h"
-#elif !defined(KVIST_PORTABLE) && defined(__AVX2__)
+#elif defined(KVIST_AVX2)
 #include "bytes_avx2.h"
 #else
 #include "bytes_portable.h"

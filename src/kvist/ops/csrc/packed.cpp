@@ -17,9 +17,8 @@ constexpr int kVectors = kStrip / kLanes;  // of outputs in a strip
 constexpr int kTileRows = kSumVectors >= 24 ? 6 : 4;
 constexpr int kTileVectors8 = kSumVectors >= 24 ? 4 : 1;
 constexpr int kTileVectors4 = kSumVectors >= 24 ? 2 : 1;
-// So few rows wait for the codes, which arrive fastest when they are read as they lie.
+// So few rows wait for the codes, which arrive fastest when they are read as they lie: all vectors of a strip at once.
 constexpr int64_t kFewRows = 2;
-constexpr int kTileVectorsFew = kSumVectors >= 24 ? 4 : 2;
 constexpr int64_t kAhead = 4096;  // bytes that are asked for before they are needed
 
 // f with the number of a strip's vectors that a tile takes at once.
@@ -27,7 +26,7 @@ template <class F>
 void by_width(int64_t bits, int64_t rows, F f) {
   using std::integral_constant;
   const auto wide = [&](auto bits, auto vectors) {
-    rows <= kFewRows ? f(bits, integral_constant<int, kTileVectorsFew>{}) : f(bits, vectors);
+    rows <= kFewRows ? f(bits, integral_constant<int, kVectors>{}) : f(bits, vectors);
   };
   if (bits == 8) return wide(integral_constant<int, 8>{}, integral_constant<int, kTileVectors8>{});
   wide(integral_constant<int, 4>{}, integral_constant<int, kTileVectors4>{});

@@ -1,8 +1,8 @@
 // Sixteen floats at a time: the primitives of the machine, and the functions built from them alone.
 //
 // Every kernel is written against this interface. vec_avx512.h gives it one 512-bit register; vec_portable.h gives it
-// whatever vectors the compiler has. KVIST_PORTABLE chooses the latter on any machine, so that it can be tested there;
-// it also leaves out what bytes_avx2.h adds for codes.
+// whatever vectors the compiler has, and some of AVX2's instructions where they are. KVIST_PORTABLE chooses the latter on
+// any machine, without those instructions and without bytes_avx2.h, so that it can be tested there.
 #pragma once
 
 #include <cstdint>
@@ -23,11 +23,17 @@ constexpr int kLanes = 16;
 #define KVIST_UNROLL _Pragma("GCC unroll 16")
 #endif
 
+// Where a vector is several of the machine's, a function that is called passes it through memory.
+#define KVIST_INLINE inline __attribute__((always_inline))
+
 #if !defined(KVIST_PORTABLE) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
     defined(__AVX512VL__)
 #define KVIST_AVX512
 #include "vec_avx512.h"
 #else
+#if !defined(KVIST_PORTABLE) && defined(__AVX2__)
+#define KVIST_AVX2
+#endif
 #include "vec_portable.h"
 #endif
 
@@ -55,7 +61,7 @@ inline void store_first(T* to, Vec x, int64_t count) {
 }
 
 // 2^f for f in [0, 1], minimax (relative error 2e-9), exactly 1 at 0.
-inline Vec exp2_of_fraction(Vec f) {
+KVIST_INLINE Vec exp2_of_fraction(Vec f) {
   Vec p = set1(2.16129192e-4f);
   p = fma(p, f, set1(1.24678458e-3f));
   p = fma(p, f, set1(9.67545155e-3f));
@@ -66,10 +72,10 @@ inline Vec exp2_of_fraction(Vec f) {
 }
 
 // 2^x to 2 ulp; exp2(-inf) = 0, NaN stays NaN.
-inline Vec exp2(Vec x) { return times_power_of_two(exp2_of_fraction(fraction(x)), x); }
+KVIST_INLINE Vec exp2(Vec x) { return times_power_of_two(exp2_of_fraction(fraction(x)), x); }
 
 // e^x to 2 ulp; exp(-inf) = 0, exp(inf) = inf, NaN stays NaN.
-inline Vec exp(Vec x) {
+KVIST_INLINE Vec exp(Vec x) {
   x = smaller(set1(89.0f), larger(set1(-105.0f), x));
   const Vec y = x * set1(1.44269504f), n = y - fraction(y);
   const Vec r = fma(n, set1(2.12194440e-4f), fma(n, set1(-0.693359375f), x));  // x - n ln 2, in two exact steps

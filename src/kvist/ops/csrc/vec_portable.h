@@ -4,6 +4,10 @@
 #include <algorithm>
 #include <cmath>
 
+#if defined(KVIST_AVX2)
+#include <immintrin.h>
+#endif
+
 namespace kvist {
 
 #if defined(__AVX__)
@@ -26,7 +30,7 @@ struct Pairs {  // sixteen pairs of bf16, the first of a pair in the low half
   NativeBits part[kParts];
 };
 
-#if defined(__AVX2__) && !defined(KVIST_PORTABLE)
+#if defined(KVIST_AVX2)
 inline const char* instruction_set() { return "avx2"; }
 #else
 inline const char* instruction_set() { return "portable"; }
@@ -42,7 +46,7 @@ inline T in_register(T x) {
 }
 
 template <class F>
-inline Vec each(F f) {
+KVIST_INLINE Vec each(F f) {
   Vec result;
   KVIST_UNROLL for (int i = 0; i < kParts; i++) result.part[i] = f(i);
   return result;
@@ -71,7 +75,7 @@ inline void store(float* to, Vec x) {
 }
 
 // a * b + c: rounded once where the machine can, else twice.
-inline NativeFloat fma(NativeFloat a, NativeFloat b, NativeFloat c) {
+KVIST_INLINE NativeFloat fma(NativeFloat a, NativeFloat b, NativeFloat c) {
 #if defined(__FMA__) || defined(__aarch64__)
   NativeFloat result;
   KVIST_UNROLL for (int i = 0; i < kWidth; i++) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
@@ -80,7 +84,7 @@ inline NativeFloat fma(NativeFloat a, NativeFloat b, NativeFloat c) {
   return a * b + c;
 #endif
 }
-inline Vec fma(Vec a, Vec b, Vec c) {
+KVIST_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return each([&](int i) { return fma(a.part[i], b.part[i], c.part[i]); });
 }
 
@@ -109,20 +113,24 @@ inline float maximum(Vec x) {
 }
 
 // floor(x) for x in [-200, 200], to which all others are moved. Adding 1.5 * 2^23 leaves no fraction bits.
-inline Vec whole(Vec x) {
+KVIST_INLINE Vec whole(Vec x) {
   x = smaller(set1(200.0f), larger(set1(-200.0f), x));
+#if defined(KVIST_AVX2)
+  return each([&](int i) { return (NativeFloat)_mm256_floor_ps((__m256)x.part[i]); });
+#else
   const Vec nearest = (x + set1(12582912.0f)) - set1(12582912.0f);
   return each([&](int i) { return nearest.part[i] > x.part[i] ? nearest.part[i] - 1.0f : nearest.part[i]; });
+#endif
 }
 
 // x - floor(x); something finite for an infinite x.
-inline Vec fraction(Vec x) {
+KVIST_INLINE Vec fraction(Vec x) {
   x = smaller(set1(200.0f), larger(set1(-200.0f), x));
   return x - whole(x);
 }
 
 // x * 2^floor(n) for x in [1, 2]; 0 for n = -inf. In two steps, of which each factor is a normal number.
-inline Vec times_power_of_two(Vec x, Vec n) {
+KVIST_INLINE Vec times_power_of_two(Vec x, Vec n) {
   const Vec power = whole(n), half = whole(power * set1(0.5f)), rest = power - half;
   const auto factor = [](NativeFloat e) {
     return as_float(as_bits(e + 12583039.0f) << 23);  // 1.5 * 2^23 + 127: the exponent stands in the low bits
@@ -192,13 +200,16 @@ inline NativeFloat widen(NativeBits half) {
 }
 
 inline Vec load(const Float16* from) {
-  Vec result;
-  KVIST_UNROLL for (int i = 0; i < kParts; i++) {
+#if defined(KVIST_AVX2) && defined(__F16C__)
+  const __m128i* halves = reinterpret_cast<const __m128i*>(from);
+  return each([&](int i) { return (NativeFloat)_mm256_cvtph_ps(_mm_loadu_si128(halves + i)); });
+#else
+  return each([&](int i) {
     NativeBits bits;
     KVIST_UNROLL for (int j = 0; j < kWidth; j++) bits[j] = from[i * kWidth + j].bits;
-    result.part[i] = widen(bits);
-  }
-  return result;
+    return widen(bits);
+  });
+#endif
 }
 
 inline Vec load_half(const Float16* from) {
