@@ -1,5 +1,6 @@
 """What the tests of several layers share: data beside the repository, backends, one thread, the same examples."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from kvist.cache.layout import BLOCK_SIZE
 from kvist.ops.backend import select
 
 REPOSITORY = Path(__file__).parent.parent
+
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples each time, and no example too slow for a busy machine.
 settings.register_profile("kvist", derandomize=True, database=None, deadline=None)

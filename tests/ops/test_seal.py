@@ -10,7 +10,7 @@ from kvist.ops import coding, packing
 from kvist.ops.coding import Coding, Frame, Rule, Segment, rotation_blocks
 
 HEADS = 2
-INT4 = tuple(range(-120, 120, 15))
+INT4 = tuple(range(-64, 64, 8))
 
 
 def by_levels(rule: Rule, *parts: tuple[int, int]) -> Coding:
@@ -176,6 +176,6 @@ def test_the_comparison_notices_other_levels():
     """A tenth of a deviation more in every level: other codes."""
     how = CODINGS["groups"]
     x, where = torch.randn(64, HEADS, how.dim), Frame.plain(HEADS, how.dim)
-    moved = tuple(level + (3 if level > -120 else 0) for level in INT4)
+    moved = tuple(level + (3 if level > -64 else 0) for level in INT4)
     other = Coding(tuple(Segment(s.dims, 4, moved) for s in how.segments), how.rule)
     assert unlike(*seal("cpu", x, other, where, True, 64), coding.encode(x, how, where)).float().mean() > 0.5

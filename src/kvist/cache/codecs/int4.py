@@ -13,7 +13,7 @@ from kvist.cache.spec import Stream
 from kvist.ops.coding import Coding, Rule, Segment, rotation_blocks
 
 GROUP = 32
-LEVELS = tuple(range(-120, 120, 15))  # -8 to 7 times 15
+LEVELS = tuple(range(-64, 64, 8))  # -8 to 7 times a power of two, so that scales are rounded as ggml rounds them
 
 
 @cache
