@@ -39,7 +39,7 @@ SETTINGS = {
         _llama_cpp(True, "q8_0", "q8_0"),
         _llama_cpp(True, "q4_0", "q4_0"),
     ),
-    OPENVINO: (Setting(OPENVINO, "u8", {"kv": "u8"}), Setting(OPENVINO, "bf16", {"kv": "bf16"})),
+    OPENVINO: (Setting(OPENVINO, "u8", {"kv": "u8"}), Setting(OPENVINO, "bf16 or f32", {"kv": "float"})),
     TRANSFORMERS: (Setting(TRANSFORMERS, "bf16"),),
 }
 

@@ -24,7 +24,10 @@ class Pipeline:
         scheduler.cache_size = 4  # GB
         scheduler.max_num_batched_tokens = max(most + 64, 4096)
         scheduler.enable_prefix_caching = True
-        properties = {"KV_CACHE_PRECISION": kv, "INFERENCE_NUM_THREADS": threads}
+        # It keeps floating-point keys and values in the type in which it computes here, and refuses the other.
+        bf16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        precision = {"float": "bf16" if bf16 else "f32"}.get(kv, kv)
+        properties = {"KV_CACHE_PRECISION": precision, "INFERENCE_NUM_THREADS": threads}
         self.pipeline = genai.LLMPipeline(model, "CPU", scheduler_config=scheduler, **properties)
         self.length = 0
         self.random = random.Random(0)
