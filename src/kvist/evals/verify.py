@@ -32,7 +32,7 @@ from kvist.service.loaded import Loaded
 PLAIN_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # With packed weights activations are rounded to 8 bits, and the last bit of one decides to which number: a hundredth of
 # the largest in its group, and what layers make of it.
-PACKED_TOLERANCE = 6e-2
+PACKED_TOLERANCE = 3e-2
 # The kernels over codes round queries and weights to bytes; and a key near the border of two codes takes the other one
 # when it differs in its last bit, as it does between the two.
 CODED_TOLERANCE = 1e-1
