@@ -30,6 +30,15 @@ struct Levels {
 
 namespace kvist {
 
+#if !defined(KVIST_SIGNED_BYTES)
+// Bytes that are levels plus 128, as levels plus kByteOffset.
+inline Bytes with_offset(Bytes x) { return x; }
+// acc + the products of low nibbles with four numbers, and of high ones with the next.
+inline Ints dot_nibbles(Ints acc, Bytes low, Bytes high, Bytes b, Bytes next) {
+  return dot_bytes(dot_bytes(acc, low, b), high, next);
+}
+#endif
+
 inline Levels make_levels(const std::array<int8_t, 16>& levels, int64_t bits, int offset = kByteOffset) {
   Levels result = {};
   uint8_t bytes[16];

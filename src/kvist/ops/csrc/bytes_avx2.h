@@ -82,12 +82,6 @@ inline Ints dot_bytes(Ints acc, Bytes a, Bytes b) {
   return {dot_half(acc.low, a.low, b.low), dot_half(acc.high, a.high, b.high)};
 }
 
-// Bytes that are levels plus 128, as levels plus kByteOffset.
-inline Bytes with_offset(Bytes x) {
-  const __m256i flipped = _mm256_set1_epi8(static_cast<char>(128 - kByteOffset));
-  return {_mm256_xor_si256(x.low, flipped), _mm256_xor_si256(x.high, flipped)};
-}
-
 inline Bytes low_nibbles(Bytes x) {
   const __m256i mask = _mm256_set1_epi8(15);
   return {_mm256_and_si256(x.low, mask), _mm256_and_si256(x.high, mask)};
@@ -96,17 +90,20 @@ inline Bytes high_nibbles(Bytes x) {
   return low_nibbles({_mm256_srli_epi16(x.low, 4), _mm256_srli_epi16(x.high, 4)});
 }
 
-// Of low nibbles with four numbers, and of high ones with the next. Nothing saturates: a nibble is 15 at most.
+#if !defined(__AVXVNNI__)
+#define KVIST_SIGNED_BYTES
+inline Bytes with_offset(Bytes x) {
+  const __m256i flipped = _mm256_set1_epi8(-128);
+  return {_mm256_xor_si256(x.low, flipped), _mm256_xor_si256(x.high, flipped)};
+}
+// Nothing saturates: a nibble is 15 at most.
 inline Ints dot_nibbles(Ints acc, Bytes low, Bytes high, Bytes b, Bytes next) {
-#if defined(__AVXVNNI__)
-  return dot_bytes(dot_bytes(acc, low, b), high, next);
-#else
   const auto half = [](__m256i acc, __m256i low, __m256i high, __m256i b, __m256i next) {
     return add_pairs(acc, _mm256_add_epi16(_mm256_maddubs_epi16(low, b), _mm256_maddubs_epi16(high, next)));
   };
   return {half(acc.low, low.low, high.low, b.low, next.low), half(acc.high, low.high, high.high, b.high, next.high)};
-#endif
 }
+#endif
 
 inline void store_low_bytes(uint8_t* to, Ints x) {
   const auto low_of = [](__m256i a) { return _mm256_srai_epi32(_mm256_slli_epi32(a, 24), 24); };

@@ -56,9 +56,6 @@ inline Ints count_borders(Vec x, const Borders& borders) {
 
 constexpr int kByteOffset = 128;
 
-// Bytes that are levels plus 128, as levels plus kByteOffset.
-inline Bytes with_offset(Bytes x) { return x; }
-
 // acc + the four products of each lane, a unsigned, b signed.
 inline Ints dot_bytes(Ints acc, Bytes a, Bytes b) {
 #if defined(__AVX512VNNI__)
@@ -74,11 +71,6 @@ inline Ints dot_bytes(Ints acc, Bytes a, Bytes b) {
 
 inline Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
-
-// Of low nibbles with four numbers, and of high ones with the next.
-inline Ints dot_nibbles(Ints acc, Bytes low, Bytes high, Bytes b, Bytes next) {
-  return dot_bytes(dot_bytes(acc, low, b), high, next);
-}
 
 inline void store_low_bytes(uint8_t* to, Ints x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x));

@@ -57,9 +57,6 @@ inline Vec look_up(const float* sixteen, Ints codes) {
 
 constexpr int kByteOffset = 128;
 
-// Bytes that are levels plus 128, as levels plus kByteOffset.
-inline Bytes with_offset(Bytes x) { return x; }
-
 // acc + the four products of each lane, a unsigned, b signed.
 inline Ints dot_bytes(Ints acc, Bytes a, Bytes b) {
   return each_int([&](int i) {
@@ -72,11 +69,6 @@ inline Ints dot_bytes(Ints acc, Bytes a, Bytes b) {
 
 inline Bytes low_nibbles(Bytes x) { return each_int([&](int i) { return x.part[i] & 0x0f0f0f0f; }); }
 inline Bytes high_nibbles(Bytes x) { return each_int([&](int i) { return x.part[i] >> 4 & 0x0f0f0f0f; }); }
-
-// Of low nibbles with four numbers, and of high ones with the next.
-inline Ints dot_nibbles(Ints acc, Bytes low, Bytes high, Bytes b, Bytes next) {
-  return dot_bytes(dot_bytes(acc, low, b), high, next);
-}
 
 inline void store_low_bytes(uint8_t* to, Ints x) {
   KVIST_UNROLL for (int i = 0; i < kLanes; i++) to[i] = static_cast<uint8_t>(x.part[i / kWidth][i % kWidth]);
