@@ -12,7 +12,7 @@ from kvist.cache.store import Store
 from kvist.models.config import Activation, ModelConfig, Rope
 from kvist.models.load import build, randomize
 from kvist.service import budget as budget_module
-from kvist.service.budget import plan_budget
+from kvist.service.budget import free_memory, plan_budget
 from kvist.service.loaded import Loaded, select_backend
 
 CONFIG = ModelConfig(
@@ -95,3 +95,68 @@ def test_open_blocks_take_at_most_a_quarter_unless_more_sequences_are_asked_for(
 
 def test_free_memory_is_some_of_this_machine() -> None:
     assert 1 << 20 < budget_module.free_memory() < 1 << 50
+
+
+def test_more_than_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvist.service.budget.free_memory", lambda: 23 << 30)
+    with pytest.raises(
+        ConfigError, match=r"819 TiB is more than the 23\.0 GiB that this machine or container has free"
+    ):
+        plan_budget(layout_of("fp32"), 900 * 10**12, None, 0, 8192)
+    assert plan_budget(layout_of("fp32"), 22 << 30, None, 0, 8192).nbytes <= 22 << 30
+
+
+def machine(root: Path, available: int, groups: str, **files: str) -> Path:
+    """A tree of `proc` and `sys`, with the files of control groups by their paths (`__` for a slash)."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable:  {available} kB\n")
+    (root / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name.replace("__", "/").replace("_dot_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {}, 1000 << 10),
+        ("0::/\n", {"memory_dot_max": "max\n", "memory_dot_current": "5\n", "memory_dot_stat": ""}, 1000 << 10),
+        # What is cached of files can be dropped.
+        (
+            "0::/\n",
+            {"memory_dot_max": "9000", "memory_dot_current": "8000", "memory_dot_stat": "anon 1\ninactive_file 3000"},
+            4000,
+        ),
+        # The group above has less than one's own.
+        (
+            "0::/a/b\n",
+            {
+                "a__b__memory_dot_max": "9000",
+                "a__b__memory_dot_current": "1000",
+                "a__b__memory_dot_stat": "",
+                "a__memory_dot_max": "7000",
+                "a__memory_dot_current": "6500",
+                "a__memory_dot_stat": "",
+            },
+            500,
+        ),
+        # Version 1; the path is the host's, and this container sees its own group alone.
+        (
+            "4:memory:/docker/x\n",
+            {
+                "memory__memory_dot_limit_in_bytes": "6000",
+                "memory__memory_dot_usage_in_bytes": "2000",
+                "memory__memory_dot_stat": "total_inactive_file 500",
+            },
+            4500,
+        ),
+        ("0::/../../x\n", {"memory_dot_max": "10", "memory_dot_current": "99", "memory_dot_stat": ""}, 0),
+        ("nonsense", {"memory_dot_max": "what", "memory_dot_current": "", "memory_dot_stat": ""}, 1000 << 10),
+    ],
+)
+def test_what_is_free_is_the_least_of_all_limits(
+    groups: str, files: dict[str, str], expected: int, tmp_path: Path
+) -> None:
+    assert free_memory(machine(tmp_path, 1000, groups, **files)) == expected

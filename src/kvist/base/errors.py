@@ -4,6 +4,19 @@ The command line prints the message of a `KvistError` on one line and exits with
 a defect of ours and keeps its traceback.
 """
 
+import reprlib
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 60
+_SHOWN.maxlist = _SHOWN.maxtuple = _SHOWN.maxdict = _SHOWN.maxlevel = 3
+
+
+def brief(value: object) -> str:
+    """What a message shows of a value that somebody else wrote: its `repr`, at most some 80 characters on one line,
+    made without walking through the rest."""
+    shown = _SHOWN.repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
 
 class KvistError(Exception):
     """A mistake or a limit that the user can act on. The message is one line."""

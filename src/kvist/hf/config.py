@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvist.base.errors import ConfigError
+from kvist.base.errors import ConfigError, brief
 from kvist.cache.spec import Full, LayerSpec, Window, key_value
-from kvist.models.config import Activation, ModelConfig
+from kvist.models.config import MAX_LAYERS, Activation, ModelConfig
+
+_SAID = 160  # characters of what transformers says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +43,13 @@ def load_hf_config(directory: Path) -> HfConfig:
     where = directory / "config.json"
     try:
         found = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        text = found.get_text_config()
+        raw = json.dumps(text.to_dict(), sort_keys=True, default=str)
+    except Exception as error:  # its configs check little, and fail in their own ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{where}: transformers cannot read it: {reason}") from None
+        raise ConfigError(f"{where}: transformers cannot read it: {reason[:_SAID]}") from None
     if found.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ConfigError(f"{where}: a model of type {found.model_type!r} continues no text")
-    text = found.get_text_config()
+        raise ConfigError(f"{where}: a model of type {brief(found.model_type)} continues no text")
 
     def number(*names: str, default: int | None = None) -> int:
         for name in names:
@@ -54,12 +57,16 @@ def load_hf_config(directory: Path) -> HfConfig:
             if type(value) is int:
                 return value
         if default is None:
-            raise ConfigError(f"{where}: transformers' config of {found.model_type!r} has no {names[0]}")
+            raise ConfigError(f"{where}: transformers' config of {brief(found.model_type)} has no {names[0]}")
         return default
 
     hidden, heads = number("hidden_size"), number("num_attention_heads")
     layers, positions = number("num_hidden_layers"), number("max_position_embeddings")
+    if not 1 <= layers <= MAX_LAYERS:
+        raise ConfigError(f"{where}: num_hidden_layers should be from 1 to {MAX_LAYERS:,}, got {brief(layers)}")
     softcap = getattr(text, "attn_logit_softcapping", None) or 0.0
+    if type(softcap) not in (int, float) or not 0 <= softcap < 1e6:
+        raise ConfigError(f"{where}: attn_logit_softcapping should be positive, got {brief(softcap)}")
     return HfConfig(
         family=found.model_type,
         vocab_size=number("vocab_size"),
@@ -75,7 +82,7 @@ def load_hf_config(directory: Path) -> HfConfig:
         rope=None,
         tied=bool(getattr(text, "tie_word_embeddings", False)),
         windows=_windows(text, layers, positions, where),
-        raw=json.dumps(text.to_dict(), sort_keys=True, default=str),
+        raw=raw,
         version=importlib.metadata.version("transformers"),
         softcap=float(softcap),
     )
@@ -86,8 +93,12 @@ def _windows(text: Any, layers: int, positions: int, where: Path) -> tuple[int, 
     window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
     if kinds is None:
         kinds = ["sliding_attention" if window else "full_attention"] * layers
+    if window is not None and type(window) is not int:
+        raise ConfigError(f"{where}: sliding_window should be a whole number, got {brief(window)}")
     known = {"full_attention": 0, "sliding_attention": window or 0}
-    if len(kinds) != layers or any(kind not in known for kind in kinds):
-        raise ConfigError(f"{where}: layers of types {', '.join(sorted(set(map(str, kinds))))} are not supported")
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise ConfigError(f"{where}: layer_types should name {layers} layers, got {brief(kinds)}")
+    if others := [kind for kind in kinds if not isinstance(kind, str) or kind not in known]:
+        raise ConfigError(f"{where}: layers of types {brief(others)} are not supported")
     found = tuple(known[kind] for kind in kinds)
     return tuple(size if size < positions else 0 for size in found) if any(found) else ()

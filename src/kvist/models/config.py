@@ -9,7 +9,7 @@ from kvist.cache.spec import Full, LayerSpec, Window, key_value
 
 # Far above any model; what is larger is a damaged file, and would be built for hours before memory ran out.
 MAX_SIZE = 2**24
-MAX_LAYERS = 4096
+MAX_LAYERS = 1024
 
 
 class Activation(StrEnum):

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kvist.base.errors import ConfigError
+from kvist.base.errors import ConfigError, brief
 from kvist.cache.spec import LayerSpec, latent
 from kvist.cache.view import LayerView
 from kvist.models.config import Activation, ModelConfig
 from kvist.models.decoder import Activations, Slot, linear_slots
-from kvist.models.experts import Experts, ExpertsConfig, choose
+from kvist.models.experts import Experts, ExpertsConfig, check_count, choose
 from kvist.models.keys import Keys, read_activation, read_rope, yarn_scale
 from kvist.models.layers import RMSNorm, Rotation
 from kvist.models.linear import Linear
@@ -53,7 +53,6 @@ def read(keys: Keys) -> DeepseekConfig:
     """The config of a checkpoint."""
     heads = keys.take("num_attention_heads", int, 32)
     keys.take("num_key_value_heads", int, heads)
-    keys.require("pretraining_tp", 1)
     keys.require("moe_layer_freq", 1)
     keys.require("scoring_func", "softmax")
     keys.require("norm_topk_prob", False)
@@ -69,12 +68,14 @@ def read(keys: Keys) -> DeepseekConfig:
     bias, rank = keys.take("attention_bias", bool, False), keys.take("kv_lora_rank", int, 512)
     keys.require("mlp_bias", False)
     experts, shared_size = _experts(keys)
+    layers = keys.take("num_hidden_layers", int, 32)
+    check_count(experts.count, layers, keys.where)
     return DeepseekConfig(
         family="deepseek_v2",
         vocab_size=keys.take("vocab_size", int, 102_400),
         hidden_size=keys.take("hidden_size", int, 4096),
         intermediate_size=keys.take("intermediate_size", int, 11_008),
-        layers=keys.take("num_hidden_layers", int, 32),
+        layers=layers,
         heads=heads,
         kv_heads=1,
         head_dim=rank,
@@ -107,7 +108,9 @@ def _experts(keys: Keys) -> tuple[ExpertsConfig, int]:
     if method == "greedy":
         groups = chosen_groups = 1
     elif method != "group_limited_greedy":
-        raise ConfigError(f"{keys.where}: topk_method={method!r} is not supported (greedy, group_limited_greedy are)")
+        raise ConfigError(
+            f"{keys.where}: topk_method={brief(method)} is not supported (greedy, group_limited_greedy are)"
+        )
     sound = 1 <= chosen <= count <= 1 << 14 and 1 <= inner <= 1 << 24 and 1 <= everybodys <= 1 << 10 and scale > 0
     if not sound or not 1 <= chosen_groups <= groups or count % groups or chosen > count // groups * chosen_groups:
         raise ConfigError(f"{keys.where}: {chosen} of {count} experts of {inner} numbers in {groups} groups cannot be")

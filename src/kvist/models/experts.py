@@ -6,7 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kvist.base.errors import ConfigError
 from kvist.models.linear import Linear
+
+MAX_EXPERTS = 2**15  # of all layers; far above any model, and each is built
+
+
+def check_count(count: int, layers: int, where: str) -> None:
+    """Raises `ConfigError` for more experts than are built."""
+    if count * layers > MAX_EXPERTS:
+        raise ConfigError(f"{where}: at most {MAX_EXPERTS:,} experts are built, got {count} in each of {layers} layers")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvist.base.errors import UnknownFamily
+from kvist.base.errors import UnknownFamily, brief
 from kvist.base.files import read_json
 from kvist.models import deepseek, gemma, gemma4, gpt2, llama, neox, qwen3_moe
 from kvist.models.config import ModelConfig
@@ -51,9 +51,9 @@ def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     name = keys.take("model_type", str)
     family = FAMILIES.get(name)
     if family is None:
-        raise UnknownFamily(f"{where}: architecture {name!r} is not supported ({', '.join(FAMILIES)} are)")
+        raise UnknownFamily(f"{where}: architecture {brief(name)} is not supported ({', '.join(FAMILIES)} are)")
     config = family.read(keys)
-    keys.finish()
+    keys.finish(name)
     return config
 
 

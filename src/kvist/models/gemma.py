@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvist.base.errors import ConfigError
+from kvist.base.errors import ConfigError, brief
 from kvist.cache.spec import Full, LayerSpec, Window, key_value
 from kvist.cache.view import LayerView
 from kvist.models.config import MAX_LAYERS, Activation, ModelConfig, Rope
@@ -103,6 +103,7 @@ def cap(keys: Keys, name: str, default: float) -> float:
 def read_windows(keys: Keys, layers: int, positions: int, pattern: int) -> tuple[int, ...]:
     """The window of each layer, 0: none, which by default is every `pattern`-th."""
     window = keys.take("sliding_window", int, 4096)
+    keys.require("sliding_window_size", window)
     if not 1 <= layers <= MAX_LAYERS:  # which is said by who builds the config
         return ()
     if pattern < 1 or window < 1:
@@ -112,7 +113,9 @@ def read_windows(keys: Keys, layers: int, positions: int, pattern: int) -> tuple
         kinds = ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(layers)]
     known = {"full_attention": 0, "sliding_attention": window if window < positions else 0}
     if len(kinds) != layers or any(not isinstance(kind, str) or kind not in known for kind in kinds):
-        raise ConfigError(f"{keys.where}: layer_types names {layers} layers as {' or '.join(known)}, got {kinds!r:.80}")
+        raise ConfigError(
+            f"{keys.where}: layer_types names {layers} layers as {' or '.join(known)}, got {brief(kinds)}"
+        )
     return tuple(known[kind] for kind in kinds)
 
 
@@ -120,6 +123,8 @@ def _ropes(keys: Keys) -> tuple[Rope, Rope]:
     """Of Gemma 3's layers without a window and of those with one, as transformers 5 writes them and as it was
     before."""
     both = keys.take("rope_parameters", dict, None)
+    if both is not None and (others := sorted(both.keys() - {"full_attention", "sliding_attention"})):
+        raise ConfigError(f"{keys.where}: rope_parameters says something of {brief(others)}, which is no kind of layer")
     theta, local = keys.take("rope_theta", float, 1_000_000.0), keys.take("rope_local_base_freq", float, 10_000.0)
     if both is None:
         return read_rope(keys, theta)[0], Rope(local)
@@ -130,7 +135,7 @@ def one_rope(keys: Keys, both: dict[str, Any], kind: str, theta: float) -> Rope:
     """The rotation of the layers of a kind, of a dictionary by kinds."""
     own = both.get(kind) or {}
     if not isinstance(own, dict):
-        raise ConfigError(f"{keys.where}: rope_parameters should say {kind} as an object, got {own!r:.80}")
+        raise ConfigError(f"{keys.where}: rope_parameters should say {kind} as an object, got {brief(own)}")
     return read_rope(Keys({"rope_parameters": own}, keys.where), theta)[0]
 
 
@@ -300,5 +305,5 @@ def read_gemma3(keys: Keys) -> GemmaConfig:
     """The config of a Gemma 3 that also sees: its text decoder."""
     text = text_keys(keys, "gemma3_text")
     config = read(text, "gemma3_text")
-    text.finish()
+    text.finish("gemma3_text")
     return replace(config, family="gemma3", prefix="model.language_model.")

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvist.base.errors import ConfigError
+from kvist.base.errors import ConfigError, brief
 from kvist.cache.spec import Full, LayerSpec, Window, key_value, shared, tied
 from kvist.cache.step import Tie
 from kvist.cache.view import LayerView
 from kvist.models.config import MAX_LAYERS, ModelConfig, Rope
 from kvist.models.decoder import Activations, Decoder, Slot
-from kvist.models.experts import Experts, ExpertsConfig, choose
+from kvist.models.experts import Experts, ExpertsConfig, check_count, choose
 from kvist.models.gemma import RENAMED, SENSES, cap, cap_logits, gelu_mul, one_rope, read_gelu, text_keys
 from kvist.models.keys import Keys
 from kvist.models.layers import RMSNorm, RopeTable, Rotation
@@ -70,7 +70,7 @@ def read_gemma4(keys: Keys) -> Gemma4Config:
     """The config of a Gemma 4 that also sees or hears: its text decoder."""
     text = text_keys(keys, "gemma4_text")
     config = read(text)
-    text.finish()
+    text.finish("gemma4_text")
     return replace(config, family="gemma4", prefix="model.language_model.")
 
 
@@ -78,7 +78,7 @@ def read(keys: Keys) -> Gemma4Config:
     """The config of a checkpoint of Gemma 4's text model."""
     keys.require("attention_bias", False)
     if (direction := keys.take("use_bidirectional_attention", str, "vision")) != "vision":
-        raise ConfigError(f"{keys.where}: use_bidirectional_attention={direction!r} is not supported")
+        raise ConfigError(f"{keys.where}: use_bidirectional_attention={brief(direction)} is not supported")
     layers, heads = keys.take("num_hidden_layers", int, 30), keys.take("num_attention_heads", int, 8)
     if not 1 <= layers <= MAX_LAYERS:
         raise ConfigError(f"{keys.where}: num_hidden_layers should be from 1 to {MAX_LAYERS:,}, got {layers}")
@@ -116,7 +116,7 @@ def read(keys: Keys) -> Gemma4Config:
         each=keys.take("hidden_size_per_layer_input", int, 256),
         each_vocab=keys.take("vocab_size_per_layer_input", int, 262_144),
         logit_cap=cap(keys, "final_logit_softcapping", 0.0),
-        experts=_experts(keys),
+        experts=_experts(keys, layers),
     )
 
 
@@ -126,7 +126,7 @@ def _kinds(keys: Keys, layers: int) -> tuple[bool, ...]:
     if kinds is None:
         local = tuple(bool((layer + 1) % 6) for layer in range(layers))
     elif len(kinds) != layers or any(kind not in ("sliding_attention", "full_attention") for kind in kinds):
-        raise ConfigError(f"{keys.where}: layer_types should name {layers} layers, got {kinds!r:.80}")
+        raise ConfigError(f"{keys.where}: layer_types should name {layers} layers, got {brief(kinds)}")
     else:
         local = tuple(kind == "sliding_attention" for kind in kinds)
     return (*local[:-1], False)
@@ -158,7 +158,7 @@ def _sources(keys: Keys, local: Sequence[bool]) -> tuple[int, ...]:
     return tuple(layer if layer < first else last[own] for layer, own in enumerate(local))
 
 
-def _experts(keys: Keys) -> ExpertsConfig | None:
+def _experts(keys: Keys, layers: int) -> ExpertsConfig | None:
     used = keys.take("enable_moe_block", bool, False)
     count, chosen = keys.take("num_experts", int, 0), keys.take("top_k_experts", int, 0)
     inner = keys.take("moe_intermediate_size", int, 0)
@@ -166,6 +166,7 @@ def _experts(keys: Keys) -> ExpertsConfig | None:
         return None
     if not 1 <= chosen <= count <= 1 << 14 or not 1 <= inner <= 1 << 24:
         raise ConfigError(f"{keys.where}: {chosen} of {count} experts of {inner} numbers cannot be")
+    check_count(count, layers, keys.where)
     return ExpertsConfig(count, chosen, inner, normed=True)
 
 

@@ -1,33 +1,19 @@
 """A checkpoint's `config.json`, read key by key.
 
-A key that nobody asks for may change the mathematics, so it is refused by name; keys known to change nothing at
-inference stand in `INERT`.
+A key that nobody asks for may change the mathematics, so it is refused by name, unless it is known to change nothing;
+see `kvist.models.inert`.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kvist.base.errors import ConfigError
+from kvist.base.errors import ConfigError, brief
 from kvist.models.config import Activation, Llama3Scaling, Rope, Yarn
+from kvist.models.inert import is_inert
 
-INERT = frozenset(
-    """
-    _attn_implementation_autoset _name_or_path add_cross_attention architectures attention_dropout attn_pdrop
-    auto_map aux_loss_alpha bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
-    classifier_dropout cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
-    early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout id2label
-    initializer_range is_decoder is_encoder_decoder is_llama_config keys_to_ignore_at_inference label2id
-    length_penalty max_length max_window_layers min_length no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores pad_token_id
-    prefix problem_type pruned_heads remove_invalid_values reorder_and_upcast_attn repetition_penalty resid_pdrop
-    return_dict return_dict_in_generate router_aux_loss_coef sep_token_id seq_aux summary_activation
-    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params
-    temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
-    transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
-    """.split()
-)
+MOST = 2**53  # beyond it a float64 does not hold each whole number, and no config has any
+_NAMED = 3  # unknown keys in a message
 
 
 class Keys:
@@ -38,16 +24,21 @@ class Keys:
         self.where = where
 
     def take(self, name: str, kind: type, default: Any = ...) -> Any:
-        """The value of `name` as `kind`; null counts as absent. Raises `ConfigError` when absent without default."""
+        """The value of `name` as `kind`; null counts as absent. Numbers are finite, whole ones within 2^53. Raises
+        `ConfigError` when absent without default."""
         value = self._raw.pop(name, None)
         if value is None:
             if default is ...:
                 raise ConfigError(f"{self.where}: the key {name!r} is missing")
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if type(value) is int and kind in (int, float) and abs(value) > MOST:
+            raise ConfigError(f"{self.where}: {name} should be within 2^53, got {brief(value)}")
+        if kind is float and type(value) is int:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ConfigError(f"{self.where}: {name} should be of type {kind.__name__}, got {value!r}")
+            raise ConfigError(f"{self.where}: {name} should be of type {kind.__name__}, got {brief(value)}")
+        if kind is float and not math.isfinite(value):
+            raise ConfigError(f"{self.where}: {name} must be finite, got {value}")
         return value
 
     def peek(self, name: str) -> Any:
@@ -69,16 +60,24 @@ class Keys:
         value = self._raw.pop(name, None)
         if value is not None and value != expected:
             raise ConfigError(
-                f"{self.where}: {name}={value!r} changes the maths and is not supported ({expected!r} is)"
+                f"{self.where}: {name}={brief(value)} changes the maths and is not supported ({expected!r} is)"
             )
 
-    def finish(self) -> None:
-        """Refuse every key that was not taken and is not known to be inert."""
-        unknown = sorted(set(self._raw) - INERT)
-        if unknown:
+    def finish(self, family: str = "") -> None:
+        """Refuse every key that was not taken and is not known to be inert in a config of this family."""
+        if (quantized := self._raw.get("quantization_config") or self._raw.get("compression_config")) is not None:
+            how = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             raise ConfigError(
-                f"{self.where}: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}, which "
-                "may change the maths; remove from config.json what is known to be harmless"
+                f"{self.where}: quantization_config says that the weights are quantized ({brief(how)}), which is not "
+                "read; take the checkpoint that was quantized, or a GGUF file, and --weights int8 or int4"
+            )
+        unknown = sorted(name for name, value in self._raw.items() if not is_inert(name, value, family))
+        if unknown:
+            more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
+            raise ConfigError(
+                f"{self.where}: unknown key{'s' if len(unknown) > 1 else ''} "
+                f"{', '.join(map(brief, unknown[:_NAMED]))}{more}, which may change the maths; remove from config.json "
+                "what is known to be harmless"
             )
 
 
@@ -96,7 +95,7 @@ def read_activation(keys: Keys, name: str, default: str, allowed: set[Activation
     activation = _ACTIVATIONS.get(value)
     if activation not in allowed:
         known = ", ".join(name for name, kind in _ACTIVATIONS.items() if kind in allowed)
-        raise ConfigError(f"{keys.where}: {name}={value!r} is not supported ({known})")
+        raise ConfigError(f"{keys.where}: {name}={brief(value)} is not supported ({known})")
     return activation
 
 
@@ -123,8 +122,8 @@ def _yarn(parameters: Keys) -> Yarn:
 
 def _numbers(parameters: Keys, name: str) -> tuple[float, ...]:
     found = parameters.take(name, list)
-    if not found or not all(type(number) in (int, float) for number in found):
-        raise ConfigError(f"{parameters.where}: {name} should be a list of numbers, got {found!r:.80}")
+    if not found or not all(type(number) in (int, float) and abs(number) <= MOST for number in found):
+        raise ConfigError(f"{parameters.where}: {name} should be a list of numbers, got {brief(found)}")
     return tuple(float(number) for number in found)
 
 
@@ -155,7 +154,7 @@ def read_rope(
     rotated. `positions`: the model's context in tokens, of families that may have longrope."""
     theta = keys.take("rope_theta", float, default_theta)
     scaling, given = keys.take("rope_scaling", dict, {}), keys.take("rope_parameters", dict, {})
-    if scaling and given:
+    if scaling and given and scaling != given:
         raise ConfigError(f"{keys.where}: rope_scaling and rope_parameters both stand there; one of them must go")
     parameters = Keys(given or scaling, f"{keys.where}: rope parameters")
     legacy = parameters.take("type", str, "default")
@@ -185,6 +184,6 @@ def read_rope(
         rope, share = Rope(theta, linear_factor=parameters.take("factor", float, 1.0), turning=share), 1.0
     elif kind != "default":
         known = f"default, linear, llama3, yarn, {'proportional' if positions is None else 'proportional, longrope'}"
-        raise ConfigError(f"{keys.where}: RoPE scaling {kind!r} is not supported ({known} are)")
+        raise ConfigError(f"{keys.where}: RoPE scaling {brief(kind)} is not supported ({known} are)")
     parameters.finish()
     return rope, share

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kvist.base.errors import ConfigError
+from kvist.base.errors import ConfigError, brief
 from kvist.cache.view import LayerView, PagedViews
 from kvist.models.config import MAX_LAYERS, Activation, ModelConfig
 from kvist.models.decoder import Activations, Decoder, Slot, linear_slots
@@ -41,7 +41,6 @@ def read(keys: Keys, family: str) -> ModelConfig:
     if qkv_bias is None or out_bias is None:
         qkv_bias = out_bias = keys.take("attention_bias", bool, False)
     positions = keys.take("max_position_embeddings", int, 2048)
-    keys.require("pretraining_tp", 1)
     keys.require("rope_interleaved", False)
     keys.require("use_mrope", False)
     layers = keys.take("num_hidden_layers", int)
@@ -92,7 +91,7 @@ def _without_rope(keys: Keys, layers: int) -> tuple[int, ...]:
             raise ConfigError(f"{keys.where}: no_rope_layer_interval must be positive, got {interval}")
         return tuple(range(interval - 1, layers, interval))
     if len(marks) < layers or any(type(mark) is not int or mark not in (0, 1) for mark in marks):
-        raise ConfigError(f"{keys.where}: no_rope_layers marks each of {layers} layers with 0 or 1, got {marks!r:.80}")
+        raise ConfigError(f"{keys.where}: no_rope_layers marks each of {layers} layers with 0 or 1, got {brief(marks)}")
     return tuple(layer for layer in range(layers) if not marks[layer])
 
 
@@ -121,7 +120,7 @@ def _windows(keys: Keys, family: str, positions: int, layers: int) -> tuple[int,
     known = {"full_attention": 0, "sliding_attention": window}
     for kind in kinds:
         if not isinstance(kind, str) or kind not in known:
-            raise ConfigError(f"{keys.where}: layer type {kind!r} is not supported ({', '.join(known)} are)")
+            raise ConfigError(f"{keys.where}: layer type {brief(kind)} is not supported ({', '.join(known)} are)")
     if len(kinds) != layers:
         raise ConfigError(f"{keys.where}: layer_types names {len(kinds)} layers of {layers}")
     return tuple(known[kind] for kind in kinds) if window else ()

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kvist.base.errors import WeightsError
+from kvist.base.errors import WeightsError, brief
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Activations, Decoder, Slot
 from kvist.models.families import describe
@@ -76,6 +76,7 @@ def load(
     is allocated before the weight files' headers agree with `config`.
     """
     checkpoint = Checkpoint(source) if isinstance(source, Path) else source
+    check_layers(checkpoint, config)
     model = describe(config, activations)
     slots = slots_in(checkpoint, model)
     return fill(allocate(model, dtype or stored_dtype(checkpoint)), checkpoint, slots)
@@ -85,10 +86,20 @@ def load_packed(source: Path | Source, config: ModelConfig, operators: Operators
     """The same, its matrices packed as they are read. Peak memory is the packed weights, and a read buffer with what
     packing it takes. Raises `WeightsError` as `load` does."""
     checkpoint = Checkpoint(source) if isinstance(source, Path) else source
+    check_layers(checkpoint, config)
     model = describe(config, operators)
     slots = slots_in(checkpoint, model)
     model.pack(grouping, operators)
     return fill(allocate(model, torch.float32), checkpoint, slots)
+
+
+def check_layers(checkpoint: Source, config: ModelConfig) -> None:
+    """Raises `WeightsError` for a config of more layers than there are tensors, before any of them is built."""
+    if (tensors := len(checkpoint.names())) < config.layers:
+        raise WeightsError(
+            f"{checkpoint.directory}: config.json says {config.layers} layers, and the weight files hold "
+            f"{tensors} tensors"
+        )
 
 
 Slots = dict[str, list[Slot]]  # where a checkpoint's tensors go, by their names there
@@ -206,7 +217,7 @@ def _check(checkpoint: Source, wanted: Slots, model: Decoder) -> None:
     missing = sorted(set(wanted) - names)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise WeightsError(f"{checkpoint.directory}: tensor {missing[0]!r}{more} is missing from the weight files")
+        raise WeightsError(f"{checkpoint.directory}: tensor {brief(missing[0])}{more} is missing from the weight files")
     ignored = {_HEAD} if model.config.tied else set()
     beside = tuple(model.ignored)
     left = (name for name in names - set(wanted) - ignored if not name.endswith(_DERIVED))
@@ -214,14 +225,14 @@ def _check(checkpoint: Source, wanted: Slots, model: Decoder) -> None:
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise WeightsError(
-            f"{checkpoint.directory}: the weight files hold {extra[0]!r}{more}, which a {model.config.family} "
+            f"{checkpoint.directory}: the weight files hold {brief(extra[0])}{more}, which a {model.config.family} "
             "model of this config.json has no place for"
         )
     for name, (slot, *_) in wanted.items():
         if checkpoint.shape(name) != slot.stored:
             raise WeightsError(
-                f"{checkpoint.directory}: tensor {name!r} has shape {list(checkpoint.shape(name))}, "
-                f"config.json says {list(slot.stored)}"
+                f"{checkpoint.directory}: tensor {brief(name)} has shape {brief(list(checkpoint.shape(name)))}, "
+                f"config.json says {brief(list(slot.stored))}"
             )
 
 

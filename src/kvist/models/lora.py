@@ -16,25 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvist.base.errors import ConfigError, WeightsError
-from kvist.base.files import read_json
+from kvist.base.errors import ConfigError, WeightsError, brief
 from kvist.models.decoder import Decoder, Product, Slot
-from kvist.models.keys import Keys
 from kvist.models.linear import Linear
+from kvist.models.peft import CONFIG, PeftConfig
 from kvist.weights.checkpoint import Checkpoint
 
-CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
+FILE = "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-_MOST_RANK = 4096
-# Of PEFT's config, what says nothing of the numbers: where it came from, and how it was trained.
-_INERT = frozenset(
-    """
-    auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode
-    init_lora_weights layer_replication layers_pattern layers_to_transform loftq_config lora_dropout megatron_config
-    megatron_core peft_version qalora_group_size revision rank_pattern r target_modules target_parameters task_type
-    trainable_token_indices use_qalora alora_invocation_tokens arrow_config fan_in_fan_out
-    """.split()
+# Embedding and head, which PEFT writes beside an adapter as they are where it cannot tell, or where it is told to.
+_COPY = re.compile(
+    r"base_model\.model\.(?:(.+)\.base_layer|(.*(?:embed_tokens|embed_in|embed_out|lm_head|wte)))\.weight"
 )
+_HEAD = "lm_head.weight"
+_MOST_RANK = 4096
+_COMPARED = 4096  # rows at once
 
 
 @dataclass(frozen=True)
@@ -52,61 +48,55 @@ class Delta:
 
 @dataclass(frozen=True)
 class Adapter:
-    """`id`: digest (hex) of its files, which names what is computed with it. `deltas`: by the base's tensors' names."""
+    """`id`: digest (hex) of its files, which names what is computed with it. `deltas`: by the base's tensors' names.
+    `copies`: of tensors that the base should have as they are, what the file calls them by the base's names."""
 
     directory: Path
     id: str
     deltas: Mapping[str, Delta]
+    copies: Mapping[str, str]
 
 
 def load_adapter(directory: Path) -> Adapter:
     """Reads an adapter in PEFT's format. Raises `ConfigError` for a kind that is not supported, `WeightsError` for
     tensors that do not belong together."""
-    raw = read_json(directory / CONFIG, 1 << 20)
-    keys = Keys({name: value for name, value in raw.items() if name not in _INERT}, str(directory / CONFIG))
-    keys.require("peft_type", "LORA")
-    keys.require("use_dora", False)
-    keys.require("bias", "none")
-    keys.require("lora_bias", False)
-    keys.require("modules_to_save", [])
-    keys.require("use_bdlora", False)
-    alpha, stabilized = keys.take("lora_alpha", float), keys.take("use_rslora", bool, False)
-    patterns = keys.take("alpha_pattern", dict, {})
-    keys.finish()
+    config = PeftConfig(directory)
     sides: dict[str, dict[str, Tensor]] = {}
     checkpoint = Checkpoint(directory, FILE)
-    for name, tensor in checkpoint.stream(checkpoint.names()):
+    copies = {f"{found[1] or found[2]}.weight": name for name in checkpoint.names() if (found := _COPY.fullmatch(name))}
+    for name, tensor in checkpoint.stream(checkpoint.names() - set(copies.values())):
         found = _NAME.fullmatch(name)
         if found is None:
-            raise WeightsError(f"{directory}: tensor {name!r} is no part of a LoRA adapter of a decoder's products")
+            raise WeightsError(
+                f"{directory}: tensor {brief(name)} is no part of a LoRA adapter of a decoder's products"
+            )
         sides.setdefault(found[1], {})[found[2]] = tensor.clone()
-    deltas = {
-        f"{module}.weight": _delta(directory, module, both, _alpha(module, alpha, patterns), stabilized)
-        for module, both in sides.items()
-    }
+    deltas = {f"{module}.weight": _delta(directory, module, both, config) for module, both in sides.items()}
     digest = hashlib.sha256()
     for name in (CONFIG, FILE):
-        digest.update((directory / name).read_bytes())
-    return Adapter(directory, digest.hexdigest(), deltas)
+        with (directory / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return Adapter(directory, digest.hexdigest(), deltas, copies)
 
 
-def _alpha(module: str, alpha: float, patterns: Mapping[str, Any]) -> float:
-    """The `lora_alpha` of a module: its own, where a pattern that ends its name says so."""
-    for pattern, value in patterns.items():
-        if module == pattern or module.endswith(f".{pattern}"):
-            return float(value)
-    return alpha
-
-
-def _delta(directory: Path, module: str, both: Mapping[str, Tensor], alpha: float, stabilized: bool) -> Delta:
+def _delta(directory: Path, module: str, both: Mapping[str, Tensor], config: PeftConfig) -> Delta:
     if both.keys() != {"A", "B"}:
-        raise WeightsError(f"{directory}: of {module!r} there is lora_{''.join(both)} alone")
+        raise WeightsError(f"{directory}: of {brief(module)} there is lora_{''.join(both)} alone")
     down, up = both["A"], both["B"]
     if down.dim() != 2 or up.dim() != 2 or len(down) != up.shape[1] or not 1 <= len(down) <= _MOST_RANK:
-        raise WeightsError(f"{directory}: {module!r} has lora_A {list(down.shape)} and lora_B {list(up.shape)}")
-    scale = alpha / (math.sqrt(len(down)) if stabilized else len(down))
+        raise WeightsError(
+            f"{directory}: {brief(module)} has lora_A {brief(list(down.shape))} and lora_B {brief(list(up.shape))}"
+        )
+    if not config.changes(module):
+        raise ConfigError(f"{config.where}: its target_modules leave {brief(module)} out, of which there are tensors")
+    if (rank := config.rank(module)) != len(down):
+        raise ConfigError(
+            f"{config.where}: {brief(module)} should be of rank {rank}, and its tensors are of {len(down)}"
+        )
+    alpha = config.alpha(module)
+    scale = alpha / (math.sqrt(rank) if config.stabilized else rank)
     if not 0 < abs(scale) < math.inf:
-        raise ConfigError(f"{directory}: lora_alpha={alpha} for rank {len(down)} cannot be")
+        raise ConfigError(f"{config.where}: lora_alpha={alpha:g} for rank {rank} cannot be")
     return Delta(down, up, scale)
 
 
@@ -119,22 +109,46 @@ def check_base(adapter: Adapter, slots: Iterable[Slot]) -> dict[str, Slot]:
         if slot is None or tuple(slot.stored[::-1] if slot.transposed else slot.stored) != shape:
             has = "none" if slot is None else f"one of {list(slot.stored)}"
             raise WeightsError(
-                f"{adapter.directory} is an adapter of another model: it changes {name!r} of {list(shape)}, and this "
-                f"one has {has}"
+                f"{adapter.directory} is an adapter of another model: it changes {brief(name)} of {list(shape)}, and "
+                f"this one has {has}"
             )
         found[name] = slot
     return found
 
 
+def check_copies(adapter: Adapter, slots: Iterable[Slot], base: Any) -> None:
+    """Raises `WeightsError` unless the tensors that an adapter's file holds beside it are the base's own, as the file's
+    type holds them. `base`: a `kvist.models.load.Source`."""
+    if not adapter.copies:
+        return
+    names, file = base.names(), Checkpoint(adapter.directory, FILE)
+    embedding = next((slot.name for slot in slots if slot.parameter == "embed.weight"), "")
+    for name, stored in adapter.copies.items():
+        own = embedding if name == _HEAD and name not in names else name  # the head may be the embedding
+        if own not in names or base.shape(own) != file.shape(stored) or not _alike(base, own, file, stored):
+            raise WeightsError(
+                f"{adapter.directory} holds {brief(stored)}, which is not the base's: whole weights that were changed "
+                "are not supported; where they were not, remove the tensor"
+            )
+
+
+def _alike(base: Any, own: str, file: Checkpoint, stored: str) -> bool:
+    ((_, theirs),) = base.stream([own])
+    ((_, copy),) = file.stream([stored])
+    rows = zip(theirs.split(_COMPARED), copy.split(_COMPARED), strict=True)
+    return all(torch.equal(one.to(other.dtype), other) for one, other in rows)
+
+
 class MergedSource:
     """A checkpoint with an adapter added to it; see `kvist.models.load.Source`."""
 
-    def __init__(self, base: Any, adapter: Adapter, slots: Iterable[Slot]) -> None:
+    def __init__(self, base: Any, adapter: Adapter, slots: Sequence[Slot]) -> None:
         """Raises `WeightsError` for an adapter of another base."""
         self.directory: Path = base.directory
         self._base = base
         self._deltas = adapter.deltas
         self._slots = check_base(adapter, slots)
+        check_copies(adapter, slots, base)
 
     def names(self) -> set[str]:
         names: set[str] = self._base.names()

@@ -4,12 +4,12 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor, nn
 
-from kvist.base.errors import ConfigError
+from kvist.base.errors import ConfigError, brief
 from kvist.cache.view import LayerView
 from kvist.models import llama
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Activations, Slot
-from kvist.models.experts import Experts, ExpertsConfig, choose
+from kvist.models.experts import Experts, ExpertsConfig, check_count, choose
 from kvist.models.keys import Keys
 from kvist.models.layers import RMSNorm, Rotation
 from kvist.models.linear import Linear
@@ -29,8 +29,9 @@ def read(keys: Keys) -> Qwen3MoeConfig:
     experts = read_experts(keys)
     step, plain = keys.take("decoder_sparse_step", int, 1), keys.take("mlp_only_layers", list, [])
     base = llama.read(keys, "qwen3_moe")
+    check_count(experts.count, base.layers, keys.where)
     if step < 1 or any(type(layer) is not int for layer in plain):
-        raise ConfigError(f"{keys.where}: decoder_sparse_step={step} and mlp_only_layers={plain!r:.80} do not fit")
+        raise ConfigError(f"{keys.where}: decoder_sparse_step={step} and mlp_only_layers={brief(plain)} do not fit")
     dense = tuple(layer for layer in range(base.layers) if layer in plain or (layer + 1) % step)
     return Qwen3MoeConfig(**{f.name: getattr(base, f.name) for f in fields(base)}, experts=experts, dense=dense)
 

@@ -59,9 +59,15 @@ def plan_budget(
     take more than a quarter of the budget. `passing`: passing blocks of the store. `step_tokens`: the widest step. Of
     layers with windows there is what the running sequences need, and room for the ends of prefixes.
 
-    Raises `ConfigError`, with numbers, when not even one block fits.
+    Raises `ConfigError`, with numbers, when not even one block fits, or when more is given than there is.
     """
-    budget = int(free_memory() * SHARE) if given is None else given
+    free = free_memory()
+    if given is not None and given > free:
+        raise ConfigError(
+            f"a KV budget of {format_bytes(given)} is more than the {format_bytes(free)} that this machine or "
+            "container has free; give less, or nothing for half of that"
+        )
+    budget = int(free * SHARE) if given is None else given
     most = MOST_RUNNING if running is None else running
     if running is None and layout.open_bytes:
         most = max(1, min(most, budget // _OPEN_SHARE // ((OPEN_BLOCKS + 1) * layout.open_bytes)))
@@ -84,15 +90,49 @@ def plan_budget(
     return KvBudget(layout, layout.store_bytes(blocks, kept, passing, windows), blocks, most, tails, windows)
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of the control group that it runs in."""
-    limits = []
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: of the machine, and of each control group that it runs in. `root`: under
+    which `proc` and `sys` lie."""
+    limits = [_available(root / "proc/meminfo"), *_groups(root)]
+    found = [limit for limit in limits if limit is not None]
+    return min(found, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+
+
+def _available(meminfo: Path) -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        limits += [] if limit == "max" else [max(int(limit) - int(used), 0)]
+        lines = meminfo.read_text().splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
     except (OSError, ValueError, IndexError):
-        pass
-    return min(limits, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+        return None
+
+
+def _groups(root: Path) -> list[int]:
+    """What is left in this process's control groups, from its own up to the outermost, of both versions."""
+    found = []
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    own = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") > 1)}
+    for mount, controllers, names in (
+        ("sys/fs/cgroup", "", ("memory.max", "memory.current", "inactive_file")),
+        ("sys/fs/cgroup/memory", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+    ):
+        path = Path(own.get(controllers, "/").lstrip("/"))
+        if ".." in path.parts:  # a group outside of what this container sees
+            path = Path()
+        for group in (path, *path.parents):
+            left = _left(root / mount / group, *names)
+            found += [] if left is None else [left]
+    return found
+
+
+def _left(group: Path, limit: str, used: str, cached: str) -> int | None:
+    """Of one group's limit. What it counts of files that can be dropped is free."""
+    try:
+        most = int((group / limit).read_text())  # "max" is none
+        lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        droppable = next((int(value) for name, value in lines if name == cached), 0)
+        return max(most - max(int((group / used).read_text()) - droppable, 0), 0)
+    except (OSError, ValueError):
+        return None

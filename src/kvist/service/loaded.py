@@ -19,8 +19,8 @@ from kvist.models.config import ModelConfig
 from kvist.models.decoder import Decoder, Slot
 from kvist.models.families import describe, load_config
 from kvist.models.linear import Grouping, uniform
-from kvist.models.load import DTYPES, Source, allocate, fill, slots_in, stored_dtype
-from kvist.models.lora import Adapter, Adapters, MergedSource, check_base, load_adapter
+from kvist.models.load import DTYPES, Source, allocate, check_layers, fill, slots_in, stored_dtype
+from kvist.models.lora import Adapter, Adapters, MergedSource, check_base, check_copies, load_adapter
 from kvist.ops.backend import Backend, select
 from kvist.runtime.engine import Engine
 from kvist.runtime.runner import Runner
@@ -137,12 +137,14 @@ def open_model(
         plan_layout(config.layer_specs(), parse_choice(kv), full=_FULL[compute])
     backend = select_backend(config, compute)
     stamp = stamp_of(origin.files)
+    check_layers(checkpoint, config)
     model = _describe(config, backend)
     merged, offered = (None if adapter is None else load_adapter(adapter)), _read_adapters(adapters)
     if merged is not None:
         checkpoint = MergedSource(checkpoint, merged, model.slots())
     for one in offered.values():
         check_base(one, model.slots())
+        check_copies(one, model.slots(), checkpoint)
     how, grouping = _packing(origin, weights, model)
     if activations is not None and (activations not in ACTIVATIONS or grouping is None):
         raise ConfigError(

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvist.base.errors import KvistError, WeightsError
+from kvist.base.errors import KvistError, WeightsError, brief
 from kvist.base.files import atomic_file, read_json
 
 WINDOW_BYTES = 8 << 20
@@ -28,7 +28,8 @@ INDEX_FILE = "model.safetensors.index.json"
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 Stamp = tuple[tuple[str, int, int, int, int], ...]
-_SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")  # no separator: a shard lies beside its index
+_SHARD_NAME = re.compile(r"[\w.-]{1,200}\.safetensors")  # no separator: a shard lies beside its index
+_SAID = 160  # characters of what a library says
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -71,7 +72,7 @@ class Checkpoint:
         stored = self._find(name)
         if stored.kind not in _DTYPES:
             raise WeightsError(
-                f"{stored.file}: tensor {name!r} is of dtype {stored.kind}, which is not supported "
+                f"{stored.file}: tensor {brief(name)} is of dtype {stored.kind}, which is not supported "
                 f"({', '.join(_DTYPES)} are); convert the checkpoint to BF16"
             )
         return _DTYPES[stored.kind]
@@ -99,8 +100,8 @@ class Checkpoint:
             expected = tuple(targets[name].shape)
             if stored.shape != expected:
                 raise WeightsError(
-                    f"{stored.file}: tensor {name!r} has shape {list(stored.shape)} where the configuration "
-                    f"expects {list(expected)}"
+                    f"{stored.file}: tensor {brief(name)} has shape {brief(list(stored.shape))} where the "
+                    f"configuration expects {list(expected)}"
                 )
         with torch.no_grad():
             for name, first_row, rows in self._pieces(ordered, WINDOW_BYTES):
@@ -111,13 +112,13 @@ class Checkpoint:
 
     def _find(self, name: str) -> _Stored:
         if name not in self._stored:
-            raise WeightsError(f"{self.directory}: the weights hold no tensor {name!r}")
+            raise WeightsError(f"{self.directory}: the weights hold no tensor {brief(name)}")
         return self._stored[name]
 
     def _in_file_order(self, names: Iterable[str]) -> list[str]:
         wanted = set(names)
         if missing := sorted(wanted - set(self._stored)):
-            shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
+            shown = ", ".join(map(brief, missing[:3])) + (", ..." if len(missing) > 3 else "")
             raise WeightsError(f"{self.directory} lacks {len(missing)} of {len(wanted)} tensors: {shown}")
         for name in wanted:
             self.dtype(name)
@@ -130,7 +131,8 @@ class Checkpoint:
             stored = self._stored[name]
             row_bytes = prod(stored.shape[1:]) * _DTYPES[stored.kind].itemsize
             rows = stored.shape[0] if stored.shape else 1
-            step = max(rows, 1) if most_bytes is None else max(most_bytes // max(row_bytes, 1), 1)
+            # One without numbers is read at once, however many rows it says that it has.
+            step = max(rows, 1) if most_bytes is None or not row_bytes else max(most_bytes // row_bytes, 1)
             for first in range(0, max(rows, 1), step):
                 with _reading(stored.file):
                     if file is None or stored.file != path or touched >= WINDOW_BYTES:
@@ -185,7 +187,7 @@ def _read_header(path: Path) -> dict[str, _Stored]:
     try:
         json.loads(header, object_pairs_hook=_unique)
     except KeyError as error:
-        raise WeightsError(f"{path}: the header names {error.args[0]!r} twice") from None
+        raise WeightsError(f"{path}: the header names {brief(error.args[0])} twice") from None
     return found
 
 
@@ -199,7 +201,7 @@ def _read_shards(index: Path) -> dict[str, _Stored]:
         raise WeightsError(f"{index}: 'weight_map' should be an object from tensor names to file names")
     for file in weight_map.values():
         if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
-            raise WeightsError(f"{index}: {file!r} is not the plain name of a .safetensors file beside it")
+            raise WeightsError(f"{index}: {brief(file)} is not the plain name of a .safetensors file beside it")
     found: dict[str, _Stored] = {}
     for file in sorted(set(weight_map.values())):
         shard = index.parent / file
@@ -207,11 +209,11 @@ def _read_shards(index: Path) -> dict[str, _Stored]:
             raise WeightsError(f"{shard} is missing; download the checkpoint again")
         for name, stored in _read_header(shard).items():
             if name in found:
-                raise WeightsError(f"tensor {name!r} is stored twice: in {found[name].file} and in {shard}")
+                raise WeightsError(f"tensor {brief(name)} is stored twice: in {found[name].file} and in {shard}")
             found[name] = stored
     for name, file in weight_map.items():
         if name not in found or found[name].file.name != file:
-            raise WeightsError(f"{index.parent / file} lacks tensor {name!r}, which its index places there")
+            raise WeightsError(f"{index.parent / file} lacks tensor {brief(name)}, which its index places there")
     return found
 
 
@@ -253,4 +255,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    said = " ".join(str(error).split())
+    return said if len(said) <= _SAID else f"{said[: _SAID - 3]}..."

@@ -1,0 +1,253 @@
+"""Hostile configs, adapters and weight files: each ends soon, read or refused in one line of at most 400 characters.
+
+KVIST_FUZZ: how many mutations each reader is given (default 300).
+"""
+
+import copy
+import json
+import os
+import random
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_checkpoints import CASES, Written
+
+from kvist.base.errors import KvistError
+from kvist.hf.config import load_hf_config
+from kvist.models.families import describe, load_config
+from kvist.models.load import load
+from kvist.models.lora import CONFIG, FILE, load_adapter
+from kvist.models.plain import PlainActivations
+from kvist.service.plan import context_row
+from kvist.weights.checkpoint import Checkpoint, save
+
+COUNT = int(os.environ.get("KVIST_FUZZ", "300"))
+SECONDS, CHARACTERS = 10, 400
+VALUES = [
+    *(None, True, False, 0, 1, -1, 2, 3, 7, 0.5, -0.0, 1e-300, 1e308, float("nan"), float("inf"), -float("inf")),
+    *(10**300, -(10**300), 2**31, 2**53, 2**63, 2**64, 10**4000, 4096, 1024, 16_384, 1 << 24),
+    *("", "x", "x" * 100_000, "a\nb", "\x00", "\ud800", "1e400", "full_attention", "yarn", "llama3", "longrope"),
+    *([], {}, [[]], [None], [0] * 10_000, ["x" * 99] * 999, {"": {}}, {"x" * 20_000: 1}, {"rope_type": "yarn"}),
+]
+
+
+def ends(read: Callable[[], object]) -> bool:
+    """Whether it was read. Anything else than one line of refusal is a failure."""
+    start, refusal = time.process_time(), None
+    try:
+        read()
+    except KvistError as error:
+        refusal = str(error)
+    assert time.process_time() - start < SECONDS
+    assert refusal is None or ("\n" not in refusal and len(refusal) <= CHARACTERS), refusal[:2000]
+    return refusal is None
+
+
+def nested(rng: random.Random, depth: int) -> Any:
+    value: Any = rng.choice(VALUES)
+    for _ in range(depth):
+        value = [value] if rng.random() < 0.5 else {"a": value}
+    return value
+
+
+def mutate(rng: random.Random, value: dict[str, Any]) -> None:
+    """Changes, drops, adds or moves one to three keys, also within what is nested."""
+    for _ in range(rng.randint(1, 3)):
+        at = value
+        while (inner := [one for one in at.values() if isinstance(one, dict) and one]) and rng.random() < 0.4:
+            at = rng.choice(inner)
+        if not at:
+            continue
+        key = rng.choice(list(at))
+        kind = rng.random()
+        if kind < 0.1:
+            del at[key]
+        elif kind < 0.2:
+            at[rng.choice(["new", "x" * 9999, "a\nb", "quantization_config", key * 3])] = nested(rng, 0)
+        elif kind < 0.3:
+            at[key] = at[rng.choice(list(at))]
+        else:
+            at[key] = nested(rng, rng.choice([0, 0, 0, 1, 3, 400]))
+
+
+def hostile_text(rng: random.Random, text: str) -> str:
+    """JSON text, damaged at times as text."""
+    kind = rng.random()
+    if kind < 0.02:
+        return "[" * rng.choice([10, 100_000]) + text
+    if kind < 0.04:
+        return text[: rng.randrange(len(text))]
+    if kind < 0.06:
+        return text.replace("{", '{"model_type": "llama", "model_type": "gpt2", ', 1)
+    if kind < 0.08:
+        return text.replace(":", f': {"9" * rng.choice([400, 9999])}, "z":', 1)
+    return text
+
+
+def test_configs(written: Callable[[str], Written], tmp_path: Path) -> None:
+    rng, path = random.Random(0), tmp_path / "config.json"
+    raws = [json.loads((written(case).directory / "config.json").read_text()) for case in CASES]
+    read = 0
+
+    def whole() -> None:
+        config = load_config(tmp_path)
+        context_row(config, "bf16", 4096)
+        describe(config, PlainActivations())
+
+    for _ in range(COUNT):
+        raw = copy.deepcopy(rng.choice(raws))
+        mutate(rng, raw)
+        path.write_bytes(hostile_text(rng, json.dumps(raw)).encode(errors="surrogatepass"))
+        read += ends(whole)
+    assert 0 < read < COUNT
+
+
+def test_configs_of_others(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    rng, path = random.Random(0), tmp_path / "config.json"
+    raws = [AutoConfig.for_model(name).to_dict() for name in ("olmo2", "granite", "starcoder2", "cohere")]
+    read = 0
+    for _ in range(max(COUNT // 10, 20)):
+        raw = copy.deepcopy(rng.choice(raws))
+        mutate(rng, raw)
+        path.write_bytes(hostile_text(rng, json.dumps(raw)).encode(errors="surrogatepass"))
+        read += ends(lambda: load_hf_config(tmp_path))
+    assert read
+
+
+def damaged(rng: random.Random, good: bytes) -> bytes:
+    """A safetensors file with a hostile header, or damaged bytes."""
+    size = int.from_bytes(good[:8], "little")
+    header, data = json.loads(good[8 : 8 + size]), good[8 + size :]
+    kind = rng.random()
+    if kind < 0.2:
+        place = rng.randrange(min(len(good), size + 8))
+        return good[:place] + rng.randbytes(rng.randint(1, 8)) + good[place + rng.randint(0, 8) :]
+    if kind < 0.25:
+        return good[: rng.randrange(len(good))]
+    if kind < 0.3:
+        return rng.choice([0, 1, 2**31, 2**63, 2**64 - 1]).to_bytes(8, "little") + good[8:]
+    name = rng.choice(list(header))
+    if kind < 0.5:  # of no numbers, or of as many as there are, in an absurd shape
+        shapes = [[0], [2**40, 0], [0, 2**62], [2**62, 4, 0], [1] * 2000, [], [0] * 999, [2**33, 2**33]]
+        header[name]["shape"] = rng.choice(shapes)
+        if 0 in header[name]["shape"]:
+            rest = {key: value for key, value in header.items() if key != name}
+            return packed(rest, data, name, header[name])
+    elif kind < 0.7:
+        header[name]["dtype"] = rng.choice(["F64", "I8", "BOOL", "F8_E4M3", "F4", "X", "", 5, None])
+    elif kind < 0.85:
+        header[rng.choice(["x" * 50_000, "a\nb", "", name + ".lora_A.weight"])] = header.pop(name)
+    else:
+        mutate(rng, header)
+    text = json.dumps(header).encode(errors="surrogatepass")
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def packed(header: dict[str, Any], data: bytes, name: str, empty: dict[str, Any]) -> bytes:
+    """The tensors of `header`, and one of no bytes."""
+    offset, parts, found = 0, [], {}
+    for key, entry in header.items():
+        start, end = entry["data_offsets"]
+        found[key] = entry | {"data_offsets": [offset, offset + end - start]}
+        parts.append(data[start:end])
+        offset += end - start
+    found[name] = empty | {"data_offsets": [offset, offset]}
+    text = json.dumps(found).encode()
+    return struct.pack("<Q", len(text)) + text + b"".join(parts)
+
+
+def test_weights(written: Callable[[str], Written], tmp_path: Path) -> None:
+    """Opened, streamed, and loaded into a decoder."""
+    rng, theirs = random.Random(0), written("llama-48-biased").directory
+    config, path = load_config(theirs), tmp_path / "model.safetensors"
+    source = Checkpoint(theirs)
+    save(path, {name: tensor.clone() for name, tensor in source.stream(source.names())})
+    good, read = path.read_bytes(), 0
+
+    def whole() -> None:
+        opened = Checkpoint(tmp_path)
+        for _, tensor in opened.stream(opened.names()):
+            tensor.numel()
+        load(tmp_path, config, PlainActivations())
+
+    assert ends(whole)
+    for _ in range(COUNT):
+        path.write_bytes(damaged(rng, good))
+        read += ends(whole)
+    assert read < COUNT
+
+
+def test_an_index(tmp_path: Path) -> None:
+    rng, path = random.Random(0), tmp_path / "model.safetensors.index.json"
+    save(tmp_path / "a.safetensors", {"x": torch.ones(3)})
+    good = {"metadata": {"total_size": 12}, "weight_map": {"x": "a.safetensors"}}
+    path.write_text(json.dumps(good))
+    assert ends(lambda: Checkpoint(tmp_path))
+    for _ in range(COUNT):
+        raw = copy.deepcopy(good)
+        mutate(rng, raw)
+        path.write_bytes(hostile_text(rng, json.dumps(raw)).encode(errors="surrogatepass"))
+        ends(lambda: Checkpoint(tmp_path))
+
+
+def test_adapters(tmp_path: Path) -> None:
+    rng, names = random.Random(0), ("q_proj", "v_proj")
+    modules = [f"base_model.model.model.layers.{n}.self_attn.{name}" for n in range(2) for name in names]
+    shapes = {"A": (4, 32), "B": (32, 4)}
+    save(
+        tmp_path / FILE,
+        {f"{module}.lora_{side}.weight": torch.ones(shape) for module in modules for side, shape in shapes.items()},
+    )
+    config: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": list(names)}
+    config |= {"alpha_pattern": {"q_proj": 3, r"layers\.\d": 4}, "rank_pattern": {"q_proj": 4}, "bias": "none"}
+    config |= {"layers_to_transform": [0, 1], "layers_pattern": ["layers"], "exclude_modules": ["lm_head"]}
+    good, read = (tmp_path / FILE).read_bytes(), 0
+    patterns = [
+        "(" * 500,
+        "(a*)*" * 99,
+        ".*" * 400 + "x",
+        "a{1,9999}" * 90,
+        "(?i)q",
+        "[",
+        "\\",
+        "(?P<index>1)",
+        "é" * 999,
+    ]
+
+    def whole() -> None:
+        for delta in load_adapter(tmp_path).deltas.values():
+            delta.matrix()
+
+    for _ in range(COUNT):
+        raw = copy.deepcopy(config)
+        if rng.random() < 0.7:
+            mutate(rng, raw)
+        if rng.random() < 0.3:
+            key = rng.choice(["alpha_pattern", "rank_pattern", "target_modules", "exclude_modules", "layers_pattern"])
+            raw[key] = (
+                {rng.choice(patterns): 4} if key.endswith("_pattern") and key[0] in "ar" else rng.choice(patterns)
+            )
+        text = hostile_text(rng, json.dumps(raw))
+        (tmp_path / CONFIG).write_bytes(text.encode(errors="surrogatepass"))
+        (tmp_path / FILE).write_bytes(damaged(rng, good) if rng.random() < 0.4 else good)
+        read += ends(whole)
+    assert 0 < read < COUNT
+
+
+def test_the_check_sees_what_it_should() -> None:
+    def long() -> None:
+        raise KvistError("x" * 401)
+
+    def other() -> None:
+        raise TypeError("a list for a number")
+
+    for read, kind in ((long, AssertionError), (other, TypeError)):
+        with pytest.raises(kind):
+            ends(read)
