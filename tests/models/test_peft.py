@@ -15,6 +15,8 @@ import torch
 from hf_checkpoints import VOCAB, Written
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -118,9 +120,9 @@ def test_patterns_are_pefts_own(ranks: dict[str, int], alphas: dict[str, int], t
     own, theirs = PeftConfig(tmp_path), peft.LoraConfig(target_modules=[target])
     for layer in range(3):
         for module in (f"model.layers.{layer}.{name}" for name in NAMES):
-            assert own.rank(module) == ranks.get(peft.utils.get_pattern_key(ranks, module), 5)
-            assert own.alpha(module) == alphas.get(peft.utils.get_pattern_key(alphas, module), 7)
-            found = peft.tuners.tuners_utils.check_target_module_exists(theirs, module)
+            assert own.rank(module) == ranks.get(get_pattern_key(ranks, module), 5)
+            assert own.alpha(module) == alphas.get(get_pattern_key(alphas, module), 7)
+            found = check_target_module_exists(theirs, module)
             assert own.changes(module) == bool(found)
 
 
@@ -175,10 +177,10 @@ def test_adapters_of_a_changed_base_are_refused(init: object, tmp_path: Path) ->
 
 def test_a_pattern_that_would_match_for_ever_ends(tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text(json.dumps({"alpha_pattern": {"(?:(?:a|aa)+)+b": 1}}))
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ConfigError, match="take too long to match"):
-        PeftConfig(tmp_path).alpha("a" * 5000)
-    assert time.monotonic() - start < 10
+        PeftConfig(tmp_path).alpha("a" * 300)
+    assert time.process_time() - start < 10
 
 
 def test_tensors_that_the_config_leaves_out(written: Callable[[str], Written], tmp_path: Path) -> None:

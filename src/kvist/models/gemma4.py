@@ -143,7 +143,7 @@ def _wide(keys: Keys, local: Sequence[bool], kv_heads: int, tied_kv: bool) -> tu
     shapes = {(one.take("num_key_value_heads", int, kv_heads), one.take("head_dim", int)) for one in found}
     for one in found:
         one.finish()
-    if {str(layer) for layer in by_layer} != wide or len(shapes) != 1:
+    if {str(layer).lstrip("0") or "0" for layer in by_layer} != wide or len(shapes) != 1:
         raise ConfigError(f"{keys.where}: per_layer_config should say the same of all layers without a window")
     return shapes.pop()
 

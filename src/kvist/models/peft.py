@@ -16,7 +16,8 @@ from kvist.models.keys import Keys
 CONFIG = "adapter_config.json"
 _MOST_BYTES = 1 << 20
 _MOST_PATTERN = 1000  # characters of one, and patterns of one key
-_MOST_SECONDS = 2.0  # for all matches of one adapter
+_MOST_NAME = 300  # characters of a module's name
+_MOST_SECONDS, _ONE = 2.0, 0.05  # of computing, for all matches of one adapter and for one
 _REPEAT = re.compile(r"\{(?!\d+(?:,\d*)?\}|,\d+\})")  # a brace that is no count
 
 
@@ -189,15 +190,17 @@ class PeftConfig:
         return next((value for pattern, value in patterns if self._match(pattern, module)), otherwise)
 
     def _match(self, pattern: "regex.Pattern[str]", module: str, whole: bool = False) -> "regex.Match[str] | None":
-        start = time.monotonic()
+        if len(module) > _MOST_NAME:
+            raise ConfigError(f"{self.where}: a module's name is longer than {_MOST_NAME} characters: {brief(module)}")
+        start = time.thread_time()
         try:
             how = pattern.fullmatch if whole else pattern.match
-            found = how(module, timeout=max(self._left, 1e-3))
+            found = how(module, timeout=max(min(_ONE, self._left), 1e-3))
         except TimeoutError:
             raise ConfigError(
                 f"{self.where}: its patterns take too long to match, as {brief(pattern.pattern)}"
             ) from None
-        self._left -= time.monotonic() - start
+        self._left -= time.thread_time() - start
         return found
 
 
