@@ -134,7 +134,7 @@ def factors_of(header: GgufHeader, name: str) -> list[float]:
     factors = header.tensors.get(name)
     if factors is None or factors.kind is not Kind.F32 or len(factors.shape) != 1 or factors.nbytes > 1 << 16:
         raise WeightsError(f"{header.path}: tensor {name!r} should be a short list of float32")
-    with header.path.open("rb") as file:
+    with factors.path.open("rb") as file:
         file.seek(factors.start)
         return [float(number) for number in np.frombuffer(file.read(factors.nbytes), np.float32)]
 

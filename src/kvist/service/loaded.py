@@ -31,6 +31,7 @@ from kvist.service.packing import BITS, check_memory, open_packed
 from kvist.text.tokenizer import Tokenizer
 from kvist.weights.checkpoint import Checkpoint, Stamp, stamp_of
 from kvist.weights.hub import resolve, resolve_file
+from kvist.weights.parts import part_names
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 RECALL = BUNDLED / "recall"
@@ -238,16 +239,16 @@ def _describe(config: ModelConfig, backend: Backend) -> Decoder:
 
 def find_gguf(name: str) -> Path | None:
     """The GGUF file that a model's name means: itself, one on the hub, or the only one in a directory without other
-    weights. Raises `WeightsError` where there are several."""
+    weights; of a model that is split, the first. Raises `WeightsError` where there are several models."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         return path if path.is_file() else resolve_file(name, progress=True)
     if not path.is_dir() or any(path.glob("*.safetensors")):
         return None
-    found = sorted(path.glob("*.gguf"))
+    found = sorted({part_names(file.name)[0] for file in path.glob("*.gguf")})
     if len(found) > 1:
-        raise WeightsError(f"{path} holds {len(found)} GGUF files; name one of them, as in {found[0]}")
-    return found[0] if found else None
+        raise WeightsError(f"{path} holds {len(found)} models in GGUF; name one of them, as in {path / found[0]}")
+    return path / found[0] if found else None
 
 
 def _packing(origin: _Origin, weights: str | None, model: Decoder) -> tuple[str, Grouping | None]:
