@@ -53,7 +53,8 @@ def serve(
     ] = None,
     name: Annotated[str | None, typer.Option(help="The model's name for clients; by default as it was given.")] = None,
     chat_template: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A chat template instead of the model's own.")
+        Path | None,
+        typer.Option(metavar="FILE", help="A chat template instead of the model's own, or the name of one of its own."),
     ] = None,
     api_key: Annotated[
         list[str] | None,

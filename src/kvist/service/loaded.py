@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kvist.base.errors import ConfigError, UnknownFamily, WeightsError
+from kvist.base.errors import ConfigError, TextError, UnknownFamily, WeightsError
 from kvist.base.events import Listener
 from kvist.cache.choice import parse_choice
 from kvist.cache.codecs import BF16, FP16, FP32
@@ -28,7 +28,7 @@ from kvist.runtime.widths import probe, widths_folder
 from kvist.service.budget import KvBudget, plan_budget
 from kvist.service.calibration import AUTO, planned
 from kvist.service.packing import BITS, check_memory, open_packed
-from kvist.text.tokenizer import Tokenizer
+from kvist.text.tokenizer import TOKENIZER, Tokenizer
 from kvist.weights.checkpoint import Checkpoint, Stamp, stamp_of
 from kvist.weights.hub import resolve, resolve_file
 from kvist.weights.parts import part_names
@@ -61,6 +61,8 @@ class Loaded:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer beside the weights, read afresh. Raises `TextError` when there is none."""
+        if self.files is not None and self.files.suffix == ".gguf" and not (self.directory / TOKENIZER).is_file():
+            raise TextError(f"{self.files} holds no tokenizer: the key 'tokenizer.ggml.model' is missing, or says none")
         return Tokenizer.load(self.directory)
 
     def with_kv(self, kv: str) -> "Loaded":
@@ -248,6 +250,8 @@ def find_gguf(name: str) -> Path | None:
     found = sorted({part_names(file.name)[0] for file in path.glob("*.gguf")})
     if len(found) > 1:
         raise WeightsError(f"{path} holds {len(found)} models in GGUF; name one of them, as in {path / found[0]}")
+    if found and not (path / found[0]).is_file():
+        raise WeightsError(f"{path / found[0]} is missing: the first of a model's files, which lie in one folder")
     return path / found[0] if found else None
 
 

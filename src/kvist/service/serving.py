@@ -31,7 +31,7 @@ from kvist.service.loaded import Loaded
 from kvist.service.session import Delta, Job, NewToken
 from kvist.service.shelf import Shelf
 from kvist.service.tenants import Tenant
-from kvist.service.text_stream import TextStream
+from kvist.service.text_stream import TextStream, stop_strings
 from kvist.text.chat import ChatTemplate
 from kvist.text.grammar import GrammarCompiler
 from kvist.text.response import ResponseFormat
@@ -367,8 +367,9 @@ class Serving:
             failed = [Delta(index, "", (), FinishReason.FAILED, None, error) for index in range(job.choices)]
             self._send([(session, delta) for delta in failed])
             return
+        stops = stop_strings(self.tokenizer, job.stops)
         for index, sequence in enumerate(sequences):
-            text = TextStream(self.tokenizer, self.tokenizer.eos_ids, job.stops, job.keep_special)
+            text = TextStream(self.tokenizer, self.tokenizer.eos_ids, stops, job.keep_special)
             session.choices.append((sequence, text))
             self._sessions[sequence] = session, index
 

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from kvist.base.errors import KvistError, TextError
 from kvist.base.files import read_json
 
+TOKENIZER = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _SHOWN_CHARACTERS = 100
@@ -46,8 +47,8 @@ class Tokenizer:
         """
         named = _optional(directory / "special_tokens_map.json") | _optional(directory / "tokenizer_config.json")
         bos, eos = (_content(named.get(key)) for key in ("bos_token", "eos_token"))
-        if (directory / "tokenizer.json").is_file():
-            backend = _read_backend(directory / "tokenizer.json")
+        if (directory / TOKENIZER).is_file():
+            backend = _read_backend(directory / TOKENIZER)
         elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
             backend = _read_gpt2(directory, (bos, eos, END_OF_TEXT))
         else:
@@ -90,6 +91,17 @@ class Tokenizer:
         # Twice, because a text's first token may be decoded unlike the others.
         twice, once = (self.decode([token_id] * count, skip_special=False) for count in (2, 1))
         return twice[len(once) :].encode()
+
+    def special_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """The special tokens whose text stands in `text`: id, and where it begins and ends, in order."""
+        found, end = [], 0
+        for token_id in self.encode(text, add_special=False) if self.special_ids else ():
+            if token_id in self.special_ids and (token := self.token(token_id)):
+                first = text.find(token, end)
+                if first >= 0:  # the unknown token stands for other text
+                    end = first + len(token)
+                    found.append((token_id, first, end))
+        return found
 
     def _refusal(self, text: str, error: Exception) -> str:
         surrogate = next((character for character in text if "\ud800" <= character <= "\udfff"), None)

@@ -187,8 +187,8 @@ class _Reader:
             nbytes *= prod(shape) // size
             if offset % alignment or offset + nbytes > end - start:
                 raise WeightsError(
-                    f"{self._path} is truncated or damaged: tensor {name!r:.80} should lie at {start + offset:,} and take "
-                    f"{nbytes:,} bytes of {end:,}"
+                    f"{self._path} is truncated or damaged: tensor {name!r:.80} should lie at {start + offset:,} and "
+                    f"take {nbytes:,} bytes of {end:,}"
                 )
             placed[name] = GgufTensor(shape, kind, start + offset, nbytes, self._path)
         last = 0
