@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvist.base.errors import RequestError
-from kvist.text.stops import StopMatcher
+from kvist.text.stops import StopMatcher, StopStrings
 
 stop_lists = st.lists(st.text("ab<é", min_size=1, max_size=4), max_size=3)
 
@@ -24,7 +24,7 @@ def cut_by_definition(text: str, stops: list[str]) -> tuple[str, str | None]:
 def test_a_stream_gives_what_the_whole_gives(text: str, stops: list[str], data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    matcher = StopMatcher(stops)
+    matcher = StopMatcher(StopStrings(stops))
     shown = "".join(matcher.push(piece) for piece in pieces)
     assert (shown + matcher.finish(), matcher.matched) == cut_by_definition(text, stops)
 
@@ -32,13 +32,13 @@ def test_a_stream_gives_what_the_whole_gives(text: str, stops: list[str], data: 
 def test_every_split_point_of_a_matching_text() -> None:
     text, stops = "one <|im_end|> two\n\nUser: three", ["\n\nUser:", "<|im_end|>", "<|im_start|>"]
     for cut in range(len(text) + 1):
-        matcher = StopMatcher(stops)
+        matcher = StopMatcher(StopStrings(stops))
         assert matcher.push(text[:cut]) + matcher.push(text[cut:]) + matcher.finish() == "one "
         assert matcher.matched == "<|im_end|>"
 
 
 def test_text_is_held_back_only_while_it_may_become_a_stop_string() -> None:
-    matcher = StopMatcher(["<end>", "abab!"])
+    matcher = StopMatcher(StopStrings(["<end>", "abab!"]))
     assert matcher.push("text <") == "text "
     assert matcher.push("en") == ""
     assert matcher.push("t> aba") == "<ent> "
@@ -48,10 +48,10 @@ def test_text_is_held_back_only_while_it_may_become_a_stop_string() -> None:
 
 
 def test_the_first_to_be_complete_wins_and_of_equal_ends_the_longest() -> None:
-    early = StopMatcher(["abcd", "bc"])
+    early = StopMatcher(StopStrings(["abcd", "bc"]))
     assert early.push("xabcd") == "xa"
     assert early.matched == "bc"
-    long = StopMatcher(["bc", "abc"])
+    long = StopMatcher(StopStrings(["bc", "abc"]))
     assert long.push("xabc") == "x"
     assert long.matched == "abc"
     assert long.push("more") == ""
@@ -59,6 +59,6 @@ def test_the_first_to_be_complete_wins_and_of_equal_ends_the_longest() -> None:
 
 
 def test_without_stop_strings_everything_passes_and_an_empty_one_is_refused() -> None:
-    assert StopMatcher([]).push("text") == "text"
+    assert StopMatcher(StopStrings([])).push("text") == "text"
     with pytest.raises(RequestError, match="a stop string is empty"):
-        StopMatcher(["ok", ""])
+        StopMatcher(StopStrings(["ok", ""]))

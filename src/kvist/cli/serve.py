@@ -199,6 +199,7 @@ def _serving(
     if kept is not None:
         kept.limit(settings.tenants.values(), serving.manager, loaded.adapters.values())
     log.info("%s · context of %s tokens", serving.name, f"{serving.context:,}")
+    log.info("sampled with %s where a request says nothing", str(serving.proposed) or "temperature 1")
     log.info("%s", budget.describe(serving.context))
     if kept is not None:
         log.info("%s", kept.describe())

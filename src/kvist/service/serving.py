@@ -28,6 +28,7 @@ from kvist.service.facts import Cause, ChoiceDone, FactListener, Load, Matched, 
 from kvist.service.keeping import Kept
 from kvist.service.live_session import LiveSession
 from kvist.service.loaded import Loaded
+from kvist.service.sampling import read_proposed
 from kvist.service.session import Delta, Job, NewToken
 from kvist.service.shelf import Shelf
 from kvist.service.tenants import Tenant
@@ -66,6 +67,7 @@ class Serving:
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer()
         self.template = ChatTemplate.load(loaded.directory, template)
+        self.proposed = read_proposed(loaded.directory)  # how to sample where a request says nothing
         self.format = ResponseFormat.detect(loaded.directory, self.template)
         self.grammars = GrammarCompiler(self.tokenizer, loaded.config.vocab_size)
         self.adapters = dict(loaded.adapters)  # ids by the names that clients ask for

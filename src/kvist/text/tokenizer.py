@@ -15,6 +15,8 @@ TOKENIZER = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _SHOWN_CHARACTERS = 100
+_SHOWN_REASON = 200  # characters of what the library says
+_MOST_BYTES = 256 << 20  # of tokenizer.json
 
 
 class Tokenizer:
@@ -117,6 +119,8 @@ class Tokenizer:
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    if path.stat().st_size > _MOST_BYTES:
+        raise TextError(f"{path} is larger than {_MOST_BYTES:,} bytes, too large for a tokenizer")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
@@ -151,6 +155,8 @@ def _content(token: Any) -> str | None:
     """A special token's text, which configurations write as a string or as an object with `content`."""
     if isinstance(token, dict):
         token = token.get("content")
+    if isinstance(token, str) and any("\ud800" <= character <= "\udfff" for character in token):
+        raise TextError(f"a special token's text holds a lone surrogate: {token!r:.80}")
     return token if isinstance(token, str) else None
 
 
@@ -160,7 +166,7 @@ def _eos_ids(path: Path) -> frozenset[int]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token_id in ids:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
-            raise TextError(f"{path}: eos_token_id should be a token id or a list of them, got {value!r}")
+            raise TextError(f"{path}: eos_token_id should be a token id or a list of them, got {value!r:.80}")
     return frozenset(ids)
 
 
@@ -175,4 +181,4 @@ BYTE_OF = _byte_alphabet()  # how byte-level vocabularies spell bytes
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split())[:_SHOWN_REASON]
