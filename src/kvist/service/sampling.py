@@ -74,6 +74,6 @@ def _number(stated: dict[str, Any], name: str, kind: type[int] | type[float]) ->
     value = stated.get(name)
     if value is None:
         return None
-    if type(value) not in (int, float) or abs(value) >= 2**31 or (kind is int and value != int(value)):
+    if type(value) not in (int, float) or not abs(value) < 2**31 or (kind is int and value != int(value)):
         raise RequestError(f"{name} should be a number, got {value!r:.80}")
     return max(int(value), 0) if kind is int else float(value)  # a top_k of -1 means all tokens

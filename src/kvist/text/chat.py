@@ -148,7 +148,7 @@ def _stops(path: Path) -> tuple[str, ...]:
     stops = _optional(path).get("stop_strings")
     listed = [] if stops is None else stops if isinstance(stops, list) else [stops]
     if not all(isinstance(stop, str) and stop for stop in listed):
-        raise ConfigError(f"{path}: stop_strings should be a text or a list of texts, got {stops!r}")
+        raise ConfigError(f"{path}: stop_strings should be a text or a list of texts, got {stops!r:.80}")
     return tuple(listed)
 
 

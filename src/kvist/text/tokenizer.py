@@ -68,12 +68,16 @@ class Tokenizer:
         """
         try:
             return self._backend.encode(text, add_special_tokens=add_special).ids
-        except Exception as error:  # the library raises plain Exception
-            raise TextError(self._refusal(text, error)) from error
+        except BaseException as error:
+            raise TextError(self._refusal(text, _failure(error))) from error
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special)
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token nothing. Raises `TextError`
+        where the file's decoder fails."""
+        try:
+            return self._backend.decode(ids, skip_special_tokens=skip_special)
+        except BaseException as error:
+            raise TextError(f"the tokens cannot be made text: {_one_line(_failure(error))}") from error
 
     def token(self, token_id: int) -> str | None:
         """The vocabulary's entry for an id, as it is spelled there; None for an id without one."""
@@ -105,7 +109,7 @@ class Tokenizer:
                     found.append((token_id, first, end))
         return found
 
-    def _refusal(self, text: str, error: Exception) -> str:
+    def _refusal(self, text: str, error: BaseException) -> str:
         surrogate = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
         if surrogate is not None:
             return f"the text holds the lone surrogate U+{ord(surrogate):04X}, which is no character"
@@ -123,8 +127,8 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
         raise TextError(f"{path} is larger than {_MOST_BYTES:,} bytes, too large for a tokenizer")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise TextError(f"{path} is not a tokenizer that can be read: {_one_line(error)}") from error
+    except BaseException as error:
+        raise TextError(f"{path} is not a tokenizer that can be read: {_one_line(_failure(error))}") from error
 
 
 def _read_gpt2(directory: Path, special: Iterable[str | None]) -> tokenizers.Tokenizer:
@@ -180,5 +184,13 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_OF = _byte_alphabet()  # how byte-level vocabularies spell bytes
 
 
-def _one_line(error: Exception) -> str:
+def _failure(error: BaseException) -> BaseException:
+    """The library's own failure: a plain Exception, or a panic of its Rust, which is none of Exception's kind. What it
+    is not, as Ctrl-C, is raised again."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return error
+    raise error
+
+
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:_SHOWN_REASON]
