@@ -19,7 +19,7 @@ from kvist.text.gguf_tokenizer import GgufVocabulary, build
 from kvist.text.tokenizer import TOKENIZER, Tokenizer
 from kvist.text.training import END_OF_TEXT, train_bytes_bpe, train_characters
 
-INPUTS = 400
+INPUTS = 250
 SECONDS = 10  # of this process, whatever others do
 LENGTH = 400
 SHORT = [
