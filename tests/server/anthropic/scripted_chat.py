@@ -34,7 +34,7 @@ class Serving:
 
     name: str = MODEL
     adapters: dict[str, str] = field(default_factory=dict)
-    proposed: Proposed = Proposed()
+    proposed: Proposed = field(default_factory=Proposed)
 
 
 @dataclass

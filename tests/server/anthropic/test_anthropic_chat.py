@@ -78,7 +78,7 @@ class Serving:
     grammars: None = None
     context: int = 4096
     adapters: dict[str, str] = field(default_factory=dict)
-    proposed: Proposed = Proposed()
+    proposed: Proposed = field(default_factory=Proposed)
     jobs: list[Job] = field(default_factory=list)
 
     def submit(self, job: Job) -> Writer:

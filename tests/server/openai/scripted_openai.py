@@ -141,7 +141,7 @@ class ScriptedServing:
     context: int = 1000
     created: int = 1_700_000_000
     adapters: dict[str, str] = field(default_factory=dict)
-    proposed: Proposed = Proposed()
+    proposed: Proposed = field(default_factory=Proposed)
     template: ScriptedTemplate | None = None
     tokenizer: Tokenizer = field(default_factory=byte_tokenizer)
     jobs: list[Job] = field(default_factory=list)
