@@ -82,6 +82,16 @@ def test_an_end_of_text_token_ends_it(kvist: Kvist, model: Path) -> None:
     assert len(answer["text"]) == len(answer["tokens"]) - 1
 
 
+def test_sampling_is_the_models_where_nothing_is_said(kvist: Kvist, model: Path) -> None:
+    greedy = as_json(kvist("run", model, "-p", "abc", "--temperature", 0, "--top-k", 5, "--json"))["tokens"]
+    (model / "generation_config.json").write_text(json.dumps({"temperature": 0.0, "top_k": 5}))
+    assert as_json(kvist("run", model, "-p", "abc", "--json"))["tokens"] == greedy
+    told = kvist("run", model, "-p", "abc", "--max-tokens", 4)
+    assert "the model proposes temperature 0, top_k 5\n" in told.err
+    warm = [as_json(kvist("run", model, "-p", "abc", "--temperature", 9, "--seed", n, "--json")) for n in range(3)]
+    assert any(answer["tokens"] != greedy for answer in warm)
+
+
 def refused(outcome: Outcome, *said: str) -> None:
     """Exit code 1, one line that says it all, nothing on stdout."""
     assert outcome.code == 1

@@ -28,6 +28,11 @@ FILES = {
     "README.md": b"# a model",
     "model-Q8_0.gguf": b"GGUF and so on",
     "model-Q4_0.gguf": b"GGUF and so on, smaller",
+    "split-00001-of-00002.gguf": b"GGUF, one",
+    "split-00002-of-00002.gguf": b"GGUF, two",
+    "Q8/large-00001-of-00002.gguf": b"GGUF, in a folder",
+    "Q8/large-00002-of-00002.gguf": b"GGUF, beside it",
+    "lost-00001-of-00002.gguf": b"GGUF, alone",
 }
 
 
@@ -130,6 +135,18 @@ def test_one_gguf_file_of_a_repository(hub: ThreadingHTTPServer, tmp_path: Path)
     assert absent == ["refused", "org/small holds no model-Q2_K.gguf; choose one of its *.gguf files"]
     (again,) = resolve_elsewhere(tmp_path, endpoint, "org/small/model-Q8_0.gguf", offline=True)
     assert again == found
+
+
+def test_all_parts_of_a_model_that_is_split(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    names = ("split-00001-of-00002.gguf", "Q8/large-00001-of-00002.gguf", "lost-00001-of-00002.gguf")
+    plain, within, lost = resolve_elsewhere(tmp_path, endpoint, *(f"org/small/{name}" for name in names))
+    for found, name in zip((plain, within), names, strict=False):
+        assert found[0] == "found"
+        assert found[1].endswith(name)
+        second = name.replace("00001-of", "00002-of")
+        assert Path(found[1]).with_name(Path(second).name).read_bytes() == FILES[second]
+    assert lost == ["refused", "org/small holds no lost-00002-of-00002.gguf; choose one of its *.gguf files"]
 
 
 def test_a_model_is_downloaded_once_and_then_read_offline(hub: ThreadingHTTPServer, tmp_path: Path) -> None:

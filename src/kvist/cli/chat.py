@@ -34,7 +34,9 @@ def chat(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="The most new tokens of an answer; by default what the context leaves.")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy; 1 when left out.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; by default what the model proposes, or 1.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers; by default new ones.")] = None,
     dtype: Dtype = None,
     kv: Kv = None,
@@ -140,7 +142,10 @@ def _source(
     from kvist.cli.chat_local import local
     from kvist.service.loaded import open_model
 
-    return stack.enter_context(local(open_model(model, dtype=dtype, kv=kv, weights=weights)))
+    source = stack.enter_context(local(open_model(model, dtype=dtype, kv=kv, weights=weights)))
+    if source.sampled:
+        note(f"the model proposes {source.sampled}")
+    return source
 
 
 def _talk(conversation: _Conversation) -> None:

@@ -4,9 +4,10 @@ import asyncio
 import secrets
 
 from kvist.cli.chat_sources import Answer, Message, Show, Wish
-from kvist.runtime.request import FinishReason, Sampling
+from kvist.runtime.request import FinishReason
 from kvist.service.chat import Chat, ChatRequest, Options
 from kvist.service.loaded import Loaded
+from kvist.service.sampling import Proposed
 from kvist.service.serving import Serving
 from kvist.text.response import Content, Reasoning
 
@@ -16,6 +17,7 @@ class Local:
 
     def __init__(self, serving: Serving) -> None:
         self.name = serving.name
+        self.sampled = str(serving.proposed)
         self._serving = serving
         self._runner = asyncio.Runner()
         self._chat = Chat(serving)
@@ -37,7 +39,7 @@ class Local:
 
     async def _ask(self, messages: list[Message], wish: Wish, answer: Answer, show: Show) -> None:
         seed = secrets.randbits(32) if wish.seed is None else wish.seed
-        sampling = Sampling(1.0 if wish.temperature is None else wish.temperature, seed=seed)
+        sampling = Proposed(temperature=wish.temperature).over(self._serving.proposed).sampling(seed)
         session = self._chat.start(ChatRequest(tuple(messages), Options(wish.max_tokens, sampling)))
         try:
             async for delta in session:

@@ -30,16 +30,21 @@ if TYPE_CHECKING:
     from kvist.service.loaded import Loaded
 
 INTERRUPTED = 130
+_TEMPERATURE = 0.8  # where neither the user nor the model says one
 
 
 def run(
     model: Model = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue; '-' reads stdin.")] = None,
     max_tokens: Annotated[int, typer.Option(help="The most new tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Draw among the k likeliest; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw among the likeliest that together reach p.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Leave out what is less likely than this part of the likeliest.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; by default what the model proposes, or 0.8.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest; 0: all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest that together reach p.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Leave out what is less likely than this part of the likeliest.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text; by default a new one.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     dtype: Dtype = None,
@@ -56,16 +61,22 @@ def run(
     """Continue a prompt, streaming; without --prompt, each line you type is a prompt of its own."""
     import secrets
 
-    from kvist.runtime.request import Sampling
     from kvist.service.loaded import open_model
+    from kvist.service.sampling import Proposed, read_proposed
 
     if prompt is None and as_json:
         raise KvistError("--json needs a prompt: give one with --prompt")
     if prompt == "-":
         prompt = _read_stdin()
-    sampling = Sampling(temperature, top_k, top_p, min_p, secrets.randbits(32) if seed is None else seed)
+    stated = Proposed(temperature, top_k, top_p, min_p)
+    seed = secrets.randbits(32) if seed is None else seed
+    stated.sampling(seed)  # refused before anything large is read
     found = None if context is None else _find_context(context, cache_dir)
     loaded = open_model(model, dtype=dtype, kv=kv, weights=weights, activations=activations, adapter=adapter)
+    proposed = read_proposed(loaded.directory)
+    sampling = stated.over(proposed).over(Proposed(_TEMPERATURE)).sampling(seed)
+    if str(proposed) and not as_json:
+        note(f"the model proposes {proposed}")
     stops = tuple(stop or ())
     with ExitStack() as stack:
         opened = None if found is None else _open_context(stack, loaded, found, cache_dir)

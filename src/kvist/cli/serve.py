@@ -53,7 +53,8 @@ def serve(
     ] = None,
     name: Annotated[str | None, typer.Option(help="The model's name for clients; by default as it was given.")] = None,
     chat_template: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A chat template instead of the model's own.")
+        Path | None,
+        typer.Option(metavar="FILE", help="A chat template instead of the model's own, or the name of one of its own."),
     ] = None,
     api_key: Annotated[
         list[str] | None,
@@ -198,6 +199,7 @@ def _serving(
     if kept is not None:
         kept.limit(settings.tenants.values(), serving.manager, loaded.adapters.values())
     log.info("%s · context of %s tokens", serving.name, f"{serving.context:,}")
+    log.info("sampled with %s where a request says nothing", str(serving.proposed) or "temperature 1")
     log.info("%s", budget.describe(serving.context))
     if kept is not None:
         log.info("%s", kept.describe())

@@ -53,7 +53,7 @@ def parts_of(header: GgufHeader, config: ModelConfig) -> dict[str, Part | Joined
             theirs, where = inner, block + architecture.block[inner]
         else:
             raise WeightsError(
-                f"{header.path}: tensor {name!r} has no place in the architecture {header.architecture!r}"
+                f"{header.path}: tensor {name!r:.80} has no place in the architecture {header.architecture!r}"
             )
         parts[f"{where}.{ending}"] = _part(architecture, name, theirs, tensor, config)
     return parts
@@ -104,5 +104,5 @@ def _architecture(header: GgufHeader) -> Architecture:
     found = ARCHITECTURES.get(header.architecture)
     if found is None:
         known = ", ".join(ARCHITECTURES)
-        raise ConfigError(f"{header.path}: architecture {header.architecture!r} is not supported ({known} are)")
+        raise ConfigError(f"{header.path}: architecture {header.architecture!r:.80} is not supported ({known} are)")
     return found

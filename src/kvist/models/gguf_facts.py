@@ -9,7 +9,7 @@ import numpy as np
 
 from kvist.base.errors import ConfigError, WeightsError
 from kvist.models.config import MAX_LAYERS, ModelConfig
-from kvist.models.keys import longrope_scale
+from kvist.models.keys import longrope_scale, yarn_scale
 from kvist.weights.gguf import Kind, woven_rows
 from kvist.weights.gguf_header import GgufHeader
 
@@ -49,6 +49,7 @@ class Architecture:
         return None
 
 
+_MOST_NAMED = 2  # keys in a message
 # What changes nothing, or says again what the tensors say.
 _INERT = frozenset(
     {
@@ -83,7 +84,7 @@ class Facts:
     def require(self, key: str, expected: Any) -> None:
         """Raises `ConfigError` for any other value than `expected`; the key may be absent."""
         if (value := self.get(key, type(expected), expected)) != expected:
-            raise ConfigError(f"{self.header.path}: {self._prefix}{key} = {value!r:.80} is not supported")
+            raise ConfigError(f"{self.header.path}: {self._prefix}{key:.80} = {value!r:.80} is not supported")
 
     def layers(self) -> int:
         """Raises `ConfigError` for a number of layers that nobody could build."""
@@ -106,27 +107,57 @@ class Facts:
         """Raises `ConfigError` for keys that were not asked for and are not known to change nothing."""
         zero = {key for key in self._rest if self.header.metadata[self._prefix + key] in (0, False, "")}
         if unknown := sorted(self._rest - _INERT - zero):
-            raise ConfigError(
-                f"{self.header.path}: {', '.join(self._prefix + key for key in unknown)} may change the mathematics "
-                "and is not supported"
-            )
+            shown = ", ".join(f"{self._prefix}{key:.80}" for key in unknown[:_MOST_NAMED])
+            others = f" and {len(unknown) - _MOST_NAMED} others" if len(unknown) > _MOST_NAMED else ""
+            raise ConfigError(f"{self.header.path}: {shown}{others} may change the mathematics and is not supported")
 
 
 def rope_of(facts: Facts) -> dict[str, Any]:
     """What Hugging Face calls `rope_parameters`. Raises `ConfigError` for another scaling than those below."""
     header, theta = facts.header, facts.get("rope.freq_base", float, 10_000.0)
-    kind, factor = facts.get("rope.scaling.type", str, "none"), facts.get("rope.scaling.factor", float, None)
-    if ROPE_FACTORS in header.tensors:
-        return {"rope_type": "divided", "rope_theta": theta, "divisors": factors_of(header, ROPE_FACTORS)}
+    factor = facts.get("rope.scaling.factor", float, 0.0) or facts.get("rope.scale_linear", float, 0.0) or 1.0
+    # A factor alone divides all frequencies; where the file says "none", it is not used.
+    kind = facts.get("rope.scaling.type", str, "none" if factor == 1 else "linear")
+    if kind not in ("none", "linear", "longrope", "yarn"):
+        raise ConfigError(
+            f"{header.path}: RoPE scaling {kind!r:.80} is not supported (none, linear, longrope and yarn are)"
+        )
     if {LONG_FACTORS, SHORT_FACTORS} & header.tensors.keys() or kind == "longrope":
+        _alone(facts, kind in ("none", "longrope") and factor == 1, "long and short factors")
         return {"rope_type": "longrope", "rope_theta": theta} | _longrope(facts)
-    if kind == "linear":
-        if factor is None:
-            raise WeightsError(f"{header.path}: the key '{header.architecture}.rope.scaling.factor' is missing")
+    if ROPE_FACTORS in header.tensors:
+        _alone(facts, kind == "none", ROPE_FACTORS)
+        facts.require("rope.scaling.attn_factor", 1.0)
+        return {"rope_type": "divided", "rope_theta": theta, "divisors": factors_of(header, ROPE_FACTORS)}
+    if kind == "yarn":
+        return {"rope_type": "yarn", "rope_theta": theta, "factor": factor} | _yarn(facts, factor)
+    facts.require("rope.scaling.attn_factor", 1.0)
+    if kind == "linear" and factor != 1:
         return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
-    if kind != "none":
-        raise ConfigError(f"{header.path}: RoPE scaling {kind!r} is not supported (none, linear and longrope are)")
     return {"rope_type": "default", "rope_theta": theta}
+
+
+def _alone(facts: Facts, holds: bool, what: str) -> None:
+    if not holds:
+        raise ConfigError(f"{facts.header.path}: {what} beside another scaling of RoPE are not supported")
+
+
+def _yarn(facts: Facts, factor: float) -> dict[str, Any]:
+    """All but the factor. `yarn_attn_factor` is what a config has as `attention_factor`; `attn_factor` multiplies what
+    follows from the factor, as llama.cpp has it."""
+    facts.require("rope.scaling.yarn_ext_factor", 1.0)
+    positions = facts.get("context_length", int)
+    old = facts.get("rope.scaling.orig_ctx_len", int, positions)
+    found = {
+        "original_max_position_embeddings": facts.get("rope.scaling.original_context_length", int, old),
+        "beta_fast": facts.get("rope.scaling.yarn_beta_fast", float, 32.0),
+        "beta_slow": facts.get("rope.scaling.yarn_beta_slow", float, 1.0),
+    }
+    whole = facts.get("rope.scaling.yarn_attn_factor", float, None)
+    times = facts.get("rope.scaling.attn_factor", float, 1.0)
+    if times != 1:
+        whole = (yarn_scale(factor, 1.0) if whole is None else whole) * times
+    return found if whole is None else found | {"attention_factor": whole}
 
 
 def factors_of(header: GgufHeader, name: str) -> list[float]:
@@ -134,7 +165,7 @@ def factors_of(header: GgufHeader, name: str) -> list[float]:
     factors = header.tensors.get(name)
     if factors is None or factors.kind is not Kind.F32 or len(factors.shape) != 1 or factors.nbytes > 1 << 16:
         raise WeightsError(f"{header.path}: tensor {name!r} should be a short list of float32")
-    with header.path.open("rb") as file:
+    with factors.path.open("rb") as file:
         file.seek(factors.start)
         return [float(number) for number in np.frombuffer(file.read(factors.nbytes), np.float32)]
 

@@ -199,6 +199,8 @@ def _deepseek2_experts(facts: Facts) -> dict[str, Any]:
 def _deepseek2_rope(facts: Facts) -> dict[str, Any]:
     if facts.get("rope.scaling.type", str, "none") != "yarn":
         return rope_of(facts)
+    for key in ("rope.scaling.yarn_ext_factor", "rope.scaling.attn_factor"):
+        facts.require(key, 1.0)
     # A tenth of what the scores are scaled by; that of cosines and sines is the same in these models, and not stored.
     weight = round(facts.get("rope.scaling.yarn_log_multiplier", float) / 0.1, 6)
     if weight <= 0:

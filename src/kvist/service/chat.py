@@ -25,7 +25,7 @@ from kvist.service.session import Job, NewToken, Session
 from kvist.service.shelf import check_begins, with_context
 from kvist.text.chat import ChatTemplate
 from kvist.text.response import Part, ResponseFormat, ResponseParser, ToolCallEnd
-from kvist.text.stops import StopMatcher
+from kvist.text.stops import StopStrings
 
 if TYPE_CHECKING:
     from kvist.service.serving import Serving
@@ -280,7 +280,7 @@ def text_job(
 
     Raises `RequestError`, and `ContextError` for a prompt that leaves no room.
     """
-    StopMatcher(options.stops)  # refuses one that is empty
+    StopStrings(options.stops)  # refuses one that is empty
     room = serving.context - len(prompt)
     wanted = room if options.max_tokens is None else min(options.max_tokens, room)
     if room < 0 or (room == 0 and options.max_tokens != 0):

@@ -10,7 +10,7 @@ from kvist.service.context_making import engine_for
 from kvist.service.contexts import Context
 from kvist.service.keeping import Kept
 from kvist.service.loaded import Loaded
-from kvist.service.text_stream import TextStream
+from kvist.service.text_stream import TextStream, stop_strings
 from kvist.text.tokenizer import Tokenizer
 
 
@@ -67,7 +67,7 @@ class Generation:
     ) -> None:
         self._engine = engine
         self._sequence = engine.add(request)
-        self._text = TextStream(tokenizer, request.stop_ids, stops)
+        self._text = TextStream(tokenizer, request.stop_ids, stop_strings(tokenizer, stops))
         self._cancelled = cancelled
         self._pieces: list[str] = []
 

@@ -3,26 +3,38 @@ cache, once, so that everybody finds config, tokenizer and chat template where a
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvist.base.errors import WeightsError
+from kvist.base.errors import TextError, WeightsError
 from kvist.base.files import atomic_folder, cache_folder
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Slot
 from kvist.models.families import load_config
 from kvist.models.gguf import config_of, parts_of
 from kvist.models.linear import Grouping, uniform
-from kvist.text.gguf_tokenizer import GgufVocabulary, build
+from kvist.text.chat import NAMED_TEMPLATES
+from kvist.text.gguf_tokenizer import GgufVocabulary, build, turn_ends
+from kvist.text.tokenizer import TOKENIZER
 from kvist.weights.checkpoint import Stamp, stamp_of
 from kvist.weights.gguf import GROUPS, GgufCheckpoint
 from kvist.weights.gguf_header import GgufHeader, read_header
 
-_VERSION = 2  # raised whenever the same file would give another folder
+_VERSION = 3  # raised whenever the same file would give another folder
 _CONFIG = "config.json"
-_TURN_ENDS = frozenset({"<end_of_turn>", "<turn|>"})  # Gemma's; its files do not always name them
+_NO_TOKENIZER = frozenset({"none", "no_vocab"})
+_TEMPLATE, _TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
+# What a file proposes of sampling, in the terms of generation_config.json.
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
 
 
 @dataclass(frozen=True)
@@ -64,23 +76,49 @@ def open_gguf(path: Path) -> GgufModel:
 
 def _write(header: GgufHeader, folder: Path) -> None:
     config = config_of(header)
-    if "tokenizer.ggml.model" in header.metadata:
+    if header.get("tokenizer.ggml.model", str, "none") not in _NO_TOKENIZER:
         vocabulary = _vocabulary(header)
         if len(vocabulary.tokens) > config["vocab_size"]:
             raise WeightsError(
                 f"{header.path}: the tokenizer has {len(vocabulary.tokens):,} tokens and the model "
                 f"{config['vocab_size']:,}: they do not belong together"
             )
-        build(vocabulary, str(header.path)).save(str(folder / "tokenizer.json"))
+        build(vocabulary, str(header.path)).save(str(folder / TOKENIZER))
         named = {"bos_token": vocabulary.bos, "eos_token": vocabulary.eos}
         settings = {name: vocabulary.tokens[index] for name, index in named.items() if index is not None}
-        if template := header.get("tokenizer.chat_template", str, ""):
-            (folder / "chat_template.jinja").write_text(template, "utf-8")
+        _write_templates(header, folder)
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        ends = [header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-        ends += [index for index, token in enumerate(vocabulary.tokens) if token in _TURN_ENDS]
-        config["eos_token_id"] = sorted({index for index in ends if type(index) is int})
+        config["eos_token_id"] = _ends(header, vocabulary)
+    keys = {f"general.sampling.{theirs}": ours for theirs, ours in _SAMPLING.items()}
+    if sampling := {ours: header.metadata[key] for key, ours in keys.items() if key in header.metadata}:
+        (folder / "generation_config.json").write_text(json.dumps(sampling))
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _ends(header: GgufHeader, vocabulary: GgufVocabulary) -> list[int]:
+    """The ids that end an answer: those that the file names, and those that are known by their text."""
+    found = set(turn_ends(vocabulary.tokens).values())
+    for name in ("eos", "eot", "eom"):
+        index = header.get(f"tokenizer.ggml.{name}_token_id", int, None)
+        if index is not None and not 0 <= index < len(vocabulary.tokens):
+            raise TextError(f"{header.path}: the {name} token is {index}, of {len(vocabulary.tokens):,}")
+        found |= set() if index is None else {index}
+    return sorted(found)
+
+
+def _write_templates(header: GgufHeader, folder: Path) -> None:
+    """The chat template, and those that go by a name beside it, as tool_use."""
+    names = header.texts(_TEMPLATES) if _TEMPLATES in header.metadata else []
+    prefix = f"{_TEMPLATE}."
+    names += [key.removeprefix(prefix) for key in header.metadata if key.startswith(prefix)]
+    found = {name: header.get(prefix + name, str, "") for name in names}
+    default = header.get(_TEMPLATE, str, "") or found.pop("default", "")
+    for name, template in found.items():
+        if template and re.fullmatch(r"\w{1,64}", name):  # it becomes a file's name
+            (folder / NAMED_TEMPLATES).mkdir(exist_ok=True)
+            (folder / NAMED_TEMPLATES / f"{name}.jinja").write_text(template, "utf-8")
+    if default:
+        (folder / "chat_template.jinja").write_text(default, "utf-8")
 
 
 def _vocabulary(header: GgufHeader) -> GgufVocabulary:
@@ -107,4 +145,10 @@ def _vocabulary(header: GgufHeader) -> GgufVocabulary:
         adds_bos=get("add_bos_token", bool, bos) or kind == "gemma4",
         adds_eos=get("add_eos_token", bool, False),
         adds_space=get("add_space_prefix", bool, kind != "gemma4"),
+        strips=kind == "llama" and any(_is_phi3(header, key) for key in ("general.name", "general.basename")),
     )
+
+
+def _is_phi3(header: GgufHeader, key: str) -> bool:
+    """By its name, which is all that tells: its special tokens take the white space behind them, and no key says so."""
+    return re.search(r"phi[ _-]?3", header.get(key, str, ""), re.IGNORECASE) is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kvist.base.errors import ConfigError, UnknownFamily, WeightsError
+from kvist.base.errors import ConfigError, TextError, UnknownFamily, WeightsError
 from kvist.base.events import Listener
 from kvist.cache.choice import parse_choice
 from kvist.cache.codecs import BF16, FP16, FP32
@@ -28,9 +28,10 @@ from kvist.runtime.widths import probe, widths_folder
 from kvist.service.budget import KvBudget, plan_budget
 from kvist.service.calibration import AUTO, planned
 from kvist.service.packing import BITS, check_memory, open_packed
-from kvist.text.tokenizer import Tokenizer
+from kvist.text.tokenizer import TOKENIZER, Tokenizer
 from kvist.weights.checkpoint import Checkpoint, Stamp, stamp_of
 from kvist.weights.hub import resolve, resolve_file
+from kvist.weights.parts import part_names
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 RECALL = BUNDLED / "recall"
@@ -60,6 +61,8 @@ class Loaded:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer beside the weights, read afresh. Raises `TextError` when there is none."""
+        if self.files is not None and self.files.suffix == ".gguf" and not (self.directory / TOKENIZER).is_file():
+            raise TextError(f"{self.files} holds no tokenizer: the key 'tokenizer.ggml.model' is missing, or says none")
         return Tokenizer.load(self.directory)
 
     def with_kv(self, kv: str) -> "Loaded":
@@ -240,16 +243,18 @@ def _describe(config: ModelConfig, backend: Backend) -> Decoder:
 
 def find_gguf(name: str) -> Path | None:
     """The GGUF file that a model's name means: itself, one on the hub, or the only one in a directory without other
-    weights. Raises `WeightsError` where there are several."""
+    weights; of a model that is split, the first. Raises `WeightsError` where there are several models."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         return path if path.is_file() else resolve_file(name, progress=True)
     if not path.is_dir() or any(path.glob("*.safetensors")):
         return None
-    found = sorted(path.glob("*.gguf"))
+    found = sorted({part_names(file.name)[0] for file in path.glob("*.gguf")})
     if len(found) > 1:
-        raise WeightsError(f"{path} holds {len(found)} GGUF files; name one of them, as in {found[0]}")
-    return found[0] if found else None
+        raise WeightsError(f"{path} holds {len(found)} models in GGUF; name one of them, as in {path / found[0]}")
+    if found and not (path / found[0]).is_file():
+        raise WeightsError(f"{path / found[0]} is missing: the first of a model's files, which lie in one folder")
+    return path / found[0] if found else None
 
 
 def _packing(origin: _Origin, weights: str | None, model: Decoder) -> tuple[str, Grouping | None]:

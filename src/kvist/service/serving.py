@@ -28,10 +28,11 @@ from kvist.service.facts import Cause, ChoiceDone, FactListener, Load, Matched, 
 from kvist.service.keeping import Kept
 from kvist.service.live_session import LiveSession
 from kvist.service.loaded import Loaded
+from kvist.service.sampling import read_proposed
 from kvist.service.session import Delta, Job, NewToken
 from kvist.service.shelf import Shelf
 from kvist.service.tenants import Tenant
-from kvist.service.text_stream import TextStream
+from kvist.service.text_stream import TextStream, stop_strings
 from kvist.text.chat import ChatTemplate
 from kvist.text.grammar import GrammarCompiler
 from kvist.text.response import ResponseFormat
@@ -66,6 +67,7 @@ class Serving:
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer()
         self.template = ChatTemplate.load(loaded.directory, template)
+        self.proposed = read_proposed(loaded.directory)  # how to sample where a request says nothing
         self.format = ResponseFormat.detect(loaded.directory, self.template)
         self.grammars = GrammarCompiler(self.tokenizer, loaded.config.vocab_size)
         self.adapters = dict(loaded.adapters)  # ids by the names that clients ask for
@@ -367,8 +369,9 @@ class Serving:
             failed = [Delta(index, "", (), FinishReason.FAILED, None, error) for index in range(job.choices)]
             self._send([(session, delta) for delta in failed])
             return
+        stops = stop_strings(self.tokenizer, job.stops)
         for index, sequence in enumerate(sequences):
-            text = TextStream(self.tokenizer, self.tokenizer.eos_ids, job.stops, job.keep_special)
+            text = TextStream(self.tokenizer, self.tokenizer.eos_ids, stops, job.keep_special)
             session.choices.append((sequence, text))
             self._sessions[sequence] = session, index
 

@@ -13,6 +13,7 @@ from kvist.base.files import read_json
 from kvist.text.reading import read_text
 from kvist.text.sandbox import TooMuch, environment, pieces
 
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder
 _MOST_SOURCE = 1 << 20  # characters of a template
 _TAG = (
     "THE MODEL CONTINUES HERE "  # stands at the end of the message that is continued; the space shows what was trimmed
@@ -53,15 +54,19 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, directory: Path, override: Path | None = None) -> "ChatTemplate | None":
-        """The template in `override`, else the checkpoint's: chat_template.jinja with additional_chat_templates/, or
-        `chat_template` in tokenizer_config.json. None when it has none. Its `stops` are `stop_strings` in
+        """The template in `override`, a file or the name of one of the checkpoint's, else the checkpoint's own:
+        chat_template.jinja with additional_chat_templates/, or `chat_template` in tokenizer_config.json. None when it
+        has none. Its `stops` are `stop_strings` in
         generation_config.json. Raises `ConfigError`, and `TextError` for a file that cannot be read."""
         config = tokenizer_config(directory)
         tokens, stops = _tokens(directory, config), _stops(directory / "generation_config.json")
+        if override is not None and override.name == str(override) and not override.is_file():
+            named_file = directory / NAMED_TEMPLATES / f"{override}.jinja"
+            override = named_file if named_file.is_file() else override
         path = override or directory / "chat_template.jinja"
         if override is not None or path.is_file():
             templates = {"default": read_text(path)}
-            for_tools = directory / "additional_chat_templates" / "tool_use.jinja"
+            for_tools = directory / NAMED_TEMPLATES / "tool_use.jinja"
             if override is None and for_tools.is_file():
                 templates["tool_use"] = read_text(for_tools)
             return cls(templates, tokens, str(path), stops)
@@ -143,7 +148,7 @@ def _stops(path: Path) -> tuple[str, ...]:
     stops = _optional(path).get("stop_strings")
     listed = [] if stops is None else stops if isinstance(stops, list) else [stops]
     if not all(isinstance(stop, str) and stop for stop in listed):
-        raise ConfigError(f"{path}: stop_strings should be a text or a list of texts, got {stops!r}")
+        raise ConfigError(f"{path}: stop_strings should be a text or a list of texts, got {stops!r:.80}")
     return tuple(listed)
 
 

@@ -23,7 +23,7 @@ class Detokenizer:
         return self._text.push(token_id, token)
 
     def finish(self) -> str:
-        """The rest. An incomplete character becomes U+FFFD, as in `decode`. Nothing may be pushed after."""
+        """The rest. An incomplete character becomes U+FFFD, as in `decode`; what is pushed after cannot complete it."""
         return self._text.finish()
 
 

@@ -10,6 +10,19 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from kvist.base.errors import TextError
 
 _UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6  # kinds of tokens
+# Tokens that end a turn or a text whatever else a file says, by how the families spell them. Files do not always name
+# all of theirs, and some say of these that they are plain text.
+TURN_ENDS = frozenset(
+    """
+    <|im_end|> <|eot_id|> <|eom_id|> <|end_of_text|> <|end|> <|endoftext|> <end_of_turn> <eos> <turn|>
+    <｜end▁of▁sentence｜> <|end▁of▁sentence|> <|return|> <|call|> <|calls|> <|flush|> <EOT> ▁<EOT> _<EOT> [EOT] [EOS]
+    <end_of_utterance> <|END_OF_TURN_TOKEN|> <|tool_response>
+    """.split()
+)
+# Where there are calls of their own, a message within an answer ends on this one, and the answer goes on.
+_END, _CALLS = "<|end|>", (frozenset({"<|return|>", "<|call|>"}), frozenset({"<|calls|>", "<|flush|>"}))
+# Of the tokens of Phi-3 these alone leave the white space behind them as it is.
+_KEEP_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 _SPACE = "\u2581"
 # How a text is cut before its bytes are merged, by GGUF's names: the patterns of the models' own tokenizers.
 _LLAMA3 = (
@@ -43,11 +56,14 @@ _DEEPSEEK = (
 _GPT2 = frozenset({"gpt-2", "phi-2", "olmo", "roberta-bpe", "default"})
 _SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
 _MOST_TOKENS = 1 << 20
+_MOST_CHARACTERS = 1024  # of a token; where merges are found by cutting it, that takes time by its square
+_MOST_IN_ALL = 1 << 24
 
 
 @dataclass(frozen=True)
 class GgufVocabulary:
-    """`kind`: "gpt2", "gemma4" (merges) or "llama" (scores). `types`: of each token. `pre`: how a text is cut first."""
+    """`kind`: "gpt2", "gemma4" (merges) or "llama" (scores). `types`: of each token. `pre`: how a text is cut first.
+    `strips`: special tokens take the white space behind them, as those of Phi-3 do."""
 
     kind: str
     tokens: Sequence[str]
@@ -61,6 +77,15 @@ class GgufVocabulary:
     adds_bos: bool
     adds_eos: bool
     adds_space: bool
+    strips: bool = False
+
+
+def turn_ends(tokens: Sequence[str]) -> dict[str, int]:
+    """The tokens that end a turn or a text by their text alone, and their ids."""
+    found = {token: index for index, token in enumerate(tokens) if token in TURN_ENDS}
+    if any(calls <= found.keys() for calls in _CALLS):
+        found.pop(_END, None)
+    return found
 
 
 def build(vocabulary: GgufVocabulary, where: str) -> tokenizers.Tokenizer:
@@ -68,6 +93,11 @@ def build(vocabulary: GgufVocabulary, where: str) -> tokenizers.Tokenizer:
     tokens, types = vocabulary.tokens, vocabulary.types or [1] * len(vocabulary.tokens)
     if not tokens or len(tokens) > _MOST_TOKENS or len(types) != len(tokens):
         raise TextError(f"{where}: {len(tokens):,} tokens with {len(types):,} types make no vocabulary")
+    if (longest := max(map(len, tokens))) > _MOST_CHARACTERS or sum(map(len, tokens)) > _MOST_IN_ALL:
+        raise TextError(
+            f"{where}: a token has at most {_MOST_CHARACTERS:,} characters, and all of them {_MOST_IN_ALL:,}; the "
+            f"longest has {longest:,}"
+        )
     ids = {token: index for index, token in enumerate(tokens)}
     if len(ids) != len(tokens):
         raise TextError(f"{where}: {len(tokens) - len(ids):,} tokens of the vocabulary stand there twice")
@@ -82,11 +112,13 @@ def build(vocabulary: GgufVocabulary, where: str) -> tokenizers.Tokenizer:
         backend = _spaced(vocabulary, ids, _merges(vocabulary, ids, where))
     else:
         known = "gpt2, llama and gemma4"
-        raise TextError(f"{where}: a tokenizer of kind {vocabulary.kind!r} is not supported ({known} are)")
+        raise TextError(f"{where}: a tokenizer of kind {vocabulary.kind!r:.80} is not supported ({known} are)")
+    ends = turn_ends(tokens)
     for token, kind in zip(tokens, types, strict=True):
-        if kind in (_CONTROL, _USER):
-            special = kind == _CONTROL
-            added = AddedToken(token, normalized=False, special=special)
+        special = kind in (_CONTROL, _UNKNOWN) or token in ends
+        if special or kind == _USER:
+            strips = vocabulary.strips and token not in _KEEP_SPACE
+            added = AddedToken(token, rstrip=strips, normalized=False, special=special)
             (backend.add_special_tokens if special else backend.add_tokens)([added])
     _add_ends(backend, vocabulary)
     return backend
@@ -123,7 +155,7 @@ def _byte_level(vocabulary: GgufVocabulary, ids: Mapping[str, int], where: str) 
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     else:
         known = ", ".join(sorted({*_PATTERNS, *_SINGLE_DIGITS, *_GPT2, "deepseek-llm"}))
-        raise TextError(f"{where}: how {pre!r} cuts a text is not known here ({known} are)")
+        raise TextError(f"{where}: how {pre!r:.80} cuts a text is not known here ({known} are)")
     backend.decoder = decoders.ByteLevel()
     return backend
 

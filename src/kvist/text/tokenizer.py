@@ -11,9 +11,12 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from kvist.base.errors import KvistError, TextError
 from kvist.base.files import read_json
 
+TOKENIZER = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _SHOWN_CHARACTERS = 100
+_SHOWN_REASON = 200  # characters of what the library says
+_MOST_BYTES = 256 << 20  # of tokenizer.json
 
 
 class Tokenizer:
@@ -46,8 +49,8 @@ class Tokenizer:
         """
         named = _optional(directory / "special_tokens_map.json") | _optional(directory / "tokenizer_config.json")
         bos, eos = (_content(named.get(key)) for key in ("bos_token", "eos_token"))
-        if (directory / "tokenizer.json").is_file():
-            backend = _read_backend(directory / "tokenizer.json")
+        if (directory / TOKENIZER).is_file():
+            backend = _read_backend(directory / TOKENIZER)
         elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
             backend = _read_gpt2(directory, (bos, eos, END_OF_TEXT))
         else:
@@ -65,12 +68,16 @@ class Tokenizer:
         """
         try:
             return self._backend.encode(text, add_special_tokens=add_special).ids
-        except Exception as error:  # the library raises plain Exception
-            raise TextError(self._refusal(text, error)) from error
+        except BaseException as error:
+            raise TextError(self._refusal(text, _failure(error))) from error
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special)
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token nothing. Raises `TextError`
+        where the file's decoder fails."""
+        try:
+            return self._backend.decode(ids, skip_special_tokens=skip_special)
+        except BaseException as error:
+            raise TextError(f"the tokens cannot be made text: {_one_line(_failure(error))}") from error
 
     def token(self, token_id: int) -> str | None:
         """The vocabulary's entry for an id, as it is spelled there; None for an id without one."""
@@ -91,7 +98,18 @@ class Tokenizer:
         twice, once = (self.decode([token_id] * count, skip_special=False) for count in (2, 1))
         return twice[len(once) :].encode()
 
-    def _refusal(self, text: str, error: Exception) -> str:
+    def special_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """The special tokens whose text stands in `text`: id, and where it begins and ends, in order."""
+        found, end = [], 0
+        for token_id in self.encode(text, add_special=False) if self.special_ids else ():
+            if token_id in self.special_ids and (token := self.token(token_id)):
+                first = text.find(token, end)
+                if first >= 0:  # the unknown token stands for other text
+                    end = first + len(token)
+                    found.append((token_id, first, end))
+        return found
+
+    def _refusal(self, text: str, error: BaseException) -> str:
         surrogate = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
         if surrogate is not None:
             return f"the text holds the lone surrogate U+{ord(surrogate):04X}, which is no character"
@@ -105,10 +123,12 @@ class Tokenizer:
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    if path.stat().st_size > _MOST_BYTES:
+        raise TextError(f"{path} is larger than {_MOST_BYTES:,} bytes, too large for a tokenizer")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise TextError(f"{path} is not a tokenizer that can be read: {_one_line(error)}") from error
+    except BaseException as error:
+        raise TextError(f"{path} is not a tokenizer that can be read: {_one_line(_failure(error))}") from error
 
 
 def _read_gpt2(directory: Path, special: Iterable[str | None]) -> tokenizers.Tokenizer:
@@ -139,6 +159,8 @@ def _content(token: Any) -> str | None:
     """A special token's text, which configurations write as a string or as an object with `content`."""
     if isinstance(token, dict):
         token = token.get("content")
+    if isinstance(token, str) and any("\ud800" <= character <= "\udfff" for character in token):
+        raise TextError(f"a special token's text holds a lone surrogate: {token!r:.80}")
     return token if isinstance(token, str) else None
 
 
@@ -148,7 +170,7 @@ def _eos_ids(path: Path) -> frozenset[int]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token_id in ids:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
-            raise TextError(f"{path}: eos_token_id should be a token id or a list of them, got {value!r}")
+            raise TextError(f"{path}: eos_token_id should be a token id or a list of them, got {value!r:.80}")
     return frozenset(ids)
 
 
@@ -162,5 +184,13 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_OF = _byte_alphabet()  # how byte-level vocabularies spell bytes
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _failure(error: BaseException) -> BaseException:
+    """The library's own failure: a plain Exception, or a panic of its Rust, which is none of Exception's kind. What it
+    is not, as Ctrl-C, is raised again."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return error
+    raise error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:_SHOWN_REASON]

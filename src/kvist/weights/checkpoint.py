@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvist.base.errors import KvistError, WeightsError, brief
 from kvist.base.files import atomic_file, read_json
+from kvist.weights.parts import parts_beside
 
 WINDOW_BYTES = 8 << 20
 SINGLE_FILE = "model.safetensors"
@@ -144,9 +145,9 @@ class Checkpoint:
 
 
 def stamp_of(source: Path) -> Stamp:
-    """Name, size, times and inode of each weight file of a directory, or of one file: as long as they are the same, so
-    are the weights."""
-    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+    """Name, size, times and inode of each weight file of a directory, or of one file and the parts that belong to it:
+    as long as they are the same, so are the weights."""
+    files = sorted(source.glob("*.safetensors")) if source.is_dir() else parts_beside(source)
     stats = [(path.name, path.stat()) for path in files]
     return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats)
 

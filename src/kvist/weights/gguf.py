@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file, as a checkpoint under the names of Hugging Face."""
+"""The tensors of a GGUF file, or of several that make one model, as a checkpoint under the names of Hugging Face."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ class GgufCheckpoint:
     def __init__(self, header: GgufHeader, parts: Mapping[str, Part | Joined]) -> None:
         self.directory = header.path
         self._parts = dict(parts)
-        self._data = np.memmap(header.path, np.uint8, mode="r")
+        self._data = {path: np.memmap(path, np.uint8, mode="r") for path in {t.path for t in header.tensors.values()}}
 
     def names(self) -> set[str]:
         """The names of all tensors."""
@@ -113,7 +113,7 @@ class GgufCheckpoint:
         for name, target in targets.items():
             if self.shape(name) != tuple(target.shape):
                 raise WeightsError(
-                    f"{self.directory}: tensor {name!r} has shape {list(self.shape(name))} where the configuration "
+                    f"{self.directory}: tensor {name!r:.80} has shape {list(self.shape(name))} where the configuration "
                     f"expects {list(target.shape)}"
                 )
         for name, target in targets.items():
@@ -138,7 +138,7 @@ class GgufCheckpoint:
 
     def _find(self, name: str) -> Part | Joined:
         if name not in self._parts:
-            raise WeightsError(f"{self.directory}: the file holds no tensor for {name!r}")
+            raise WeightsError(f"{self.directory}: the file holds no tensor for {name!r:.80}")
         return self._parts[name]
 
     def _whole(self, part: Part | Joined) -> Tensor:
@@ -151,7 +151,8 @@ class GgufCheckpoint:
     def _blocks(self, part: Part, first: int, last: int) -> np.ndarray:
         """Rows as they lie in the file, [last - first, bytes] uint8."""
         tensor = part.tensor
-        rows = self._data[tensor.start : tensor.start + tensor.nbytes].reshape(prod(tensor.shape[:-1]), -1)
+        data = self._data[tensor.path][tensor.start : tensor.start + tensor.nbytes]
+        rows = data.reshape(prod(tensor.shape[:-1]), -1)
         if part.matrix is not None:
             rows = rows[part.matrix * part.rows : (part.matrix + 1) * part.rows]
         is_vector = len(part.shape) == 1

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvist.base.errors import ModelNotFound
+from kvist.weights.parts import part_names
 
 WANTED = (
     "config.json",
@@ -31,7 +32,9 @@ UNWANTED = ("*/*", "consolidated*.safetensors")
 ANSWER_SECONDS = 10.0
 
 _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-_HUB_FILE = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?/(?P<file>[\w.-]+\.gguf)")
+_HUB_FILE = re.compile(
+    r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?/(?P<file>([\w.-]+/){0,4}[\w.-]+\.gguf)"
+)
 
 
 def resolve(name: str, *, progress: bool, weights: bool = True) -> Path:
@@ -60,25 +63,34 @@ def resolve(name: str, *, progress: bool, weights: bool = True) -> Path:
 
 
 def resolve_file(name: str, *, progress: bool) -> Path | None:
-    """A GGUF file on the hub, `org/name[@revision]/FILE.gguf`, downloaded; None for a name of another form. Raises
-    `ModelNotFound`."""
+    """A GGUF file on the hub, `org/name[@revision]/[FOLDER/]FILE.gguf`, downloaded, with the others where the model is
+    split into several; None for a name of another form. Raises `ModelNotFound`."""
     match = _HUB_FILE.fullmatch(name)
-    if match is None or name.startswith((".", "~")):
+    if match is None or name.startswith((".", "~")) or ".." in match["file"].split("/"):
         return None
-    shown = progress and sys.stderr.isatty()
-    file = _download(name, match["repository"], match["revision"], shown, [match["file"]]) / match["file"]
-    if not file.is_file():
-        raise ModelNotFound(f"{match['repository']} holds no {match['file']}; choose one of its *.gguf files")
-    return file
+    shown, repository = progress and sys.stderr.isatty(), match["repository"]
+    wanted = part_names(match["file"])
+    folder = _download(name, repository, match["revision"], shown, wanted, unwanted=())
+    for file in (match["file"], *wanted):
+        if not (folder / file).is_file():
+            raise ModelNotFound(f"{repository} holds no {file}; choose one of its *.gguf files")
+    return folder / match["file"]
 
 
-def _download(name: str, repository: str, revision: str | None, progress: bool, files: Sequence[str]) -> Path:
+def _download(
+    name: str,
+    repository: str,
+    revision: str | None,
+    progress: bool,
+    files: Sequence[str],
+    unwanted: Sequence[str] = UNWANTED,
+) -> Path:
     from huggingface_hub import constants, errors  # here, for it takes a while to import
 
     tried = f"{name} is no directory here, and"
     try:
         with _progress_bars(progress):
-            return _snapshot(repository, revision, files)
+            return _snapshot(repository, revision, files, unwanted)
     except errors.GatedRepoError as error:
         raise ModelNotFound(
             f"{name} is gated: accept its terms at {constants.ENDPOINT}/{repository} and set HF_TOKEN"
@@ -99,7 +111,7 @@ def _download(name: str, repository: str, revision: str | None, progress: bool, 
         raise _failed(tried, constants.ENDPOINT, error) from error
 
 
-def _snapshot(repository: str, revision: str | None, files: Sequence[str]) -> Path:
+def _snapshot(repository: str, revision: str | None, files: Sequence[str], unwanted: Sequence[str]) -> Path:
     """The cached snapshot of a repository, brought up to date where the hub answers.
 
     The library waits for its first answer without limit, so the hub is asked beforehand, with one.
@@ -118,7 +130,7 @@ def _snapshot(repository: str, revision: str | None, files: Sequence[str]) -> Pa
             repository,
             revision=revision,
             allow_patterns=list(files),
-            ignore_patterns=list(UNWANTED),
+            ignore_patterns=list(unwanted),
             local_files_only=silence is not None,
         )
     except errors.LocalEntryNotFoundError as error:

@@ -19,6 +19,7 @@ from kvist.server.limits import Gate, Intake
 from kvist.server.logs import RequestLog
 from kvist.server.settings import ServerSettings
 from kvist.service.chat import ChatDelta, ChatRequest
+from kvist.service.sampling import Proposed
 from kvist.service.session import NewToken
 from kvist.text.response import Part
 
@@ -33,6 +34,7 @@ class Serving:
 
     name: str = MODEL
     adapters: dict[str, str] = field(default_factory=dict)
+    proposed: Proposed = field(default_factory=Proposed)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from kvist.runtime.request import FinishReason, TokenLogprobs
 from kvist.server import anthropic as api
 from kvist.server import errors
 from kvist.server.settings import ServerSettings
+from kvist.service.sampling import Proposed
 from kvist.service.session import Delta, Job, NewToken
 from kvist.text.chat import ChatTemplate
 from kvist.text.response import FORMATS, ResponseFormat
@@ -77,6 +78,7 @@ class Serving:
     grammars: None = None
     context: int = 4096
     adapters: dict[str, str] = field(default_factory=dict)
+    proposed: Proposed = field(default_factory=Proposed)
     jobs: list[Job] = field(default_factory=list)
 
     def submit(self, job: Job) -> Writer:

@@ -26,6 +26,7 @@ from kvist.server.openai.models import add_models
 from kvist.server.openai.responses import add_responses
 from kvist.server.settings import ServerSettings
 from kvist.service.chat import ChatDelta, ChatRequest
+from kvist.service.sampling import Proposed
 from kvist.service.session import Delta, Job, NewToken
 from kvist.text.response import Part
 from kvist.text.tokenizer import Tokenizer
@@ -140,6 +141,7 @@ class ScriptedServing:
     context: int = 1000
     created: int = 1_700_000_000
     adapters: dict[str, str] = field(default_factory=dict)
+    proposed: Proposed = field(default_factory=Proposed)
     template: ScriptedTemplate | None = None
     tokenizer: Tokenizer = field(default_factory=byte_tokenizer)
     jobs: list[Job] = field(default_factory=list)

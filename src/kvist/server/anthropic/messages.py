@@ -58,7 +58,7 @@ def router(serving: Serving, settings: ServerSettings) -> APIRouter:
     async def messages(body: MessagesRequest, request: Request) -> Response:
         adapter = serving.adapters.get(body.model, "")
         name = body.model if adapter else serving.name
-        asked = chat_request(body, replace(options_of(body, tenant_of(request)), adapter=adapter))
+        asked = chat_request(body, replace(options_of(body, tenant_of(request), serving.proposed), adapter=adapter))
         session = chat.start(replace(asked, context=context_of(serving, request, body.context, CHAT)))
         noted = note(request, session.session, name)
         answer = Answer(session, name, body)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kvist.base.errors import RequestError
-from kvist.runtime.request import Sampling
 from kvist.server.anthropic.schema import (
     Block,
     Message,
@@ -27,6 +26,7 @@ from kvist.server.anthropic.schema import (
     ToolUseBlock,
 )
 from kvist.service.chat import ChatRequest, Options, Tool, ToolChoice
+from kvist.service.sampling import Proposed
 
 _BILLING = "x-anthropic-billing-header:"
 _TTLS = {"5m": 300.0, "1h": 3600.0}
@@ -62,16 +62,13 @@ def chat_request(body: Prompt, options: Options) -> ChatRequest:
     )
 
 
-def options_of(body: MessagesRequest, tenant: str) -> Options:
-    """How the answer is drawn. Their interface has no seed, so each request has one of its own."""
+def options_of(body: MessagesRequest, tenant: str, proposed: Proposed) -> Options:
+    """How the answer is drawn; `proposed`: where the body says nothing. Their interface has no seed, so each request
+    has one of its own."""
+    stated = Proposed(temperature=body.temperature, top_k=body.top_k, top_p=body.top_p)
     return Options(
         max_tokens=max(body.max_tokens, 1),
-        sampling=Sampling(
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_k=body.top_k or 0,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            seed=secrets.randbits(64),
-        ),
+        sampling=stated.over(proposed).sampling(secrets.randbits(64)),
         stops=tuple(body.stop_sequences or ()),
         tenant=tenant,
         ttl=cache_ttl(body) or 0.0,

@@ -168,7 +168,9 @@ class MessagesRequest(Prompt):
 
     max_tokens: Integer = Field(ge=0, lt=2**31)
     stream: bool | None = None
-    temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy; 1 by default.")
+    temperature: float | None = Field(
+        None, ge=0, le=100, description="0 is greedy; by default what the model proposes, or 1."
+    )
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: Integer | None = Field(None, ge=0, lt=2**31, description="0: all tokens.")
     stop_sequences: list[Stop] | None = Field(None, max_length=MOST_STOPS)

@@ -8,6 +8,7 @@ refused (`refused`), each with what would work instead. `null` is always the sam
 import math
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -17,6 +18,7 @@ from kvist.base.units import plural
 from kvist.runtime.request import Sampling
 from kvist.server.errors import ApiError
 from kvist.service.chat import Options
+from kvist.service.sampling import Proposed
 from kvist.text.tokenizer import Tokenizer
 
 MOST_CHOICES = 128
@@ -26,6 +28,7 @@ _MOST_STOP = 4096  # characters
 _MOST_BIASES = 1024
 _MOST_DEPTH = 100  # of arrays and objects in each other
 _DAY = 86_400.0  # seconds
+_NOTHING = Proposed()
 _SMALLEST_TOP_P = 1e-6  # OpenAI allows 0: only the likeliest token
 
 
@@ -86,7 +89,9 @@ class StreamOptions(Fields):
 class Generation(Body):
     """How tokens are drawn. What OpenAI does not have is named as vLLM names it."""
 
-    temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy; 1 by default.")
+    temperature: float | None = Field(
+        None, ge=0, le=100, description="0 is greedy; by default what the model proposes, or 1."
+    )
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: Integer | None = Field(None, ge=-1, lt=2**31, description="0 or -1: all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
@@ -118,11 +123,13 @@ class Generation(Body):
         choices: int = 1,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        proposed: Proposed = _NOTHING,
     ) -> Options:
-        """Raises `ApiError` (400) for a bias on a token that the vocabulary does not have."""
+        """`proposed`: how the model is sampled where the request says nothing. Raises `ApiError` (400) for a bias on a
+        token that the vocabulary does not have."""
         return Options(
             max_tokens=max_tokens,
-            sampling=self._sampling(tokenizer),
+            sampling=self._sampling(tokenizer, proposed),
             stops=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             choices=choices,
             logprobs=logprobs,
@@ -135,20 +142,22 @@ class Generation(Body):
             ttl=_DAY if self.prompt_cache_retention == "24h" else 0.0,
         )
 
-    def _sampling(self, tokenizer: Tokenizer) -> Sampling:
+    def _sampling(self, tokenizer: Tokenizer, proposed: Proposed) -> Sampling:
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         if bias and max(bias) >= tokenizer.vocab_size:
             text = f"token {max(bias)} is not among the {plural(tokenizer.vocab_size, 'token')} of this model"
             raise ApiError(400, f"logit_bias: {text}", param="logit_bias")
-        return Sampling(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=max(self.top_k or 0, 0),
-            top_p=1.0 if self.top_p is None else max(self.top_p, _SMALLEST_TOP_P),
-            min_p=self.min_p or 0.0,
-            seed=secrets.randbits(64) if self.seed is None else self.seed % 2**64,
+        stated = Proposed(
+            temperature=self.temperature,
+            top_k=None if self.top_k is None else max(self.top_k, 0),
+            top_p=None if self.top_p is None else max(self.top_p, _SMALLEST_TOP_P),
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+        return replace(
+            stated.over(proposed).sampling(secrets.randbits(64) if self.seed is None else self.seed % 2**64),
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             logit_bias=tuple(sorted(bias.items())),
         )
 

@@ -56,6 +56,7 @@ def add_chat(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenTexts)
             max_tokens=body.max_completion_tokens or body.max_tokens,
             choices=body.n or 1,
             logprobs=body.top_logprobs or 0 if body.logprobs else None,
+            proposed=serving.proposed,
         )
         options = replace(options, adapter=asked_of.adapter)
         asked = chat_request(body, options, serving.template)

@@ -32,6 +32,7 @@ from kvist.server.openai.stream import DONE, EventStream, event, raise_failure
 from kvist.service.chat import Options, text_job
 from kvist.service.contexts import TEXT, Context
 from kvist.service.explanation import Origin
+from kvist.service.sampling import Proposed
 from kvist.service.serving import Serving
 from kvist.service.session import Delta, Session
 from kvist.text.tokenizer import Tokenizer
@@ -45,7 +46,9 @@ def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> N
     @routes.post("/v1/completions", response_model=None, responses=answers(TextCompletion, streams=True))
     async def completions(body: CompletionBody, request: Request) -> Response:
         asked_of = served(serving, body.model)
-        options = replace(_options(body, serving.tokenizer, tenant_of(request)), adapter=asked_of.adapter)
+        options = replace(
+            _options(body, serving.tokenizer, tenant_of(request), serving.proposed), adapter=asked_of.adapter
+        )
         prompts = read_prompts(body.prompt, serving.tokenizer, context_of(serving, request, body.context, TEXT))
         sessions: list[Session] = []
         try:
@@ -97,7 +100,7 @@ def read_prompts(
     ]
 
 
-def _options(body: CompletionBody, tokenizer: Tokenizer, tenant: str) -> Options:
+def _options(body: CompletionBody, tokenizer: Tokenizer, tenant: str, proposed: Proposed) -> Options:
     choices = body.n or 1
     if body.best_of is not None and body.best_of != choices:
         raise ApiError(400, f"best_of: it must be n, {choices}: answers are not ranked here", param="best_of")
@@ -114,6 +117,7 @@ def _options(body: CompletionBody, tokenizer: Tokenizer, tenant: str) -> Options
         choices=choices,
         logprobs=body.logprobs,
         prompt_logprobs=0 if max_tokens == 0 and echoed is None else echoed,
+        proposed=proposed,
     )
 
 

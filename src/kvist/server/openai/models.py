@@ -50,4 +50,5 @@ def _model(serving: Serving, name: str) -> Model:
         "created": serving.created,
         "owned_by": "kvist",
         "max_model_len": serving.context,
+        "sampling": serving.proposed.shown(),
     }

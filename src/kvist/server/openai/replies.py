@@ -171,6 +171,7 @@ class Model(TypedDict):
     created: int
     owned_by: str
     max_model_len: int
+    sampling: dict[str, float]
 
 
 class ModelList(TypedDict):

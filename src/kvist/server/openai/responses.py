@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from kvist.runtime.request import FinishReason
+from kvist.runtime.request import FinishReason, Sampling
 from kvist.server.contexts import context_of
 from kvist.server.errors import Problem
 from kvist.server.limits import tenant_of
@@ -22,7 +22,7 @@ from kvist.server.openai.response_shapes import ResponseObject, ResponseUsage, S
 from kvist.server.openai.responses_input import chat_request, offered_tools
 from kvist.server.openai.responses_schema import FunctionTool, NamespaceTool, ResponsesBody
 from kvist.server.openai.stream import EventStream, event, raise_failure
-from kvist.service.chat import Chat, ChatDelta, ChatSession
+from kvist.service.chat import Chat, ChatDelta, ChatSession, Options
 from kvist.service.contexts import CHAT
 from kvist.service.serving import Serving
 
@@ -41,12 +41,13 @@ def add_responses(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenT
             tenant_of(request),
             max_tokens=body.max_output_tokens,
             logprobs=body.top_logprobs or 0 if wanted or body.top_logprobs else None,
+            proposed=serving.proposed,
         )
         options = replace(options, adapter=asked_of.adapter)
         asked = chat_request(body, options, serving.template)
         session = chat.start(replace(asked, context=context_of(serving, request, body.context, CHAT)))
         noted = note(request, session.session, asked_of.name)
-        answer = Answer(session, asked_of.name, body, options.logprobs, texts)
+        answer = Answer(session, asked_of.name, body, options, texts)
         session.session.name(answer.id, noted.request_id)
         if body.stream:
             return EventStream(answer.stream(noted), session.cancel, answer.failed, noted)
@@ -57,18 +58,18 @@ def add_responses(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenT
 
 
 class Answer:
-    """One response under way. `logprobs`: how many of the likeliest stand beside each token, if any do."""
+    """One response under way, drawn as `options` say."""
 
     def __init__(
-        self, session: ChatSession, model: str, body: ResponsesBody, logprobs: int | None, texts: TokenTexts
+        self, session: ChatSession, model: str, body: ResponsesBody, options: Options, texts: TokenTexts
     ) -> None:
         self._session = session
-        self._logprobs = logprobs
+        self._logprobs = options.logprobs
         self._texts = texts
         self._items = Items({tool.name: tool for tool in offered_tools(body)})
         self._reasoning_tokens = 0
         self._numbers = itertools.count()
-        self._response = _begun(model, body)
+        self._response = _begun(model, body, options.sampling)
         self.id = self._response["id"]
 
     async def whole(self, noted: Note) -> ResponseObject:
@@ -138,7 +139,7 @@ class Answer:
         return event({**data, "sequence_number": next(self._numbers)}, data["type"])
 
 
-def _begun(model: str, body: ResponsesBody) -> ResponseObject:
+def _begun(model: str, body: ResponsesBody, sampling: Sampling) -> ResponseObject:
     """The response before anything of it has come. What the body left out has the value that is in force."""
     text = {} if body.text is None else body.text.model_dump(by_alias=True, exclude_none=True)
     choice = body.tool_choice
@@ -161,12 +162,12 @@ def _begun(model: str, body: ResponsesBody) -> ResponseObject:
         "reasoning": {"effort": None if body.reasoning is None else body.reasoning.effort, "summary": None},
         "background": False,
         "store": False,
-        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "temperature": sampling.temperature,
         "text": {"format": {"type": "text"}, **text},
         "tool_choice": choice if isinstance(choice, str) else "auto" if choice is None else choice.model_dump(),
         "tools": [_shown_tool(tool) for tool in body.tools or () if isinstance(tool, FunctionTool | NamespaceTool)],
         "top_logprobs": body.top_logprobs or 0,
-        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "top_p": sampling.top_p if body.top_p is None else body.top_p,
         "truncation": "disabled",
         "user": body.user,
     }
