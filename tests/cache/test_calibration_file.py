@@ -54,12 +54,12 @@ def not_a_calibration(path: Path) -> None:
 
 
 def strange_names(path: Path) -> None:
-    facts = {"format": "kvist-calibration-1", "model": "a" * 64, "layers": "1", "tokens": "1"}
+    facts = {"format": "kvist-calibration-2", "model": "a" * 64, "layers": "1", "tokens": "1"}
     save_file({"0.k.mean": torch.zeros(1)}, path, facts)
 
 
 def no_number(path: Path) -> None:
-    facts = {"format": "kvist-calibration-1", "model": "a" * 64, "layers": "many", "tokens": "1"}
+    facts = {"format": "kvist-calibration-2", "model": "a" * 64, "layers": "many", "tokens": "1"}
     save_file({"0.k.mean": torch.zeros(1)}, path, facts)
 
 

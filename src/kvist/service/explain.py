@@ -55,10 +55,10 @@ class Explainer:
     def asked(self, request: Request, origin: Origin) -> "Asking":
         """A request comes."""
         tokens = np.array(request.prompt, np.uint32)
-        nearest = self.history.nearest(request.tenant, origin.session, tokens, request.adapter)
+        nearest = self.history.nearest(request.tenant, origin.session, tokens, request.namespace)
         text = self._decode(request.prompt) if origin.text is None else origin.text
         asked = Asked(
-            "", request.tenant, origin.session, tokens, len(tokens), text, origin.parts, adapter=request.adapter
+            "", request.tenant, origin.session, tokens, len(tokens), text, origin.parts, namespace=request.namespace
         )
         self.history.add(asked)
         return Asking(asked, nearest)
