@@ -257,6 +257,8 @@ def _trusted(context: "Context") -> str:
     """What is known of an imported context's KV, and who reads it."""
     total = len(context.tokens) // context.block_size
     compared = f"{context.checked:,} of {plural(total, 'block')} were computed again and are alike"
+    if not context.checked:
+        compared = "nothing of it was computed again"
     if not context.imported:
         return f"{compared}; all prompts that begin with it use it"
     if context.elsewhere:
