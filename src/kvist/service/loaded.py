@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -188,9 +189,12 @@ def open_model(
     if offered:
         Adapters(model, list(offered.values()), compute if grouping is None else torch.float32)
     known, merged_id = stamp if lasting else (), "" if merged is None else merged.id
-    layout = planned(
-        model, origin.directory, kv, _FULL[compute], lambda: known_digest(model, origin.files, known, merged_id)
-    )
+    weights_digest = cache(lambda: known_digest(model, origin.files, known, merged_id))
+    layout = planned(model, origin.directory, kv, _FULL[compute], weights_digest)
+    if layout.open_bytes:
+        from kvist.service.fitness import warn  # only lossy codecs need it
+
+        warn(model, origin.directory, layout, weights_digest())
     return Loaded(
         name or "kvist-shakespeare",
         config,
