@@ -89,4 +89,5 @@ def test_what_cannot_be_held_is_said_with_what_can(
     # Told again, and not measured again.
     monkeypatch.setattr(fitness, "observe", lambda *arguments: pytest.fail("it was measured again"))
     assert told(loaded, "turbo3") == said
+    assert correlations(loaded.model, loaded.with_kv("turbo3").layout, ids(127)) == {}, "nothing sees a coded block"
     assert loaded.weights_digest() == digest

@@ -45,8 +45,11 @@ def warn(model: Decoder, directory: Path, layout: Layout, weights: str) -> None:
 
 
 def correlations(model: Decoder, layout: Layout, tokens: list[int]) -> dict[int, float]:
-    """Of the scores of each layer that keeps something: of the worst head of any that reads it."""
+    """Of the scores of each layer that keeps something: of the worst head of any that reads it. Of none where the
+    tokens are too few for a block that is coded and one that sees it."""
     kept: dict[int, float] = {}
+    if len(tokens) < 2 * layout.block_size:
+        return kept
 
     def see(layer: int, seen: Vectors) -> None:
         source = layout.layers[layer].spec.source
