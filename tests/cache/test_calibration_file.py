@@ -54,12 +54,12 @@ def not_a_calibration(path: Path) -> None:
 
 
 def strange_names(path: Path) -> None:
-    facts = {"format": "kvist-calibration-1", "model": "a" * 64, "layers": "1", "tokens": "1"}
+    facts = {"format": "kvist-calibration-2", "model": "a" * 64, "layers": "1", "tokens": "1"}
     save_file({"0.k.mean": torch.zeros(1)}, path, facts)
 
 
 def no_number(path: Path) -> None:
-    facts = {"format": "kvist-calibration-1", "model": "a" * 64, "layers": "many", "tokens": "1"}
+    facts = {"format": "kvist-calibration-2", "model": "a" * 64, "layers": "many", "tokens": "1"}
     save_file({"0.k.mean": torch.zeros(1)}, path, facts)
 
 
@@ -94,7 +94,12 @@ def test_the_calibration_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_only_what_a_codec_asks_for_reaches_its_frames() -> None:
     calibration = made()
-    for name, centred, ordered in (("turbo4", True, False), ("turbo2.5", True, True), ("int8", False, False)):
+    for name, centred, ordered in (
+        ("turbo4", True, False),
+        ("turbo2.5", True, True),
+        ("int4", False, False),
+        ("int8", True, False),
+    ):
         layout = plan_layout([key_value(2, 32)] * 3, codec(name), calibration=calibration)
         for layer, streams in zip(layout.layers, calibration.streams, strict=True):
             keys, values = (stream.frame for stream in layer.streams)

@@ -163,8 +163,8 @@ def test_a_fingerprint_changes_with_every_ingredient() -> None:
     assert plan_layout(list(SPECS), bf16).fingerprint == fingerprints["as it is"]
     # What no codec uses is no part of it.
     assert plan_layout(SPECS, bf16, full=bf16).fingerprint == fingerprints["as it is"]
-    uncentred = plan_layout(CODED, codec("int8"), calibration=calibration(mean=1.0))
-    assert uncentred.fingerprint == plan_layout(CODED, codec("int8")).fingerprint
+    uncentred = plan_layout(CODED, codec("int4"), calibration=calibration(mean=1.0))
+    assert uncentred.fingerprint == plan_layout(CODED, codec("int4")).fingerprint
 
 
 def test_a_fingerprint_is_the_same_in_another_process() -> None:

@@ -24,10 +24,10 @@ from kvist.service.calibration import (
     calibration_path,
     calibration_text,
     measure,
-    model_digest,
     observe,
     read_calibration,
 )
+from kvist.service.digest import model_digest
 from kvist.service.loaded import BUNDLED, Loaded, open_model
 
 names = st.sampled_from(["turbo2", "turbo2.5", "turbo4", "int4-rot", "int8", "bf16"])
@@ -151,6 +151,10 @@ def test_what_cannot_be_calibrated() -> None:
         proposed(base, 0.9, tokens=100)
 
 
+def digest_of(loaded: Loaded) -> str:
+    return model_digest(loaded.model, loaded.weights_digest())
+
+
 def test_auto_is_the_proposal() -> None:
     base = random_model()
     calibration, report = proposed(base, 0.98)
@@ -175,15 +179,15 @@ def test_statistics_are_of_the_models_own_vectors() -> None:
 
 def test_a_first_use_is_announced_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     base = random_model()
-    calibrated(base.model, Path("somewhere/tiny"))
+    calibrated(base.model, Path("somewhere/tiny"), base.weights_digest())
     assert capsys.readouterr().err == ""
-    calibration_path(model_digest(base.model)).unlink()
+    calibration_path(digest_of(base)).unlink()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    calibrated(base.model, Path("somewhere/tiny"))
+    calibrated(base.model, Path("somewhere/tiny"), base.weights_digest())
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "keys and values of tiny (once)" in said
-    calibrated(base.model, Path("somewhere/tiny"))
+    calibrated(base.model, Path("somewhere/tiny"), base.weights_digest())
     assert capsys.readouterr().err == ""
 
 
@@ -215,7 +219,7 @@ def test_files_that_are_not_the_models_own(tmp_path: Path) -> None:
     sound = proposed(base, 0.99)[0]
     path = tmp_path / "given.safetensors"
     save_calibration(path, sound)
-    found = read_calibration(path, base.model)
+    found = read_calibration(path, base.model, digest_of(base))
     assert (found.model, found.tokens, found.proposal) == (sound.model, 320, sound.proposal)
     assert torch.equal(found.streams[1]["v"].energy, sound.streams[1]["v"].energy)
     k = sound.streams[0]["k"]
@@ -228,15 +232,15 @@ def test_files_that_are_not_the_models_own(tmp_path: Path) -> None:
         changed(sound, 0, "k", StreamStatistics(k.mean, -k.energy)),
         dataclasses.replace(sound, proposal="turbo9"),
         dataclasses.replace(sound, proposal="turbo4,7:bf16"),
-        dataclasses.replace(sound, model=model_digest(random_model(shift=1.0).model)),
+        dataclasses.replace(sound, model=digest_of(random_model(shift=1.0))),
     ):
         save_calibration(path, damaged)
         with pytest.raises(ConfigError) as refusal:
-            read_calibration(path, base.model)
+            read_calibration(path, base.model, digest_of(base))
         assert "\n" not in str(refusal.value)
     with pytest.raises(ConfigError, match="the calibration of another model"):
-        read_calibration(path, base.model)
+        read_calibration(path, base.model, digest_of(base))
     for content in (b"", b"nonsense", random.Random(1).randbytes(200)):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match="damaged"):
-            read_calibration(path, base.model)
+            read_calibration(path, base.model, digest_of(base))

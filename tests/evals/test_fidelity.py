@@ -18,7 +18,6 @@ from kvist.cache.layout import plan_layout
 from kvist.cache.spec import key_value
 from kvist.evals import tradeoff
 from kvist.evals.fidelity import FidelityReport, compare, run, summarize, windows
-from kvist.evals.vectors import Agreement, VectorMeter, compare_outputs, decoded
 from kvist.models.config import Activation, ModelConfig, Rope
 from kvist.models.linear import weights_of
 from kvist.models.load import build, randomize
@@ -26,6 +25,7 @@ from kvist.models.plain import CodedPlainView
 from kvist.service import calibration as calibration_module
 from kvist.service.calibration import TEXT, Vectors, built_in_text, observe
 from kvist.service.loaded import Loaded, open_model, select_backend
+from kvist.service.vectors import Agreement, VectorMeter, compare_outputs, decoded
 from kvist.text.tokenizer import Tokenizer
 
 SMALL = ModelConfig(

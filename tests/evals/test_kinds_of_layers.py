@@ -14,13 +14,13 @@ from kvist.cache.choice import parse_choice
 from kvist.cache.layout import StreamLayout
 from kvist.cache.spec import Reading, Window
 from kvist.evals.calibrate import CalibrationReport, calibrate
-from kvist.evals.vectors import VectorMeter, decoded
 from kvist.evals.verify import Verifier
 from kvist.models.config import ModelConfig
 from kvist.models.families import read_config
 from kvist.models.load import randomize
 from kvist.service.calibration import Vectors, calibration_path, observe
 from kvist.service.loaded import Loaded
+from kvist.service.vectors import VectorMeter, decoded
 from oracle import LATENT, SHARED_AND_TIED
 
 TOKENS = 230

@@ -18,10 +18,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from kvist.base.errors import Overloaded
+from kvist.cache.record import Loss
 from kvist.server.errors import RESPONSES, install
 from kvist.server.limits import guard, tenant_of
 from kvist.server.logs import JsonFormatter, LineFormatter, RequestLog, note
 from kvist.server.settings import ServerSettings
+from kvist.service.explanation import WHY, Explanation
 from kvist.service.tenants import Tenant
 from live import Live, answer_of, exchange, live
 
@@ -40,6 +42,10 @@ class Counted:
     """A session as far as the log reads it."""
 
     prompt_tokens, cached_tokens, new_tokens = 1204, 1088, 0
+    tiers = {"memory": 64, "disk": 1024}  # noqa: RUF012
+    explanation = Explanation(
+        "id", None, 1204, tiers, 116, Loss.EVICTED, WHY[Loss.EVICTED], None, None, None, None, None
+    )
 
     def cancel(self) -> None:
         pass
@@ -400,12 +406,15 @@ def test_a_line_for_each_request(server: Live, routes: Routes, caplog: pytest.Lo
         "finish": "stop",
         "prompt_tokens": 1204,
         "cached_tokens": 1088,
+        "cached_by_tier": {"memory": 64, "disk": 1024},
+        "computed_why": "evicted",
         "new_tokens": 3,
     }
     assert ("/stream", 200) in routes.answered
     record = next(record for record in caplog.records if record.message == "request")
     line = LineFormatter().format(record)
-    assert "GET /stream 200 · 1,204 prompt tokens (1,088 cached) + 3 new · stop · first after" in line
+    tokens = "1,204 prompt tokens (1,088 cached: 64 memory, 1,024 disk; evicted) + 3 new"
+    assert f"GET /stream 200 · {tokens} · stop · first after" in line
     assert line.endswith("· mine")
     parsed = json.loads(JsonFormatter().format(record))
     assert parsed.items() >= facts.items()

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvist.runtime.request import FinishReason
 from kvist.server.metrics import Metrics
-from kvist.service.facts import Cause, ChoiceDone, Fact, Load, Matched, RequestDone, StepDone
+from kvist.service.facts import Cause, ChoiceDone, Explained, Fact, Load, Matched, RequestDone, StepDone
 
 IDLE = Load(running=0, waiting=0, kv_blocks_used=0, kv_blocks_cached=0, kv_blocks=0)
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -45,6 +45,14 @@ def observed(*facts: Fact) -> Samples:
 
 def done(*choices: ChoiceDone, admitted: float | None = 12.0, first: float | None = 15.0) -> RequestDone:
     return RequestDone(100, choices, submitted=10.0, admitted=admitted, first_token=first, ended=23.0)
+
+
+def test_what_was_computed_is_counted_by_why() -> None:
+    samples = observed(Explained("evicted", 70, 69), Explained("evicted", 5, 0), Explained("new", 30, 0))
+    assert value(samples, "prompt_tokens_computed_total", reason="evicted") == 75
+    assert value(samples, "prompt_tokens_again_total", reason="evicted") == 69
+    assert value(samples, "prompt_tokens_computed_total", reason="new") == 30
+    assert value(samples, "prompt_tokens_again_total", reason="new") == 0
 
 
 def test_names_are_those_that_people_know() -> None:

@@ -17,6 +17,7 @@ from kvist.cache.record import record_bytes
 from kvist.runtime.request import Request
 from kvist.runtime.sequence import Sequence
 from kvist.service.calibration import TEXT as WORDS
+from kvist.service.context_check import Check
 from kvist.service.context_file import export_context, import_context
 from kvist.service.context_making import context_tokens, engine_for, make_context, usable
 from kvist.service.contexts import Context, Contexts, all_contexts, pin_all
@@ -89,7 +90,7 @@ def test_an_imported_context_gives_the_same_bits(
 ) -> None:
     _, made, file = pristine
     contexts = Contexts(opened.disk.folder)
-    found = import_context(file, "copy", contexts, opened.disk, opened.identity, loaded.layout, 2048)
+    found = import_context(file, "copy", contexts, opened.disk, opened.identity, loaded, check=Check.ALL)
     assert contexts.names() == ["copy"]
     assert not found.elsewhere
     tokens = (*found.tokens, 5, 6, 7)
@@ -107,7 +108,7 @@ def test_what_another_model_made_is_refused(
     contexts = Contexts(opened.disk.folder)
 
     def take(identity: object, **more: bool) -> Context:
-        return import_context(file, None, contexts, opened.disk, identity, loaded.layout, 2048, **more)  # type: ignore[arg-type]
+        return import_context(file, None, contexts, opened.disk, identity, loaded, **more)  # type: ignore[arg-type]
 
     with pytest.raises(KvistError, match="weights, tokenizer differ"):
         take(replace(opened.identity, weights="0", tokenizer="1"))
@@ -255,11 +256,11 @@ def test_exported_files_that_lie_are_refused(
         file = tmp_path / "bad.kvc"
         file.write_bytes(bad)
         with pytest.raises(KvistError) as refused:
-            import_context(file, None, contexts, opened.disk, opened.identity, loaded.layout, 2048)
+            import_context(file, None, contexts, opened.disk, opened.identity, loaded)
         assert "\n" not in str(refused.value)
     assert contexts.names() == []
     file.write_bytes(data)  # and the good one is taken
-    import_context(file, None, contexts, opened.disk, opened.identity, loaded.layout, 2048)
+    import_context(file, None, contexts, opened.disk, opened.identity, loaded)
     assert contexts.names() == ["book"]
 
 

@@ -11,7 +11,8 @@ from kvist.cache.layout import plan_layout
 from kvist.models.config import Activation, ModelConfig, Rope
 from kvist.models.load import build, randomize
 from kvist.service import calibration as calibration_module
-from kvist.service.calibration import calibration_path, model_digest
+from kvist.service.calibration import calibration_path
+from kvist.service.digest import model_digest, weights_digest
 from kvist.service.loaded import Loaded, open_model, select_backend
 
 SMALL = ModelConfig(
@@ -42,6 +43,10 @@ def made() -> Loaded:
     return Loaded("small", SMALL, model, layout, backend, Path("none"))
 
 
+def path_of(loaded: Loaded) -> Path:
+    return calibration_path(model_digest(loaded.model, loaded.weights_digest()))
+
+
 def test_turbo4_takes_at_most_29_percent_of_bf16_at_8k_tokens() -> None:
     """All that the engine allocates for keys and values, open and passing blocks included, read from the tensors."""
     loaded = made()
@@ -53,7 +58,7 @@ def test_turbo4_takes_at_most_29_percent_of_bf16_at_8k_tokens() -> None:
 def test_a_model_is_calibrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = made()
     first = loaded.with_kv("turbo4")
-    assert calibration_path(model_digest(loaded.model)).is_file()
+    assert path_of(loaded).is_file()
 
     def never(*arguments: object) -> None:
         raise AssertionError("it was measured again")
@@ -69,11 +74,11 @@ def test_a_model_is_calibrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_weights_have_another_digest() -> None:
     loaded = made()
-    before = model_digest(loaded.model)
-    assert model_digest(loaded.model) == before
+    before = weights_digest(loaded.model)
+    assert weights_digest(loaded.model) == before
     with torch.no_grad():
-        loaded.model.norm.weight[7] += 1
-    assert model_digest(loaded.model) != before
+        dict(loaded.model.named_parameters())["norm.weight"][5] += 0.5
+    assert weights_digest(loaded.model) != before
 
 
 def test_the_calibration_of_another_model_in_its_place_is_refused() -> None:
@@ -81,7 +86,7 @@ def test_the_calibration_of_another_model_in_its_place_is_refused() -> None:
     loaded.with_kv("turbo4")
     with torch.no_grad():
         other.model.norm.weight.add_(1)
-    calibration_path(model_digest(loaded.model)).rename(calibration_path(model_digest(other.model)))
+    path_of(loaded).rename(path_of(other))
     with pytest.raises(ConfigError, match="is the calibration of another model; run kvist calibrate on this one"):
         other.with_kv("turbo4")
 
@@ -98,3 +103,16 @@ def test_a_choice_that_cannot_be_is_refused_before_weights_are_read(kv: str, mon
     monkeypatch.setattr(module, "fill", lambda *arguments: pytest.fail("the weights were read"))
     with pytest.raises(ConfigError):
         open_model(None, kv=kv)
+
+
+def test_a_model_that_differs_in_one_number_is_measured_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_module, "TOKENS", 128)
+    loaded, other = made(), made()
+    first = loaded.with_kv("turbo4").layout
+    with torch.no_grad():
+        other.model.embed.weight[1, 3] += 30
+    second = other.with_kv("turbo4").layout
+    assert path_of(loaded).is_file()
+    assert path_of(other).is_file()
+    assert path_of(loaded) != path_of(other)
+    assert first.fingerprint != second.fingerprint

@@ -31,6 +31,7 @@ from kvist.bench.models import random_model
 from kvist.bench.report import Ratio, Report, Row
 from kvist.runtime.engine import Engine
 from kvist.runtime.request import Request, Sampling
+from kvist.service.context_check import Check
 from kvist.service.context_file import export_context, import_context
 from kvist.service.contexts import TEXT, Contexts, describe, finish
 from kvist.service.keeping import KeepSettings, Kept, open_kept
@@ -191,8 +192,7 @@ def _carry_over(loaded: Loaded, prefix: int, source: Path, target: Path) -> tupl
         export_context(context, kept.disk, file)
     started = time.perf_counter()
     with open_kept(loaded, KeepSettings(target, _DISK)) as kept:
-        most = loaded.config.max_positions
-        import_context(file, None, Contexts(target), kept.disk, kept.identity, layout, most)
+        import_context(file, None, Contexts(target), kept.disk, kept.identity, loaded, check=Check.TRUST)
     return file.stat().st_size, time.perf_counter() - started
 
 
@@ -206,9 +206,7 @@ def _forget(folder: Path) -> None:
 
 def _engine(loaded: Loaded, tokens: int, running: int, kept: Kept | None) -> Engine:
     """An engine for `running` sequences of `tokens` tokens."""
-    layout = loaded.layout
-    blocks = running * -(-tokens // layout.block_size) + 1
-    budget = loaded.budget(layout.store_bytes(blocks) + loaded.budget(_DISK, running).open_bytes, running)
+    budget = loaded.budget_of(running * -(-tokens // loaded.layout.block_size) + 1, running)
     if kept is None:
         return loaded.serving_engine(budget)
     return loaded.serving_engine(budget, kept=kept.cache, identity=kept.identity.digest)

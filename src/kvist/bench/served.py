@@ -25,10 +25,7 @@ class Served:
 @contextlib.contextmanager
 def served(loaded: Loaded, tokens: int, running: int, keys: Sequence[str] = ()) -> Iterator[Served]:
     """A server whose cache holds `tokens` tokens, for `running` answers at once. `keys`: API keys, of a tenant each."""
-    layout = loaded.layout
-    blocks = -(-tokens // layout.block_size) + running
-    budget = loaded.budget(layout.store_bytes(blocks) + loaded.budget(1 << 62, running).open_bytes, running)
-    engine = loaded.serving_engine(budget)
+    engine = loaded.serving_engine(loaded.budget_of(-(-tokens // loaded.layout.block_size) + running, running))
     serving = Serving(loaded, engine)
     settings = ServerSettings(api_keys=tuple(keys), timeout=86_400.0, grace=0.0)
     ready = threading.Event()

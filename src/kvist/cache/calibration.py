@@ -17,7 +17,7 @@ from torch import Tensor
 from kvist.base.errors import ConfigError
 from kvist.base.files import atomic_file
 
-FORMAT = "kvist-calibration-1"
+FORMAT = "kvist-calibration-2"
 MAX_BYTES = 256 << 20
 
 
@@ -35,7 +35,8 @@ class StreamStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """`model`: digest of the weights it was measured on; `tokens`: on how many; `streams`: layer by layer, by name.
+    """`model`: digest of the model it was measured on, of all its weights; `tokens`: on how many; `streams`: layer by
+    layer, by name.
 
     `proposal`: the assignment that `--kv auto` stands for, when it has been worked out.
     """

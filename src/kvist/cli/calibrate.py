@@ -35,7 +35,8 @@ def calibrate(
     from kvist.cache.calibration import save_calibration
     from kvist.evals.calibrate import THRESHOLD
     from kvist.evals.calibrate import calibrate as run
-    from kvist.service.calibration import calibration_path, calibration_text, model_digest
+    from kvist.service.calibration import calibration_path, calibration_text
+    from kvist.service.digest import model_digest
     from kvist.service.loaded import open_model
     from kvist.text.reading import read_text
 
@@ -43,9 +44,10 @@ def calibrate(
         raise KvistError("--import takes a calibration as it is; --text and --threshold are for making one")
     words = None if text is None else read_text(text)
     loaded = open_model(model, dtype=dtype)
-    path = calibration_path(model_digest(loaded.model))
+    digest = model_digest(loaded.model, loaded.weights_digest())
+    path = calibration_path(digest)
     if given is not None:
-        _take_over(given, loaded, path, as_json)
+        _take_over(given, loaded, digest, as_json)
         return
     tokens, name = calibration_text(loaded.model, loaded.directory, words)
     least = THRESHOLD if threshold is None else threshold
@@ -64,11 +66,11 @@ def calibrate(
     note(f"--kv auto is now {report.proposal} · {path}")
 
 
-def _take_over(given: Path, loaded: "Loaded", path: Path, as_json: bool) -> None:
+def _take_over(given: Path, loaded: "Loaded", digest: str, as_json: bool) -> None:
     from kvist.cache.calibration import save_calibration
-    from kvist.service.calibration import read_calibration
+    from kvist.service.calibration import calibration_path, read_calibration
 
-    calibration = read_calibration(given, loaded.model)
+    calibration, path = read_calibration(given, loaded.model, digest), calibration_path(digest)
     save_calibration(path, calibration)
     if as_json:
         facts = {"model": loaded.name, "tokens": calibration.tokens, "proposal": calibration.proposal}

@@ -121,6 +121,8 @@ def show(name: Name, cache_dir: CacheDir = None, as_json: Json = False) -> None:
         "blocks_on_disk": sum(disk.contains(block) for block in blocks),
         "sources": list(context.sources),
         "elsewhere": context.elsewhere,
+        "shared": not context.imported,
+        "checked": context.checked,
         "differs": differs_today(settings.path, context.identity),
         "identity": context.identity.to_json(),
     }
@@ -136,6 +138,8 @@ def show(name: Name, cache_dir: CacheDir = None, as_json: Json = False) -> None:
     print(f"made {_date(context.created)}, last used {_date(facts['used'])}")
     if context.elsewhere:
         print("computed on a machine with other arithmetic: answers may differ from those computed here in rare words")
+    if context.imported or context.checked:
+        print(_trusted(context))
     if facts["differs"]:
         print(f"of no use to {model} as it was last opened, whose {', '.join(facts['differs'])} differ: make it again")
     print("\n".join(f"  {_shown(source)}" for source in context.sources))
@@ -182,13 +186,25 @@ def import_file(
     other_arithmetic: Annotated[
         bool, typer.Option("--other-arithmetic", help="Take it where the last bits may differ, too.")
     ] = False,
+    check: Annotated[
+        str, typer.Option(metavar="SHARE", help="Which blocks are computed again and compared: sample, or all.")
+    ] = "sample",
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Whoever made it is trusted: nothing is compared, and all prompts use it.")
+    ] = False,
     dtype: Dtype = None,
     kv: Kv = None,
     weights: Weights = None,
     cache_dir: CacheDir = None,
     cache_disk: CacheDisk = None,
 ) -> None:
-    """Take over a context from a file."""
+    """Take over a context from a file. Blocks of it are computed again and must be alike to the bit. Only where that
+    were all of them, or with --trust, prompts that do not name it use it, too."""
+    if check not in ("sample", "all"):
+        raise KvistError(f"--check is sample or all, not {check!r}")
+    if trust and check == "all":
+        raise KvistError("--check all compares everything, so that nobody needs to be trusted; leave out --trust")
+    from kvist.service.context_check import Check
     from kvist.service.context_file import import_context
     from kvist.service.contexts import Contexts
     from kvist.service.keeping import open_kept
@@ -203,12 +219,13 @@ def import_file(
             Contexts(settings.path),
             kept.disk,
             kept.identity,
-            loaded.layout,
-            loaded.config.max_positions,
+            loaded,
+            check=Check.TRUST if trust else Check(check),
             other_arithmetic=other_arithmetic,
             watch=watch,
         )
     note(f"{made.name}: {plural(len(made.tokens), 'token')}, {format_bytes(made.nbytes)} of {made.identity.kv}")
+    note(_trusted(made))
 
 
 def _settings(folder: Path | None, disk: str | None) -> "KeepSettings":
@@ -234,6 +251,19 @@ def _facts(context: "Context", contexts: "Contexts") -> dict[str, Any]:
         "created": context.created,
         "used": contexts.used(context.name),
     }
+
+
+def _trusted(context: "Context") -> str:
+    """What is known of an imported context's KV, and who reads it."""
+    total = len(context.tokens) // context.block_size
+    compared = f"{context.checked:,} of {plural(total, 'block')} were computed again and are alike"
+    if not context.checked:
+        compared = "nothing of it was computed again"
+    if not context.imported:
+        return f"{compared}; all prompts that begin with it use it"
+    if context.elsewhere:
+        return "it cannot be compared, as sums are rounded otherwise here; only prompts that name it use it"
+    return f"{compared}; only prompts that name it use it (--check all, or --trust, has all of them use it)"
 
 
 def _shown(text: str) -> str:

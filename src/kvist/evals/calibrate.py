@@ -26,9 +26,10 @@ from kvist.cache.choice import parse_choice
 from kvist.cache.codecs import CODECS, FP16, bits_per_value
 from kvist.cache.layout import BLOCK_SIZE, Layout, StreamLayout, plan_layout
 from kvist.cache.spec import Reading, Role
-from kvist.evals.vectors import compare_outputs, compare_scores, decoded
-from kvist.service.calibration import Vectors, measure, model_digest, observe
+from kvist.service.calibration import Vectors, measure, observe
+from kvist.service.digest import model_digest
 from kvist.service.loaded import Loaded
+from kvist.service.vectors import compare_outputs, compare_scores, decoded
 
 THRESHOLD = 0.99
 SHORTEST = 2 * BLOCK_SIZE  # tokens: a block that is coded and one that sees it
@@ -131,7 +132,7 @@ def calibrate(
     if len(tokens) < SHORTEST:
         raise RequestError(f"a calibration needs at least {SHORTEST} tokens; the text has {len(tokens):,}")
     watch("means")
-    calibration = measure(loaded.model, tokens, model_digest(loaded.model))
+    calibration = measure(loaded.model, tokens, model_digest(loaded.model, loaded.weights_digest()))
     layouts = _candidates(loaded, calibration)
     measured = _Measured(layouts, calibration, threshold)
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from kvist.base.errors import RequestError, TextError
 from kvist.evals.forced import feed, kl_divergences
-from kvist.evals.vectors import VectorMeter, VectorScore
 from kvist.models.linear import weights_of
 from kvist.runtime.runner import Runner
 from kvist.service.calibration import observe
 from kvist.service.loaded import Loaded
+from kvist.service.vectors import VectorMeter, VectorScore
 from kvist.text.tokenizer import Tokenizer
 
 DEFAULT_KV = ("int8", "int4", "int4-rot", "turbo4", "turbo3.5", "turbo3", "turbo2.5", "turbo2")

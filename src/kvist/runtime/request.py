@@ -9,7 +9,14 @@ from torch import Tensor
 
 from kvist.base.errors import RequestError
 
-ADAPTER = "\0adapter\0"  # part of the names of namespaces, which no tenant's has
+ADAPTER, IMPORTED = "\0adapter\0", "\0imported\0"  # parts of the names of namespaces, which no tenant's has
+
+
+def namespace_of(tenant: str, adapter: str = "", imported: str = "") -> str:
+    """Within which cached tokens are shared: a tenant's own, and those of each adapter, and behind each context that
+    was imported and is not known to be right, apart. `imported`: digest of that context's file."""
+    own = f"{tenant}{ADAPTER}{adapter}" if adapter else tenant
+    return f"{own}{IMPORTED}{imported}" if imported else own
 
 
 class FinishReason(StrEnum):
@@ -100,7 +107,8 @@ class Request:
     fairly between tenants, and cached tokens only within one. `pooled`: the sum of the prompt's last hidden states is
     wanted. `kept`: what is computed for it may be written to the tiers behind the memory; there others go first for
     `ttl` seconds since it was last used. `durable`: of what is found in memory, what the tiers lack is written, too.
-    `adapter`: the id of the one that its rows have, if any.
+    `adapter`: the id of the one that its rows have, if any. `imported`: of the context that it begins with, see
+    `namespace_of`.
     """
 
     prompt: tuple[int, ...]
@@ -117,11 +125,12 @@ class Request:
     ttl: float = 0.0
     durable: bool = False
     adapter: str = ""
+    imported: str = ""
 
     @property
     def namespace(self) -> str:
-        """Cached tokens are shared within it only: a tenant's, and those of each adapter apart."""
-        return f"{self.tenant}{ADAPTER}{self.adapter}" if self.adapter else self.tenant
+        """Cached tokens are shared within it only."""
+        return namespace_of(self.tenant, self.adapter, self.imported)
 
     def __post_init__(self) -> None:
         if not self.prompt:

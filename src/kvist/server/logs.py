@@ -6,6 +6,7 @@ import re
 import secrets
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,10 +60,24 @@ class Note:
             "finish": self.finish,
             "prompt_tokens": sum(session.prompt_tokens for session in sessions) if sessions else None,
             "cached_tokens": sum(session.cached_tokens for session in sessions) if sessions else None,
+            "cached_by_tier": self._tiers() or None,
+            "computed_why": self._reasons() or None,
             "new_tokens": sum(session.new_tokens for session in sessions) if sessions else None,
             "first_token_seconds": None if self.first_token is None else round(self.first_token, 4),
         }
         return {name: value for name, value in facts.items() if value is not None}
+
+    def _tiers(self) -> dict[str, int]:
+        """Tokens of prompts that were not computed, by where they were."""
+        found: Counter[str] = Counter()
+        for session in self.sessions:
+            if session.explanation is not None:
+                found.update(session.explanation.cached)
+        return dict(found)
+
+    def _reasons(self) -> str:
+        """Why the other tokens were computed, as `kvist explain` has it; of several prompts each reason once."""
+        return ", ".join(dict.fromkeys(s.explanation.reason for s in self.sessions if s.explanation is not None))
 
 
 def note_of(request: Request) -> Note:
@@ -189,12 +204,20 @@ def _name(message: Message, path: str, request_id: str) -> None:
         headers["request-id"] = request_id
 
 
+def _cached(facts: dict[str, Any]) -> str:
+    """What of the prompts came from where, and why the rest was computed."""
+    tiers = ", ".join(f"{count:,} {tier}" for tier, count in facts.get("cached_by_tier", {}).items())
+    parts = [f"{facts['cached_tokens']:,} cached{f': {tiers}' if tiers else ''}"] if facts["cached_tokens"] else []
+    parts += [facts["computed_why"]] if "computed_why" in facts else []
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
 def _request_line(facts: dict[str, Any]) -> str:
     parts = [f"{facts['method']} {facts['path']} {facts['status']}"]
     if facts["status"] == CLIENT_GONE:
         parts[0] += " (the client left)"
     if "prompt_tokens" in facts:
-        cached = f" ({facts['cached_tokens']:,} cached)" if facts["cached_tokens"] else ""
+        cached = _cached(facts)
         parts.append(f"{plural(facts['prompt_tokens'], 'prompt token')}{cached} + {facts['new_tokens']:,} new")
     if "finish" in facts:
         parts.append(facts["finish"])

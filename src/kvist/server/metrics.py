@@ -8,6 +8,8 @@
 | `prefix_cache_queries_total{cause}` | tokens that were looked for in the cache |
 | `prefix_cache_hits_total{cause}` | tokens of these that were not computed because the cache had them |
 | `prefix_cache_tokens_total{tier}` | tokens of a prompt that were not computed, by where they were |
+| `prompt_tokens_computed_total{reason}` | tokens of prompts that were computed, by why: `new`, `evicted`, ... |
+| `prompt_tokens_again_total{reason}` | tokens of these that an earlier request had, too: paid again |
 | `kept_blocks_read_total{tier}` | blocks read from the tiers behind the memory |
 | `kept_blocks_written_total{tier}`, `kept_bytes_written_total{tier}` | written to them |
 | `kept_losses_total{reason}` | blocks that were there once and could not be had: `evicted`, `corrupt`, ... |
@@ -41,7 +43,7 @@ from kvist.cache.disk import DiskTier
 from kvist.cache.kept import ACTS, KeptCache
 from kvist.cache.record import Loss
 from kvist.runtime.request import FinishReason
-from kvist.service.facts import Cause, Fact, Load, Matched, RequestDone, StepDone
+from kvist.service.facts import Cause, Explained, Fact, Load, Matched, RequestDone, StepDone
 
 _PREFIX = "kvist:"
 _SECONDS = tuple(float(f"{digit}e{power}") for power in range(-3, 4) for digit in (1, 2, 5))
@@ -65,6 +67,8 @@ class Metrics:
         self._hits = {cause: hits.labels(cause.value) for cause in Cause}
         self._tiers = _counter(registry, "prefix_cache_tokens", "Tokens found in the prefix cache, by tier.", "tier")
         self._prompt_tokens = _counter(registry, "prompt_tokens", "Tokens of prompts, found in the cache or not.")
+        self._computed = _counter(registry, "prompt_tokens_computed", "Tokens of prompts computed, by why.", "reason")
+        self._again = _counter(registry, "prompt_tokens_again", "Of these, tokens paid again.", "reason")
         self._generation_tokens = _counter(registry, "generation_tokens", "Tokens drawn.")
         self._preemptions = _counter(registry, "num_preemptions", "Sequences that had to make room.")
         ended = _counter(registry, "request_success", "Choices that ended, by why.", "finished_reason")
@@ -96,6 +100,9 @@ class Metrics:
                 self._hits[fact.cause].inc(fact.cached)
                 for tier, tokens in fact.tiers.items():
                     self._tiers.labels(tier).inc(max(tokens, 0))
+            case Explained():
+                self._computed.labels(fact.reason).inc(fact.computed)
+                self._again.labels(fact.reason).inc(fact.again)
             case RequestDone():
                 self._request(fact)
 

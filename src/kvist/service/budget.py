@@ -71,8 +71,7 @@ def plan_budget(
     most = MOST_RUNNING if running is None else running
     if running is None and layout.open_bytes:
         most = max(1, min(most, budget // _OPEN_SHARE // ((OPEN_BLOCKS + 1) * layout.open_bytes)))
-    tails = most if layout.open_bytes else 0
-    kept = OPEN_BLOCKS * most + tails if layout.open_bytes else 0
+    kept = (OPEN_BLOCKS + 1) * most if layout.open_bytes else 0
     needed = layout.window_blocks(most, step_tokens)
     fixed = layout.store_bytes(0, kept, passing, needed)
     own, *others = (group.block_bytes for group in layout.groups)
@@ -86,8 +85,15 @@ def plan_budget(
         )
     if given is None or not own:
         blocks = min(blocks, most * -(-context // layout.block_size))
-    windows = tuple(count + blocks // _PREFIXES for count in needed)
-    return KvBudget(layout, layout.store_bytes(blocks, kept, passing, windows), blocks, most, tails, windows)
+    return budget_of(layout, blocks, most, passing, step_tokens)
+
+
+def budget_of(layout: Layout, blocks: int, running: int, passing: int, step_tokens: int = 512) -> KvBudget:
+    """What so many blocks take, for `running` sequences at once; the rest as `plan_budget` has it."""
+    tails = running if layout.open_bytes else 0
+    kept = OPEN_BLOCKS * running + tails if layout.open_bytes else 0
+    windows = tuple(count + blocks // _PREFIXES for count in layout.window_blocks(running, step_tokens))
+    return KvBudget(layout, layout.store_bytes(blocks, kept, passing, windows), blocks, running, tails, windows)
 
 
 def free_memory(root: Path = Path("/")) -> int:

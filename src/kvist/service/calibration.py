@@ -1,6 +1,5 @@
 """A model's calibration: measured once, kept beside the kernels in the cache folder, read from then on."""
 
-import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,14 +17,13 @@ from kvist.cache.layout import Layout, plan_layout
 from kvist.cache.spec import LayerSpec
 from kvist.cache.step import Tie
 from kvist.models.decoder import Decoder
-from kvist.models.linear import tensors_of
 from kvist.models.plain import PlainView, keys_of
+from kvist.service.digest import model_digest
 from kvist.text.tokenizer import Tokenizer
 
 TEXT = Path(__file__).parent.parent / "bundled" / "calibration.txt"
 TOKENS = 2048
 AUTO = "auto"
-_SAMPLE = 64  # numbers of a parameter that its digest reads, at equal distances
 
 
 @dataclass(frozen=True)
@@ -105,31 +103,22 @@ def observe(model: Decoder, tokens: list[int], see: Callable[[int, Vectors], Non
     model(torch.tensor(tokens), torch.arange(len(tokens)), views)
 
 
-def model_digest(model: Decoder) -> str:
-    """SHA-256 (hex) of the config and of numbers from all over every parameter: tells one model from another."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    for name, parameter in tensors_of(model).items():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, len(flat) // _SAMPLE)][:_SAMPLE].float()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def calibration_path(digest: str) -> Path:
     """Where the calibration of the model of that digest lies."""
     return cache_folder() / "calibration" / f"{digest[:32]}.safetensors"
 
 
-def planned(model: Decoder, directory: Path, kv: str, full: DenseCodec) -> Layout:
+def planned(model: Decoder, directory: Path, kv: str, full: DenseCodec, weights: Callable[[], str]) -> Layout:
     """The layout of the model's cache under `kv`: a choice as `parse_choice` reads it, or "auto", which stands for
-    what `kvist calibrate` proposed. The model is calibrated where a codec wants it. Raises `ConfigError`.
+    what `kvist calibrate` proposed. The model is calibrated where a codec wants it; `weights` gives their digest then.
+    Raises `ConfigError`.
     """
     specs = model.config.layer_specs()
     if kv != AUTO:
         layout = plan_layout(specs, parse_choice(kv), full=full)
         if not layout.needs_calibration:
             return layout
-    calibration = calibrated(model, directory)
+    calibration = calibrated(model, directory, weights())
     if kv == AUTO and calibration.proposal is None:
         raise ConfigError(
             f"--kv {AUTO} stands for what kvist calibrate proposes; run kvist calibrate on this model first"
@@ -138,15 +127,16 @@ def planned(model: Decoder, directory: Path, kv: str, full: DenseCodec) -> Layou
     return plan_layout(specs, choice, full=full, calibration=calibration)
 
 
-def calibrated(model: Decoder, directory: Path) -> Calibration:
-    """The model's calibration, measured now on a built-in text where there is none yet.
+def calibrated(model: Decoder, directory: Path, weights: str) -> Calibration:
+    """The calibration of a model whose weights have that digest, measured now on a built-in text where there is none
+    yet.
 
     Raises `ConfigError` when the file that is there is damaged or belongs to another model.
     """
-    digest = model_digest(model)
+    digest = model_digest(model, weights)
     path = calibration_path(digest)
     if path.exists():
-        return read_calibration(path, model)
+        return read_calibration(path, model, digest)
     if sys.stderr.isatty():
         print(f"\x1b[2mkvist: measuring the keys and values of {directory.name} (once)\x1b[0m", file=sys.stderr)
     tokens, _ = calibration_text(model, directory)
@@ -155,10 +145,10 @@ def calibrated(model: Decoder, directory: Path) -> Calibration:
     return calibration
 
 
-def read_calibration(path: Path, model: Decoder) -> Calibration:
-    """The calibration in `path`, wherever it was made. Raises `ConfigError` when it is none, is damaged, or is not of
-    this model."""
-    calibration = load_calibration(path, model_digest(model))
+def read_calibration(path: Path, model: Decoder, digest: str) -> Calibration:
+    """The calibration in `path`, wherever it was made. `digest`: as `model_digest` gives it. Raises `ConfigError` when
+    it is none, is damaged, or is not of this model."""
+    calibration = load_calibration(path, digest)
     damage = ConfigError(f"{path} is damaged: its numbers are not those of this model; run kvist calibrate again")
     specs = model.config.layer_specs()
     if len(calibration.streams) != len(specs):

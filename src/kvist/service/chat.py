@@ -54,7 +54,8 @@ class ToolChoice(StrEnum):
 @dataclass(frozen=True)
 class Options:
     """How any answer is drawn, chat or not. `max_tokens` None: as many as the context leaves room for. `session`: the
-    client's name for requests that belong together; `kept`, `ttl`, `adapter`: see `Request`."""
+    client's name for requests that belong together; `kept`, `ttl`, `adapter`, `imported`: see
+    `Request`."""
 
     max_tokens: int | None
     sampling: Sampling
@@ -69,6 +70,7 @@ class Options:
     kept: bool = True
     ttl: float = 0.0
     adapter: str = ""
+    imported: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class Chat:
         tokens = self._encode(prompt)
         if request.context is not None:
             check_begins(tokens, request.context)
+            options = replace(options, imported=request.context.imported)
         job = text_job(
             self._serving,
             tokens,
@@ -301,6 +304,7 @@ def text_job(
         kept=options.kept,
         ttl=options.ttl,
         adapter=options.adapter,
+        imported=options.imported,
     )
     return Job(request, options.choices, options.stops, keep_special, origin)
 

@@ -56,10 +56,8 @@ def context_tokens(form: str, text: str, template: ChatTemplate | None, tokenize
 
 def engine_for(loaded: Loaded, kept: Kept, tokens: int) -> Engine:
     """An engine over the kept cache, for one sequence of so many tokens, at most the context's."""
-    layout = loaded.layout
-    blocks = -(-min(tokens, loaded.config.max_positions) // layout.block_size) + 1
-    budget = loaded.budget(layout.store_bytes(blocks) + loaded.budget(1 << 62, 1).open_bytes, 1)
-    return loaded.serving_engine(budget, kept=kept.cache, identity=kept.identity.digest)
+    blocks = -(-min(tokens, loaded.config.max_positions) // loaded.layout.block_size) + 1
+    return loaded.serving_engine(loaded.budget_of(blocks, 1), kept=kept.cache, identity=kept.identity.digest)
 
 
 def usable(context: Context, kept: Kept) -> Context:

@@ -21,6 +21,7 @@ from kvist.base.units import format_bytes, plural
 from kvist.cache.disk import DiskTier
 from kvist.cache.keys import root_key
 from kvist.cache.record import BlockId, record_bytes
+from kvist.runtime.request import namespace_of
 from kvist.service.identity import Identity
 from kvist.text.chat import ChatTemplate
 from kvist.text.tokenizer import Tokenizer
@@ -28,6 +29,7 @@ from kvist.text.tokenizer import Tokenizer
 FOLDER = "contexts"
 TEXT, CHAT = FORMS = ("text", "chat")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_FILE = re.compile(r"(?:[0-9a-f]{64})?")
 _OWNER = re.compile(r"[0-9a-f]{32}")
 _MOST_BYTES = 64 << 20  # of a description
 _MOST_TEXT = 8 << 20  # characters of a text
@@ -40,7 +42,9 @@ _LOOSE = 8  # tokens at the end of a text that may be others when something foll
 class Context:
     """`form`: "text", whose tokens a prompt begins with; or "chat", whose text begins the system message, and whose
     tokens are those that the model's template makes of it. `sources`: names of files. `created`: seconds of the epoch.
-    `tenant`: whose it is. `identity`: what made its KV; `elsewhere`: on a machine with other arithmetic."""
+    `tenant`: whose it is. `identity`: what made its KV; `elsewhere`: on a machine with other arithmetic. `imported`:
+    digest (hex) of the file that it came in, where its KV is not known to be what its tokens give: prompts that do not
+    name it never read it. `checked`: how many of its blocks were computed again when it came."""
 
     name: str
     tenant: str
@@ -53,11 +57,18 @@ class Context:
     block_bytes: int
     identity: Identity
     elsewhere: bool = False
+    imported: str = ""
+    checked: int = 0
+
+    @property
+    def root(self) -> bytes:
+        """The key of the root that its blocks stand behind."""
+        return root_key(self.identity.digest, namespace_of(self.tenant, imported=self.imported))
 
     @property
     def blocks(self) -> list[BlockId]:
         """Its whole blocks, in order. What is left of its tokens is computed again."""
-        return blocks_of(self.tokens, root_key(self.identity.digest, self.tenant), self.block_size)
+        return blocks_of(self.tokens, self.root, self.block_size)
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +78,7 @@ class Context:
     @property
     def namespace(self) -> str:
         """Where its blocks lie, as tiers call it."""
-        return root_key(self.identity.digest, self.tenant).hex()[:32]
+        return self.root.hex()[:32]
 
     def to_bytes(self) -> bytes:
         """JSON that `read_context` reads. Raises `KvistError` for more than it may be."""
@@ -103,6 +114,7 @@ def read_context(data: bytes) -> Context:
     kinds: Mapping[str, Any] = {
         "name": str, "tenant": str, "form": str, "text": str, "tokens": list, "sources": list, "created": float,
         "block_size": int, "block_bytes": int, "identity": dict, "elsewhere": bool,
+        "imported": str, "checked": int,
     }  # fmt: skip
     for field, kind in kinds.items():
         if type(value[field]) is not kind:
@@ -117,6 +129,8 @@ def read_context(data: bytes) -> Context:
         raise KvistError("it describes no context: created is no time")
     if not (16 <= value["block_size"] <= 512 and 0 < value["block_bytes"] < 2**32):
         raise KvistError("it describes no context: its blocks have impossible sizes")
+    if not (_FILE.fullmatch(value["imported"]) and 0 <= value["checked"] <= len(value["tokens"])):
+        raise KvistError("it describes no context: imported or checked are not what they should be")
     check_name(value["name"])
     fields = {**value, "tokens": tuple(value["tokens"]), "sources": tuple(value["sources"])}
     return Context(**{**fields, "identity": Identity.of_json(value["identity"])})

@@ -55,10 +55,10 @@ class Explainer:
     def asked(self, request: Request, origin: Origin) -> "Asking":
         """A request comes."""
         tokens = np.array(request.prompt, np.uint32)
-        nearest = self.history.nearest(request.tenant, origin.session, tokens, request.adapter)
+        nearest = self.history.nearest(request.tenant, origin.session, tokens, request.namespace)
         text = self._decode(request.prompt) if origin.text is None else origin.text
         asked = Asked(
-            "", request.tenant, origin.session, tokens, len(tokens), text, origin.parts, adapter=request.adapter
+            "", request.tenant, origin.session, tokens, len(tokens), text, origin.parts, namespace=request.namespace
         )
         self.history.add(asked)
         return Asking(asked, nearest)
@@ -121,12 +121,17 @@ class _Pair:
         rest = Grams(self.prompt[self.shared :]).found_in(self.earlier.tokens)
         return self.shared + int(rest.sum()) >= ALIKE * self.now.prompt_tokens
 
-    def again(self, cached: int) -> int | None:
-        """How many tokens behind the first `cached` ones the earlier request had, too."""
+    def again(self, first: int) -> int | None:
+        """How many tokens from the `first` on, but for the last, which is always computed, the earlier request had,
+        too."""
         if not self.earlier.computed:
             return None
-        start = max(cached - RUN + 1, 0)  # a run may begin before what was computed
-        return int(Grams(self.prompt[start:]).found_in(self.earlier.tokens)[cached - start :].sum())
+        start = max(first - RUN + 1, 0)  # a run may begin before what was computed
+        return int(Grams(self.prompt[start:]).found_in(self.earlier.tokens)[first - start : -1].sum())
+
+    def is_lost(self, cached: int, block: int) -> bool:
+        """Whether a block or more of what both begin with was computed, though it is kept by whole blocks."""
+        return cached + block < min(self.shared, len(self.prompt) - 1)
 
     @property
     def answer_came_back(self) -> bool:
@@ -151,7 +156,8 @@ def explain(asked: Asked, nearest: Asked | None, sequence: Running, decode: Deco
     pair = None if nearest is None else _Pair(asked, nearest, common(nearest.tokens, prompt))
     if pair is not None and not pair.is_alike(block):
         pair = None
-    again = None if pair is None else pair.again(cached)
+    # What is less than a block at the end of what both begin with was never kept, so nothing is paid again for it.
+    again = None if pair is None else pair.again(cached if pair.is_lost(cached, block) else max(cached, pair.shared))
     difference = None if pair is None else _difference(pair, decode)
     reason = _reason(pair, sequence, cached, difference, block)
     times = sequence.times
@@ -180,7 +186,7 @@ def _reason(pair: _Pair | None, sequence: Running, cached: int, difference: Diff
     if pair is None:
         return sequence.loss or (KEPT if cached >= block else NEW)
     # At least the last token is computed, and of what differs within a block perhaps the whole block.
-    if cached + block < min(pair.shared, len(request.prompt) - 1):
+    if pair.is_lost(cached, block):
         if sequence.loss is not None:
             return sequence.loss
         return UNKNOWN if 0 < pair.earlier.computed <= sequence.times.admitted else UNFINISHED

@@ -1,7 +1,7 @@
 """What the engine's thread did, as facts for whoever counts: metrics, a log. And its state, for whoever asks.
 
-A fact is emitted after what it names has happened, on the engine's thread. A listener is quick, is safe on that thread,
-and changes nothing of what it watches. Times are of one monotonic clock, in seconds.
+A fact is emitted after what it names has happened, on the engine's thread, `Explained` on the event loop's. A listener
+is quick, is safe on both, and changes nothing of what it watches. Times are of one monotonic clock, in seconds.
 """
 
 from collections.abc import Callable, Mapping
@@ -67,7 +67,16 @@ class RequestDone:
     ended: float
 
 
-Fact = Matched | StepDone | RequestDone
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """Of a prompt `computed` tokens were, for this `reason`; `again` of them an earlier request had, too."""
+
+    reason: str
+    computed: int
+    again: int
+
+
+Fact = Matched | StepDone | RequestDone | Explained
 FactListener = Callable[[Fact], None]
 
 

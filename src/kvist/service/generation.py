@@ -137,6 +137,7 @@ def generate(
         engine = loaded.engine(len(request.prompt) + max_tokens)
     else:
         tokens = (*opened.context.tokens, *tokenizer.encode(prompt, add_special=False))
-        request = Request(tokens, max_tokens, sampling, tokenizer.eos_ids, kept=False)
+        imported = opened.context.imported
+        request = Request(tokens, max_tokens, sampling, tokenizer.eos_ids, kept=False, imported=imported)
         engine = engine_for(loaded, opened.kept, len(tokens) + max_tokens)
     return Generation(engine, tokenizer, request, stops, cancelled)

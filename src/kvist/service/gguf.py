@@ -19,7 +19,7 @@ from kvist.models.linear import Grouping, uniform
 from kvist.text.chat import NAMED_TEMPLATES
 from kvist.text.gguf_tokenizer import GgufVocabulary, build, turn_ends
 from kvist.text.tokenizer import TOKENIZER
-from kvist.weights.checkpoint import Stamp, stamp_of
+from kvist.weights.checkpoint import Stamp, settled_stamp
 from kvist.weights.gguf import GROUPS, GgufCheckpoint
 from kvist.weights.gguf_header import GgufHeader, read_header
 
@@ -63,11 +63,11 @@ class GgufModel:
 
 def open_gguf(path: Path) -> GgufModel:
     """Raises `WeightsError`, `ConfigError` or `TextError` for a file that is damaged or not supported."""
-    stamp = stamp_of(path)
+    stamp, lasting = settled_stamp(path)
     header = read_header(path)
     key = hashlib.sha256(json.dumps([_VERSION, str(path.resolve()), stamp]).encode()).hexdigest()[:32]
     directory = cache_folder() / "gguf" / key / path.stem
-    if not (directory / _CONFIG).is_file():
+    if not lasting or not (directory / _CONFIG).is_file():
         with atomic_folder(directory) as folder:
             _write(header, folder)
     config = load_config(directory)

@@ -41,7 +41,7 @@ class Asked:
     before: "Asked | None" = None
     computed: float = 0.0
     explanation: Explanation | None = None  # once it has ended
-    adapter: str = ""  # nothing is shared with requests of another
+    namespace: str = ""  # nothing is shared with requests of another
 
     @cached_property
     def places(self) -> tuple[Place, ...]:
@@ -99,10 +99,10 @@ class History:
         """Those of a tenant, and of a session where one is named, the oldest first."""
         return [one for one in self._asked if one.tenant == tenant and session in (None, one.session)]
 
-    def nearest(self, tenant: str, session: str | None, tokens: Ids, adapter: str = "") -> Asked | None:
-        """The earlier request of an adapter that has the most of these tokens; of several the latest. One of the same
+    def nearest(self, tenant: str, session: str | None, tokens: Ids, namespace: str = "") -> Asked | None:
+        """The earlier request of a namespace that has the most of these tokens; of several the latest. One of the same
         session, if that has a quarter of them."""
-        own = [one for one in self.of(tenant) if one.adapter == adapter]
+        own = [one for one in self.of(tenant) if one.namespace == namespace]
         if session is not None:
             found, share = _most_alike([one for one in own if one.session == session], tokens)
             if share >= ALIKE:

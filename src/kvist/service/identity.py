@@ -6,7 +6,6 @@ So another PyTorch, processor or number of threads is another identity exactly w
 
 import hashlib
 import json
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,20 +15,14 @@ from typing import Any
 import torch
 
 from kvist.base.errors import KvistError
-from kvist.base.files import atomic_file, cache_folder, read_json
 from kvist.cache import record
-from kvist.models.decoder import Decoder
-from kvist.models.linear import tensors_of
 from kvist.runtime.batch import Work
 from kvist.runtime.runner import Runner
 from kvist.service.loaded import Loaded
-from kvist.weights.checkpoint import stamp_of
 
 _PACKAGE = Path(__file__).parent.parent
 _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 _PROBE = 72  # tokens: a whole block, and a few in one that is not full
-_CHUNK = 16 << 20  # bytes hashed at once
-_SETTLED = 2.0  # seconds for which a file must lie untouched before its times say that it has not changed
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ def identify(loaded: Loaded) -> Identity:
     """The identity of a model in memory and its cache. Reads all of the weights, unless their digest is known."""
     return Identity(
         model=loaded.name,
-        weights=_known_weights(loaded),
+        weights=loaded.weights_digest(),
         config=_digest(repr(loaded.config).encode()),
         tokenizer=_digest(*_contents(loaded.directory / name for name in _TOKENIZER)),
         kv=loaded.layout.kv,
@@ -88,45 +81,6 @@ def identify(loaded: Loaded) -> Identity:
         arithmetic=_arithmetic(loaded),
         adapter=loaded.adapter,
     )
-
-
-def weights_digest(model: Decoder) -> str:
-    """SHA-256 (hex) of the names, types, shapes and bytes of all parameters and packed weights."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors_of(model).items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-        for start in range(0, len(data), _CHUNK):
-            digest.update(data[start : start + _CHUNK].data)
-    return digest.hexdigest()
-
-
-def _known_weights(loaded: Loaded) -> str:
-    """The weights' digest; remembered for as long as the files that they were read from do not change."""
-    stamp = loaded.stamp
-    if not stamp:
-        return weights_digest(loaded.model)
-    key = _digest(
-        json.dumps(
-            [str((loaded.files or loaded.directory).resolve()), loaded.model.weights, loaded.adapter, stamp]
-        ).encode()
-    )
-    path = cache_folder() / "weights" / f"{key[:32]}.json"
-    try:
-        if path.exists() and read_json(path, 4096).get("key") == key:
-            return str(read_json(path, 4096)["digest"])
-    except (KvistError, KeyError):
-        pass
-    found = weights_digest(loaded.model)
-    latest = max(max(times[2:4]) for times in stamp)
-    # A file that was written just now may be written again without its times showing it.
-    if stamp_of(loaded.files or loaded.directory) == stamp and time.time() - latest / 1e9 > _SETTLED:
-        try:
-            with atomic_file(path) as target:
-                target.write_text(json.dumps({"key": key, "digest": found}))
-        except KvistError:
-            pass  # it is only slower next time
-    return found
 
 
 @torch.inference_mode()

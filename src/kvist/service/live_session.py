@@ -12,6 +12,7 @@ from kvist.runtime.request import FinishReason, TokenLogprobs
 from kvist.runtime.sequence import Sequence
 from kvist.service.explain import Explainer
 from kvist.service.explanation import Explanation
+from kvist.service.facts import Explained, FactListener
 from kvist.service.session import Delta, Job
 from kvist.service.text_stream import TextStream
 
@@ -23,6 +24,7 @@ class Host(Protocol):
     """What a session needs of whoever holds it."""
 
     explainer: Explainer
+    listener: FactListener
 
     def end(self, session: "LiveSession", error: KvistError | None = None) -> None: ...
 
@@ -99,6 +101,9 @@ class LiveSession:
             self.explanation = self._host.explainer.answered(self._asked, self.choices[0][0], self._ids)
         except Exception:  # a defect, and no reason to spoil the answer
             _log.exception("a request cannot be explained")
+        else:
+            found = self.explanation
+            self._host.listener(Explained(found.reason, found.computed, found.again or 0))
 
     def expire_after(self, seconds: float) -> None:
         """On the event loop's thread: the session fails when it has not ended by then."""

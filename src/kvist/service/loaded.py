@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -25,11 +26,12 @@ from kvist.ops.backend import Backend, select
 from kvist.runtime.engine import Engine
 from kvist.runtime.runner import Runner
 from kvist.runtime.widths import probe, widths_folder
-from kvist.service.budget import KvBudget, plan_budget
+from kvist.service.budget import KvBudget, budget_of, plan_budget
 from kvist.service.calibration import AUTO, planned
+from kvist.service.digest import known_digest
 from kvist.service.packing import BITS, check_memory, open_packed
 from kvist.text.tokenizer import TOKENIZER, Tokenizer
-from kvist.weights.checkpoint import Checkpoint, Stamp, stamp_of
+from kvist.weights.checkpoint import Checkpoint, Stamp, settled_stamp, stamp_of
 from kvist.weights.hub import resolve, resolve_file
 from kvist.weights.parts import part_names
 
@@ -45,8 +47,9 @@ _KV_OF = {dtype: name for name, dtype in DTYPES.items()}
 class Loaded:
     """A decoder, its cache's layout and the operators that it runs on; any number of engines may share it. `directory`:
     of its config and tokenizer; `files`: the folder, or the file, of its weights; `stamp`: of these files, as they were
-    when they were read. Neither where the weights are of no file. `adapter`: the id of one that is merged into the
-    weights; `adapters`: ids of those that requests may ask for, by name."""
+    when they were read, empty where a later change might not show in it. Neither where the weights are of no file.
+    `adapter`: the id of one that is merged into the weights; `adapters`: ids of those that requests may ask for, by
+    name."""
 
     name: str
     config: ModelConfig
@@ -67,7 +70,12 @@ class Loaded:
 
     def with_kv(self, kv: str) -> "Loaded":
         """The same model in memory over a cache of other codecs; `kv` as `open_model` takes it."""
-        return replace(self, layout=planned(self.model, self.directory, kv, self.layout.full))
+        layout = planned(self.model, self.directory, kv, self.layout.full, self.weights_digest)
+        return replace(self, layout=layout)
+
+    def weights_digest(self) -> str:
+        """Of all their bytes. All of them are read, unless it is remembered."""
+        return known_digest(self.model, self.files, self.stamp, self.adapter)
 
     def engine(self, tokens: int, sequences: int = 1, listener: Listener | None = None) -> Engine:
         """An engine whose cache holds `sequences` sequences of `tokens` tokens each, at most the context's."""
@@ -77,9 +85,18 @@ class Loaded:
 
     def budget(self, nbytes: int | None = None, running: int | None = None) -> KvBudget:
         """What `nbytes` of KV memory buy for this model; see `plan_budget`. Nothing is allocated."""
-        most = probe(self.model.linears(), folder=widths_folder()).most
-        passing = most // self.layout.block_size if self.layout.open_bytes else 0
+        passing, most = self._steps()
         return plan_budget(self.layout, nbytes, running, passing, self.config.max_positions, most)
+
+    def budget_of(self, blocks: int, running: int) -> KvBudget:
+        """What so many blocks take for this model, for `running` sequences at once. Nothing is allocated."""
+        passing, most = self._steps()
+        return budget_of(self.layout, blocks, running, passing, most)
+
+    def _steps(self) -> tuple[int, int]:
+        """Blocks that a step may fill on its way, and the most tokens of one."""
+        most = probe(self.model.linears(), folder=widths_folder()).most
+        return most // self.layout.block_size if self.layout.open_bytes else 0, most
 
     def serving_engine(
         self,
@@ -139,7 +156,7 @@ def open_model(
     if kv != AUTO:  # before anything large is read, so that a choice that cannot be is refused at once
         plan_layout(config.layer_specs(), parse_choice(kv), full=_FULL[compute])
     backend = select_backend(config, compute)
-    stamp = stamp_of(origin.files)
+    stamp, lasting = settled_stamp(origin.files)
     check_layers(checkpoint, config)
     model = _describe(config, backend)
     merged, offered = (None if adapter is None else load_adapter(adapter)), _read_adapters(adapters)
@@ -169,14 +186,20 @@ def open_model(
         slots = slots_in(checkpoint, model)
         fill(allocate(model, compute), checkpoint, slots)
     else:
-        open_packed(model, checkpoint, how, stamp, lambda: _tell_packing(origin, how.split(",")[0]))
+        open_packed(model, checkpoint, how, stamp if lasting else (), lambda: _tell_packing(origin, how.split(",")[0]))
     if isinstance(config, hf_config.HfConfig):
         model.check()
     if stamp_of(origin.files) != stamp:
         raise WeightsError(f"the weight files in {origin.files} were changed while they were read; try again")
     if offered:
         Adapters(model, list(offered.values()), compute if grouping is None else torch.float32)
-    layout = planned(model, origin.directory, kv, _FULL[compute])
+    known, merged_id = stamp if lasting else (), "" if merged is None else merged.id
+    weights_digest = cache(lambda: known_digest(model, origin.files, known, merged_id))
+    layout = planned(model, origin.directory, kv, _FULL[compute], weights_digest)
+    if layout.open_bytes:
+        from kvist.service.fitness import warn  # only lossy codecs need it
+
+        warn(model, origin.directory, layout, weights_digest())
     return Loaded(
         name or "kvist-shakespeare",
         config,
@@ -185,8 +208,8 @@ def open_model(
         backend,
         origin.directory,
         origin.files,
-        stamp,
-        "" if merged is None else merged.id,
+        known,
+        merged_id,
         {called: one.id for called, one in offered.items()},
     )
 

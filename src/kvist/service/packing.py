@@ -1,7 +1,8 @@
 """Models with packed weights: packed once, then read from the cache folder.
 
-A file there belongs to one checkpoint as it was when it was read, by the sizes and times of its files. What does not
-fit is made anew. The files that were not used for longest go when all of them together are large."""
+A file there belongs to one checkpoint as it was when it was read, by the stamp of its files, as the digest of weights
+is remembered. What does not fit is made anew. The files that were not used for longest go when all of them together are
+large."""
 
 import contextlib
 import hashlib
@@ -33,9 +34,10 @@ _KINDS = {torch.uint8: "U8", torch.float32: "F32"}
 
 def open_packed(model: Decoder, checkpoint: Source, how: str, stamp: Stamp, tell: Callable[[], None]) -> Decoder:
     """Allocate and read a decoder that is described with packed matrices, which people call `how`. `stamp`: of the
-    checkpoint's files. `tell` is called where they have to be packed first. Raises `WeightsError`."""
-    path = packed_path(checkpoint.directory, model.config, how, stamp)
-    if (places := _header(path, model)) is not None:
+    checkpoint's files; without one nothing is kept. `tell` is called where they have to be packed first. Raises
+    `WeightsError`."""
+    path = packed_path(checkpoint.directory, model.config, how, stamp) if stamp else None
+    if path is not None and (places := _header(path, model)) is not None:
         allocate(model, torch.float32)
         if _read(path, model, places):
             return model
@@ -46,6 +48,8 @@ def open_packed(model: Decoder, checkpoint: Source, how: str, stamp: Stamp, tell
         allocate(model, torch.float32)
     tell()
     fill(model, checkpoint, slots)
+    if path is None:
+        return model
     with contextlib.suppress(KvistError, OSError):  # it is only slower next time
         save(path, tensors_of(model), {"weights": how, "lost": f"{model.packing_loss:.3e}"})
         _make_room(path)

@@ -112,6 +112,7 @@ class Shelf:
             "bytes": context.nbytes,
             "kv": context.identity.kv,
             "created": int(context.created),
+            "shared": not context.imported,
             "usable": not context.identity.differences(self._kept.identity),
         }
 

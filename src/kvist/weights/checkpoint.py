@@ -8,6 +8,7 @@ each `WINDOW_BYTES` read.
 import contextlib
 import json
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -29,6 +30,8 @@ INDEX_FILE = "model.safetensors.index.json"
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 Stamp = tuple[tuple[str, int, int, int, int], ...]
+# Ticks of file systems' clocks, ns: of a kernel's, with room; and of those that count whole seconds, or two.
+_FINE, _COARSE = 20_000_000, 2_000_000_000
 _SHARD_NAME = re.compile(r"[\w.-]{1,200}\.safetensors")  # no separator: a shard lies beside its index
 _SAID = 160  # characters of what a library says
 _LFS_POINTER = b"version https://git-lfs"
@@ -150,6 +153,22 @@ def stamp_of(source: Path) -> Stamp:
     files = sorted(source.glob("*.safetensors")) if source.is_dir() else parts_beside(source)
     stats = [(path.name, path.stat()) for path in files]
     return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats)
+
+
+def settled_stamp(source: Path) -> tuple[Stamp, bool]:
+    """The stamp of weight files, and whether every later change of them will show in it. A file that was written just
+    now may be written again within the same tick of its file system's clock: that tick is waited for."""
+    stamp, now = stamp_of(source), time.time_ns()
+    if 0 < (wait := _settled(stamp) - now) <= _COARSE:
+        time.sleep(wait / 1e9)
+        stamp, now = stamp_of(source), time.time_ns()
+    return stamp, _settled(stamp) <= now
+
+
+def _settled(stamp: Stamp) -> int:
+    """From when on, in ns of the epoch, a change gives another stamp: no change sets a file's time of change back."""
+    changed = [changed for *_, changed, _ in stamp]
+    return max((at + (_FINE if at % 10**9 else _COARSE) for at in changed), default=0)
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

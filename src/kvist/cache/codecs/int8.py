@@ -1,4 +1,5 @@
-"""Eight bits: whole numbers from -127 to 127 of the largest magnitude of each token and head. Not rotated."""
+"""Eight bits: whole numbers from -127 to 127 of the largest magnitude of each token and head. Not rotated; keys less
+their mean."""
 
 from kvist.cache.codecs.coded import CodedCodec
 from kvist.cache.spec import Stream
@@ -9,4 +10,4 @@ def _code(stream: Stream) -> Coding:
     return Coding((Segment(stream.dim, 8),), Rule.ABSMAX)
 
 
-INT8 = CodedCodec("int8", _code)
+INT8 = CodedCodec("int8", _code, centred=True)

@@ -49,7 +49,10 @@ def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> N
         options = replace(
             _options(body, serving.tokenizer, tenant_of(request), serving.proposed), adapter=asked_of.adapter
         )
-        prompts = read_prompts(body.prompt, serving.tokenizer, context_of(serving, request, body.context, TEXT))
+        context = context_of(serving, request, body.context, TEXT)
+        if context is not None:
+            options = replace(options, imported=context.imported)
+        prompts = read_prompts(body.prompt, serving.tokenizer, context)
         sessions: list[Session] = []
         try:
             for prompt in prompts:
