@@ -17,6 +17,8 @@ from kvist.service.facts import Cause, Fact, Matched, RequestDone, StepDone
 from kvist.service.generation import Generation
 from kvist.service.serving import Serving
 from kvist.service.session import Delta, Job, Session
+from kvist.service.text_stream import TextStream
+from kvist.service.watch import LONGEST, PATIENCE, Watch
 from tiny_model import CONTEXT, open_serving, write_tiny_model
 
 pytestmark = pytest.mark.anyio
@@ -299,3 +301,81 @@ async def test_a_thread_that_fails_is_not_alive_and_says_so(
             await asyncio.sleep(0.01)
         with pytest.raises(Stopping, match="the engine has failed"):
             serving.submit(Job(Request((1, 2, 3), 3)))
+
+
+async def test_a_defect_on_the_way_to_a_reader_ends_that_answer_alone(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with started(tiny) as serving:
+        push = TextStream.push
+        monkeypatch.setattr(TextStream, "push", lambda self, token: 1 / 0 if self.stop_strings else push(self, token))
+        good, bad = Job(Request((1, 2, 3), 5)), Job(Request((1, 2, 4), 5), stops=("never",))
+        answers = await asyncio.gather(*(read(serving.submit(job)) for job in (good, bad)))
+        assert tokens(answers[0]) == alone(serving, good).result().tokens
+        assert (answers[1][-1].finish_reason, text(answers[1])) == (FinishReason.FAILED, "")
+        assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("defect", ["plan", "advance"])
+async def test_a_defect_before_a_step_is_no_endless_one(
+    tiny: Path, defect: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with started(tiny) as serving:
+        with monkeypatch.context() as patched:
+            owner = serving._engine.scheduler if defect == "plan" else serving._engine.keeper
+            patched.setattr(owner, defect, lambda *_: 1 / 0)
+            deltas = await read(serving.submit(Job(Request((1, 2, 3), 3))))
+            assert deltas[-1].finish_reason is FinishReason.FAILED
+        assert caplog.text.count("ZeroDivisionError: ") == 1
+        assert len(tokens(await read(serving.submit(Job(Request((1, 2, 3), 3)))))) == 3
+
+
+async def test_a_pool_of_one_request_serves_it_again_and_again_and_in_choices(tiny: Path) -> None:
+    async with started(tiny, blocks=3) as serving:
+        request = Request(prompt(serving, random.Random(9), 150), 43, replace(WARM, seed=1))
+        expected = alone(serving, Job(request)).result().tokens
+        for choices in (1, 1, 3):
+            session = serving.submit(Job(request, choices=choices))
+            assert tokens(await asyncio.wait_for(read(session), 60)) == expected
+        together = [read(serving.submit(Job(request))) for _ in range(3)]
+        assert [tokens(one) for one in await asyncio.wait_for(asyncio.gather(*together), 60)] == [expected] * 3
+
+
+async def test_an_engine_that_gets_nothing_done_is_in_trouble(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with started(tiny) as serving:
+        assert serving.trouble is None
+        step, now = serving._engine.step, time.monotonic()
+        monkeypatch.setattr(serving._engine, "step", lambda: time.sleep(0.001) or [])
+        serving._watch = Watch(lambda: now)
+        session = serving.submit(Job(Request((1, 2, 3), 3)))
+        while serving._engine.idle:
+            await asyncio.sleep(0.001)
+        assert serving.trouble is None
+        now += PATIENCE + 5
+        while serving.trouble is None:
+            await asyncio.sleep(0)
+        assert "has got nothing done for 35 s" in (serving.trouble or "has got nothing done for 35 s")
+        monkeypatch.setattr(serving._engine, "step", step)
+        assert len(tokens(await read(session))) == 3
+        while serving.trouble is not None:
+            await asyncio.sleep(0.001)
+
+
+def test_a_long_step_is_no_trouble_until_it_is_too_long() -> None:
+    now = 0.0
+    watch = Watch(lambda: now)
+    now = 1e6  # nothing to do for long
+    assert watch.trouble() is None
+    watch.begin()
+    now += LONGEST
+    assert watch.trouble() is None
+    now += 1
+    assert watch.trouble() == "the engine has been in one step for 901 s"
+    watch.end(True)
+    assert watch.trouble() is None
+    watch.begin()
+    watch.end(False)
+    now += PATIENCE + 1
+    assert watch.trouble() == "the engine has work and has got nothing done for 31 s; the log may say why"
+    watch.rest()
+    assert watch.trouble() is None

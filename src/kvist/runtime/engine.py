@@ -134,7 +134,8 @@ class Engine:
         self.keeper.drop(sequence)
         if sequence.lease is not None:
             sequence.kv_blocks = len(sequence.lease.table)
-            self.runner.manager.release(sequence.lease, sequence.tokens)
+            # After a defect nobody should find what was computed.
+            self.runner.manager.release(sequence.lease, None if reason is FinishReason.FAILED else sequence.tokens)
         if sequence.twins:
             first, *others = sequence.twins
             sequence.twins = []
