@@ -106,14 +106,14 @@ def test_windows_are_counted(seed: int, lossy: bool) -> None:
 
 
 def test_what_windows_or_open_blocks_have_no_room_for_is_refused_with_numbers() -> None:
-    for lossy, windows, name in ((False, (6,), "blocks of the layers with a window of 6"), (True, (), "open blocks")):
+    for lossy, windows, name in ((False, (6,), "the layers with a window of 6"), (True, (), "open ones")):
         engine = engine_of(lossy, windows, None)
         manager = engine.runner.manager
         if lossy:
             manager.open_pool = BlockPool(1)
         else:
             manager.windows[0].pool = BlockPool(1)
-        with pytest.raises(ContextError, match=rf"needs \d {name} and the pool has 1"):
+        with pytest.raises(ContextError, match=rf"needs \d KV blocks of {name} and their pool has 1"):
             engine.add(Request((1,) * 10, 2))
         engine.add(Request((1,) * 3, 2))
 

@@ -89,13 +89,12 @@ class Engine:
                 f"the request needs {plural(needed, 'KV block')} and the pool has {capacity:,}: it may come to "
                 f"{most:,} tokens and {capacity * manager.block_size:,} fit"
             )
-        names = [
-            *(f"block of the layers with a window of {group.window.size:,}" for group in manager.windows),
-            "open block",
-        ]
+        names = [*(f"the layers with a window of {group.window.size:,}" for group in manager.windows), "open ones"]
         for name, needed, capacity in zip(names, others, pools, strict=False):
             if needed > capacity:
-                raise ContextError(f"the request needs {plural(needed, name)} and the pool has {capacity:,}")
+                raise ContextError(
+                    f"the request needs {plural(needed, 'KV block')} of {name} and their pool has {capacity:,}"
+                )
 
     def add(self, request: Request) -> Sequence:
         """Queue a request. Raises `RequestError` when it can never run."""
