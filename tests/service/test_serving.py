@@ -1,6 +1,7 @@
 """Sessions on the engine's thread: the tokens of a run alone, whatever readers do; and everything is given back."""
 
 import asyncio
+import itertools
 import math
 import random
 import time
@@ -17,8 +18,7 @@ from kvist.service.facts import Cause, Fact, Matched, RequestDone, StepDone
 from kvist.service.generation import Generation
 from kvist.service.serving import Serving
 from kvist.service.session import Delta, Job, Session
-from kvist.service.text_stream import TextStream
-from kvist.service.watch import LONGEST, PATIENCE, Watch
+from kvist.service.watch import LONGEST, Watch
 from tiny_model import CONTEXT, open_serving, write_tiny_model
 
 pytestmark = pytest.mark.anyio
@@ -343,18 +343,14 @@ async def test_a_pool_of_one_request_serves_it_again_and_again_and_in_choices(ti
 async def test_an_engine_that_gets_nothing_done_is_in_trouble(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with started(tiny) as serving:
         assert serving.trouble is None
-        step, now = serving._engine.step, time.monotonic()
-        monkeypatch.setattr(serving._engine, "step", lambda: time.sleep(0.001) or [])
-        serving._watch = Watch(lambda: now)
-        session = serving.submit(Job(Request((1, 2, 3), 3)))
-        while serving._engine.idle:
-            await asyncio.sleep(0.001)
-        assert serving.trouble is None
-        now += PATIENCE + 5
-        while serving.trouble is None:
-            await asyncio.sleep(0)
-        assert "has got nothing done for 35 s" in (serving.trouble or "has got nothing done for 35 s")
-        monkeypatch.setattr(serving._engine, "step", step)
+        seconds = itertools.count()
+        serving._watch = Watch(lambda: float(next(seconds)))
+        with monkeypatch.context() as patched:
+            patched.setattr(serving._engine, "step", list)
+            session = serving.submit(Job(Request((1, 2, 3), 3)))
+            while serving.trouble is None:
+                await asyncio.sleep(0.001)
+            assert "has got nothing done for" in serving.trouble
         assert len(tokens(await read(session))) == 3
         while serving.trouble is not None:
             await asyncio.sleep(0.001)
@@ -363,18 +359,26 @@ async def test_an_engine_that_gets_nothing_done_is_in_trouble(tiny: Path, monkey
 def test_a_long_step_is_no_trouble_until_it_is_too_long() -> None:
     now = 0.0
     watch = Watch(lambda: now)
-    now = 1e6  # nothing to do for long
-    assert watch.trouble() is None
     watch.begin()
     now += LONGEST
     assert watch.trouble() is None
     now += 1
     assert watch.trouble() == "the engine has been in one step for 901 s"
     watch.end(True)
+    now += 1e6  # nothing to do for long
     assert watch.trouble() is None
-    watch.begin()
-    watch.end(False)
-    now += PATIENCE + 1
+
+
+def test_steps_that_get_nothing_done_add_up_and_one_that_does_makes_up_for_them() -> None:
+    now = 0.0
+    watch = Watch(lambda: now)
+    for _ in range(31):
+        assert watch.trouble() is None
+        watch.begin()
+        now += 1
+        watch.end(False)
     assert watch.trouble() == "the engine has work and has got nothing done for 31 s; the log may say why"
-    watch.rest()
+    watch.begin()
+    assert watch.trouble() is not None, "the next one under way is no progress yet"
+    watch.end(True)
     assert watch.trouble() is None

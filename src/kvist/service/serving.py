@@ -257,8 +257,6 @@ class Serving:
                 idle = self._engine.idle and not self._ending
                 # What the writers had no room for is handed over when they have some, though nothing runs.
                 patience = _WRITING if idle and self._engine.keeper.pending else None
-                if idle:
-                    self._watch.rest()
                 command = self._commands.get(block=idle, timeout=patience)
             except queue.Empty:
                 self._engine.keeper.pump()
