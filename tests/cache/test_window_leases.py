@@ -88,6 +88,7 @@ class WindowMachine(RuleBasedStateMachine):
     def publish(self, one: int) -> None:
         lease = self.pick(one)
         self.manager.publish(lease, self.tokens[lease])
+        self.floor[lease] = max(self.floor[lease], lease.length - SLACK)
         self.known.append(self.tokens[lease].copy())
 
     @precondition(lambda self: self.tokens)

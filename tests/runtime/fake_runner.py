@@ -18,6 +18,7 @@ from kvist.cache.manager import CacheManager, Lease
 from kvist.cache.pool import BlockPool
 from kvist.cache.record import BlockId
 from kvist.cache.spec import Window
+from kvist.cache.windows import WindowGroup
 from kvist.runtime.batch import Work
 from kvist.runtime.request import Request
 from kvist.runtime.sampler import sample
@@ -41,17 +42,26 @@ def logits_of(digest: int) -> Tensor:
 
 
 class FakeRunner:
-    """What the engine knows of a runner, over lists instead of tensors."""
+    """What the engine knows of a runner, over lists instead of tensors.
 
-    def __init__(self, manager: type[CacheManager], lossy: bool, windows: Tokens[int]) -> None:
+    `tight`: every pool has just the blocks that one sequence of so many tokens needs; as many may run as ever."""
+
+    def __init__(
+        self, manager: type[CacheManager], lossy: bool, windows: Tokens[int], tight: int | None = None
+    ) -> None:
         self.events: list[CacheEvent] = []
-        open_pool = BlockPool(2 * RUNNING + 3) if lossy else None
         # Two at a time leave the tree more than the windows hold.
-        self.sequences = 2 if windows else RUNNING
+        self.sequences = 2 if windows and not tight else RUNNING
         facts = SimpleNamespace(block_size=SIZE, windows=[Window(size) for size in windows])
         counts = Layout.window_blocks(facts, self.sequences, STEP)  # type: ignore[arg-type]
-        groups = [(window, BlockPool(count)) for window, count in zip(facts.windows, counts, strict=True)]
-        self.manager = manager(BlockPool(BLOCKS), SIZE, self.events.append, open_pool, windows=groups)
+        blocks, opened = BLOCKS, 2 * RUNNING + 3
+        if tight:
+            groups = [WindowGroup(window, BlockPool(1), SIZE, place) for place, window in enumerate(facts.windows)]
+            counts = [group.most_blocks(tight) for group in groups]
+            blocks, opened = -(-tight // SIZE), min(2, -(-tight // SIZE))
+        open_pool = BlockPool(opened) if lossy else None
+        pools = [(window, BlockPool(count)) for window, count in zip(facts.windows, counts, strict=True)]
+        self.manager = manager(BlockPool(blocks), SIZE, self.events.append, open_pool, windows=pools)
         self.manager.make_public([place * place % 3 for place in range(2 * SIZE + 1)])
         self.widths = SimpleNamespace(most=64)
         self.model = SimpleNamespace(
@@ -59,7 +69,7 @@ class FakeRunner:
             adapters=SimpleNamespace(ids=["tuned"]),
         )
         # By group: of the layers that keep everything, then of those with windows.
-        self.blocks = [[[None] * SIZE for _ in range(count)] for count in (BLOCKS, *counts)]
+        self.blocks = [[[None] * SIZE for _ in range(count)] for count in (blocks, *counts)]
         self.open: list[Cells] = [[None] * SIZE for _ in range(open_pool.capacity if open_pool else 0)]
         self.widest = 0
         self.store = self

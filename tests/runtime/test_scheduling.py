@@ -12,6 +12,7 @@ from kvist.base.events import CacheEvent, Evicted, Reserved
 from kvist.runtime.engine import Engine
 from kvist.runtime.request import FinishReason, Request, Sampling
 from kvist.runtime.runner import Runner
+from kvist.runtime.scheduler import _line
 from kvist.runtime.sequence import Sequence
 from oracle import LLAMA, fresh, make_runner, tokens_of
 
@@ -318,3 +319,47 @@ def test_the_check_of_a_scheduler_can_fail() -> None:
     engine.scheduler.most_running = 0
     with pytest.raises(InvariantError, match="1 sequences run where 0 may"):
         engine.check()
+
+
+def test_priorities_count_within_a_tenant_and_take_nothing_from_others() -> None:
+    """One tenant asks for everything at the highest priority, again and again; another for one thing at the lowest."""
+    rng = random.Random(26)
+    engine = Engine(crowded("fp32", blocks=6, sequences=2), step_tokens=32)
+
+    def urgent() -> Sequence:
+        return engine.add(Request(tuple(tokens_of(rng, 60)), 4, tenant="a", priority=-(2**31)))
+
+    flood = [urgent() for _ in range(6)]
+    for _ in range(4):
+        engine.step()
+    guest = engine.add(Request(tuple(tokens_of(rng, 100)), 40, tenant="b", priority=2**31 - 1))
+    before = len(flood)
+    while guest.finish_reason is None:
+        flood.append(urgent())
+        engine.step()
+        engine.check()
+        assert len(flood) < before + 200, "it waits for those who call themselves urgent"
+    assert guest.preempted == 0
+    run_out(engine)
+    assert guest.new_tokens == alone(Engine(make_runner()), guest.request).new_tokens
+
+
+def test_the_urgent_one_preempts_its_own_tenants_and_no_others() -> None:
+    rng = random.Random(27)
+    engine = Engine(crowded("fp32", blocks=7, sequences=2), step_tokens=32)
+    mine, other = (engine.add(Request(tuple(tokens_of(rng, 100)), 60, tenant=tenant, priority=5)) for tenant in "ab")
+    for _ in range(9):
+        engine.step()
+    assert len(engine.scheduler.running) == 2
+    urgent = engine.add(Request(tuple(tokens_of(rng, 100)), 5, tenant="a"))
+    run_out(engine)
+    assert (mine.preempted, other.preempted, urgent.preempted) == (1, 0, 0)
+    assert urgent.times.last < mine.times.last
+
+
+def test_a_line_keeps_the_places_of_tenants_and_orders_each_ones_own() -> None:
+    engine = Engine(make_runner())
+    asked = [("a", 5), ("b", 3), ("a", 0), ("b", 1), ("c", 9), ("a", 5)]
+    sequences = [engine.add(Request((1,), 1, tenant=tenant, priority=priority)) for tenant, priority in asked]
+    ordered = _line(sequences, lambda sequence: (0.0, sequence.number))
+    assert [sequence.number for sequence in ordered] == [2, 3, 0, 1, 4, 5]

@@ -1,6 +1,7 @@
 """Sessions on the engine's thread: the tokens of a run alone, whatever readers do; and everything is given back."""
 
 import asyncio
+import itertools
 import math
 import random
 import time
@@ -17,6 +18,7 @@ from kvist.service.facts import Cause, Fact, Matched, RequestDone, StepDone
 from kvist.service.generation import Generation
 from kvist.service.serving import Serving
 from kvist.service.session import Delta, Job, Session
+from kvist.service.watch import LONGEST, Watch
 from tiny_model import CONTEXT, open_serving, write_tiny_model
 
 pytestmark = pytest.mark.anyio
@@ -299,3 +301,84 @@ async def test_a_thread_that_fails_is_not_alive_and_says_so(
             await asyncio.sleep(0.01)
         with pytest.raises(Stopping, match="the engine has failed"):
             serving.submit(Job(Request((1, 2, 3), 3)))
+
+
+async def test_a_defect_on_the_way_to_a_reader_ends_that_answer_alone(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with started(tiny) as serving:
+        good, bad = Job(Request((1, 2, 3), 5)), Job(Request((1, 2, 4), 5), stops=("never",))
+        monkeypatch.setattr("kvist.text.stops.StopMatcher.push", lambda self, text: 1 / 0 if self._stops else text)
+        answers = await asyncio.gather(*(read(serving.submit(job)) for job in (good, bad)))
+        assert tokens(answers[0]) == alone(serving, good).result().tokens
+        assert (answers[1][-1].finish_reason, text(answers[1])) == (FinishReason.FAILED, "")
+        assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("defect", ["plan", "advance"])
+async def test_a_defect_before_a_step_is_no_endless_one(
+    tiny: Path, defect: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with started(tiny) as serving:
+        with monkeypatch.context() as patched:
+            owner = serving._engine.scheduler if defect == "plan" else serving._engine.keeper
+            patched.setattr(owner, defect, lambda *_: 1 / 0)
+            deltas = await read(serving.submit(Job(Request((1, 2, 3), 3))))
+            assert deltas[-1].finish_reason is FinishReason.FAILED
+        assert caplog.text.count("ZeroDivisionError: ") == 1
+        assert len(tokens(await read(serving.submit(Job(Request((1, 2, 3), 3)))))) == 3
+
+
+async def test_a_pool_of_one_request_serves_it_again_and_again_and_in_choices(tiny: Path) -> None:
+    async with started(tiny, blocks=3) as serving:
+        request = Request(prompt(serving, random.Random(9), 150), 43, replace(WARM, seed=1))
+        expected = alone(serving, Job(request)).result().tokens
+        for choices in (1, 1, 3):
+            session = serving.submit(Job(request, choices=choices))
+            assert tokens(await asyncio.wait_for(read(session), 60)) == expected
+        together = [read(serving.submit(Job(request))) for _ in range(3)]
+        assert [tokens(one) for one in await asyncio.wait_for(asyncio.gather(*together), 60)] == [expected] * 3
+
+
+async def test_an_engine_that_gets_nothing_done_is_in_trouble(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with started(tiny) as serving:
+        assert serving.trouble is None
+        seconds = itertools.count()
+        serving._watch = Watch(lambda: float(next(seconds)))
+        with monkeypatch.context() as patched:
+            patched.setattr(serving._engine, "step", list)
+            session = serving.submit(Job(Request((1, 2, 3), 3)))
+            while serving.trouble is None:
+                await asyncio.sleep(0.001)
+            assert "has got nothing done for" in serving.trouble
+        assert len(tokens(await read(session))) == 3
+        while serving.trouble is not None:
+            await asyncio.sleep(0.001)
+
+
+def test_a_long_step_is_no_trouble_until_it_is_too_long() -> None:
+    now = 0.0
+    watch = Watch(lambda: now)
+    watch.begin()
+    now += LONGEST
+    assert watch.trouble() is None
+    now += 1
+    assert watch.trouble() == "the engine has been in one step for 901 s"
+    watch.end(True)
+    now += 1e6  # nothing to do for long
+    assert watch.trouble() is None
+
+
+def test_steps_that_get_nothing_done_add_up_and_one_that_does_makes_up_for_them() -> None:
+    now = 0.0
+    watch = Watch(lambda: now)
+    for _ in range(31):
+        assert watch.trouble() is None
+        watch.begin()
+        now += 1
+        watch.end(False)
+    assert watch.trouble() == "the engine has work and has got nothing done for 31 s; the log may say why"
+    watch.begin()
+    assert watch.trouble() is not None, "the next one under way is no progress yet"
+    watch.end(True)
+    assert watch.trouble() is None

@@ -16,9 +16,11 @@ its owner computes the rest again.
 
 A prefix tree lets leases share what is already computed. `adopt` lengthens a lease by what the tree holds of its
 tokens, `publish` puts its full blocks there, `release` also its last, partly filled one. What the tree alone holds is
-evicted when its blocks are needed: `available` counts it as free."""
+evicted when its blocks are needed: `room` counts it as free. Nor does what it shares with one lease keep that from
+growing: such a block is copied where there is room for a copy, and otherwise the tree forgets it. So a sequence that is
+alone comes to its end in as many blocks as its tokens fill."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvist.base.errors import InvariantError, OutOfBlocks
@@ -30,6 +32,7 @@ from kvist.cache.spec import Window
 from kvist.cache.tree import Node, PrefixTree
 from kvist.cache.windows import Tables, WindowGroup
 
+Room = tuple[int, ...]  # blocks of each pool: of the layers that keep everything, of each window, then open ones
 PUBLIC = "\0public"  # part of the names of namespaces, which no tenant's has
 
 
@@ -72,6 +75,11 @@ class Copy:
     target: int
     open: bool = False
     window: int | None = None
+
+
+def fits(cost: Room, room: Room) -> bool:
+    """Whether no pool has less room than this costs."""
+    return all(needed <= left for needed, left in zip(cost, room, strict=True))
 
 
 class CacheManager:
@@ -118,6 +126,12 @@ class CacheManager:
         """Blocks that a reservation can have: the free ones, and those that nobody but the prefix tree holds."""
         return self.pool.free + self.tree.idle
 
+    @property
+    def room(self) -> Room:
+        """The same, of each pool."""
+        opened = () if self._opened is None else (self._opened.available,)
+        return (self.available, *(group.available for group in self.windows), *opened)
+
     def make_public(self, tokens: Sequence[int]) -> None:
         """From now on all namespaces share the whole blocks of `tokens`, for leases that begin with all of them."""
         whole = tuple(tokens[: len(tokens) // self.block_size * self.block_size])
@@ -149,15 +163,39 @@ class CacheManager:
         """Blocks that `tokens` tokens fill, the last one perhaps in part."""
         return -(-tokens // self.block_size)
 
-    def cost(self, lease: Lease, tokens: int) -> int:
-        """Blocks that reserving `tokens` more tokens would take: new ones, and copies of shared ones."""
+    def most_blocks(self, tokens: int) -> Room:
+        """The most blocks of each pool that a lease holds at once which comes to `tokens` tokens, in steps as short as
+        need be."""
+        opened = () if self._opened is None else (self._opened.most_blocks(tokens),)
+        return (self.blocks_for(tokens), *(group.most_blocks(tokens) for group in self.windows), *opened)
+
+    @property
+    def capacities(self) -> Room:
+        """All blocks of each pool."""
+        opened = () if self.open_pool is None else (self.open_pool.capacity,)
+        return (self.pool.capacity, *(group.pool.capacity for group in self.windows), *opened)
+
+    def cost(self, lease: Lease, tokens: int) -> Room:
+        """How much less `room` there is once `tokens` more tokens are reserved: new blocks, and copies of those that
+        other leases hold, too. A copy of what the prefix tree alone holds, too, costs nothing."""
         first, end = lease.length // self.block_size, self.blocks_for(lease.length + tokens)
-        return max(0, end - len(lease.table)) + len(self._shared(lease, first, end))
+        copies = self._lent(lease) is None
+        return tuple(fresh + copies * shared for fresh, shared in self._needs(lease, first, end))
+
+    def can_grow(self, growth: Mapping[Lease, int]) -> bool:
+        """Whether all leases of `growth` can grow by so many tokens beside each other. Nobody else may hold any."""
+        if sum(self.cost(lease, tokens)[0] for lease, tokens in growth.items()) > self.available:
+            return False
+        # Of these pools leases give back blocks while they grow.
+        most = [self.most_blocks(lease.length + tokens)[1:] for lease, tokens in growth.items()]
+        return all(
+            sum(own) <= capacity for own, capacity in zip(zip(*most, strict=True), self.capacities[1:], strict=True)
+        )
 
     def reserve(self, lease: Lease, tokens: int) -> list[Copy]:
         """Make `tokens` positions after `lease.length` writable. Returns the copies to make first.
 
-        Raises `OutOfBlocks`, changing nothing, when even without all idle blocks of the prefix tree too few are free.
+        Raises `OutOfBlocks`, taking nothing, when even without all idle blocks of the prefix tree too few are free.
         """
         self._require_live(lease)
         if tokens < 1:
@@ -166,16 +204,18 @@ class CacheManager:
             raise InvariantError(f"lease {lease.id} already has {lease.reserved} tokens reserved")
         first = lease.length // self.block_size
         end = self.blocks_for(lease.length + tokens)
-        shared = self._shared(lease, first, end)
-        missing = max(0, end - len(lease.table))
-        if missing + len(shared) > self.available:
-            raise OutOfBlocks(missing + len(shared), self.available)
-        if self._opened is not None:
-            self._opened.require(lease, first, end)
         for group in self.windows:
             group.trim(lease)
-            if (wanted := group.missing(lease, first, end)) > group.available:
-                raise OutOfBlocks(wanted, group.available)
+        room, node = self.room, self._lent(lease)
+        for needed, left in zip(self.cost(lease, tokens), room, strict=True):
+            if needed > left:
+                raise OutOfBlocks(needed, left)
+        # A copy takes a block more until its original is let go.
+        if node is not None and not fits(tuple(map(sum, self._needs(lease, first, end))), room):
+            for gone in self.tree.forget(node):
+                self._tell_evicted(gone)
+        shared = self._shared(lease, first, end)
+        missing = max(0, end - len(lease.table))
         opened = self._opened.reserve(lease, first, end) if self._opened is not None else []
         copies = [Copy(*pair, open=True) for pair in opened]
         for group in self.windows:
@@ -217,6 +257,8 @@ class CacheManager:
                 lease.open[len(lease.table)] = node.open
             lease.table.append(node.block)
             lease.length += shared
+        for group in self.windows:
+            group.trim(lease)
         if lease.length > before:
             self._emit(lambda: Adopted(lease.id, lease.length - before, lease.length))
         return lease.length - before
@@ -243,6 +285,8 @@ class CacheManager:
             for group in self.windows:
                 group.publish(lease, index, node)
             lease.path.append(node)
+        for group in self.windows:
+            group.trim(lease)
         return fresh
 
     def blocks_at(self, lease: Lease, index: int) -> list[int]:
@@ -411,6 +455,19 @@ class CacheManager:
     def _shared(self, lease: Lease, first: int, end: int) -> list[int]:
         """Indices of the lease's blocks from `first` to `end` that it shares, and would write."""
         return [index for index in range(first, min(end, len(lease.table))) if self.pool.count(lease.table[index]) > 1]
+
+    def _lent(self, lease: Lease) -> Node | None:
+        """The node over the block that the lease writes next, where nobody but the prefix tree holds that, too."""
+        index = lease.length // self.block_size
+        if index >= len(lease.table) or self.pool.count(lease.table[index]) != 2:
+            return None
+        return self.tree.over(lease.table[index])
+
+    def _needs(self, lease: Lease, first: int, end: int) -> list[tuple[int, int]]:
+        """What a step takes of each pool that writes blocks `first` to `end`: new blocks, and copies of shared ones."""
+        needs = [(max(0, end - len(lease.table)), len(self._shared(lease, first, end)))]
+        needs += [group.needs(lease, first, end) for group in self.windows]
+        return needs if self._opened is None else [*needs, self._opened.needs(lease, first, end)]
 
     def _take(self, number: int) -> list[int]:
         """`number` blocks, at the cost of what the prefix tree has not used for longest."""

@@ -6,7 +6,7 @@ first and the last that it writes. Those in between are filled within the step a
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from kvist.base.errors import InvariantError, OutOfBlocks
+from kvist.base.errors import InvariantError
 from kvist.cache.pool import BlockPool
 from kvist.cache.tree import Node, PrefixTree
 
@@ -24,11 +24,19 @@ class OpenBlocks:
         self._size = block_size
         self._evicted = evicted
 
-    def require(self, lease: "Lease", first: int, end: int) -> None:
-        """Raises `OutOfBlocks` when those of a step that writes blocks `first` to `end` cannot be had."""
-        needed, available = sum(map(len, self._wanted(lease, first, end))), self._pool.free + self._tree.idle_open
-        if needed > available:
-            raise OutOfBlocks(needed, available)
+    @property
+    def available(self) -> int:
+        """Blocks that a reservation can have."""
+        return self._pool.free + self._tree.idle_open
+
+    def most_blocks(self, tokens: int) -> int:
+        """The most that a lease holds at once which comes to `tokens` tokens: the first and the last that it writes."""
+        return min(2, -(-tokens // self._size))
+
+    def needs(self, lease: "Lease", first: int, end: int) -> tuple[int, int]:
+        """What a step takes that writes blocks `first` to `end`: new open blocks, and copies of shared ones."""
+        fresh, shared = self._wanted(lease, first, end)
+        return len(fresh), len(shared)
 
     def reserve(self, lease: "Lease", first: int, end: int) -> list[tuple[int, int]]:
         """Open what that step needs. Returns which open blocks, that others hold too, are to be copied to which."""

@@ -156,6 +156,18 @@ class PrefixTree:
         """Forget, of the idle tails that hold an open block, the one not used for longest."""
         return self._remove(next(iter(self._idle_open)))
 
+    def over(self, block: int) -> Node | None:
+        """The node whose block this is."""
+        return self._nodes.get(block)
+
+    def forget(self, node: Node) -> list[Node]:
+        """Forget a node, whoever else holds its block, and what stands behind it, which must be idle. Returns all of
+        these, the last ones first."""
+        found = [node]
+        for one in found:
+            found += [*one.children, *one.tails]
+        return [self._remove(one) for one in reversed(found)]
+
     def clear(self) -> int:
         """Forget every idle block; returns how many there were."""
         count = len(self._idle)

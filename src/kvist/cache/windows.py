@@ -54,10 +54,18 @@ class WindowGroup:
         table = lease.windows[self.place]
         return all(index in table for index in self.needed(length))
 
-    def missing(self, lease: "Lease", first: int, end: int) -> int:
-        """How many blocks a step takes that writes the blocks from `first` to `end`."""
+    def most_blocks(self, tokens: int) -> int:
+        """The most blocks that a lease holds at once which comes to `tokens` tokens, in steps as short as need be."""
+        # Those that any of the last tokens sees, one of them to be written, wherever the first falls in its block.
+        seen = self.window.size + SLACK
+        sinks = -(-self.window.sinks // self._size)
+        return min(-(-tokens // self._size), sinks + (seen - 2) // self._size + 2)
+
+    def needs(self, lease: "Lease", first: int, end: int) -> tuple[int, int]:
+        """What a step takes that writes the blocks from `first` to `end`: new blocks, and copies of shared ones."""
         table = lease.windows[self.place]
-        return sum(index not in table or self.pool.count(table[index]) > 1 for index in range(first, end))
+        held = [table[index] for index in range(first, end) if index in table]
+        return end - first - len(held), sum(self.pool.count(block) > 1 for block in held)
 
     def reserve(self, lease: "Lease", first: int, end: int) -> list[tuple[int, int]]:
         """Make these blocks the lease's own. Returns which blocks are to be copied to which, for what is written."""

@@ -1,13 +1,13 @@
 """Grows every running sequence toward what is known of it, one step at a time, and draws what comes next."""
 
+import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kvist.base.errors import ContextError, KvistError, NumericsError, RequestError
+from kvist.base.errors import ContextError, KvistError, RequestError
 from kvist.base.units import plural
 from kvist.cache.kept import KeptCache
 from kvist.runtime.batch import Work
@@ -17,6 +17,8 @@ from kvist.runtime.runner import Runner
 from kvist.runtime.sampler import Sampler, check_bias, token_logprobs
 from kvist.runtime.scheduler import Scheduler
 from kvist.runtime.sequence import Sequence
+
+_log = logging.getLogger("kvist.engine")
 
 # Seconds that a step waits for blocks that are read, when there is nothing to compute.
 _PATIENCE = 0.02
@@ -81,12 +83,18 @@ class Engine:
         check_bias(request.sampling, config.vocab_size)
         most = min(length + max(request.max_tokens - 1, 0), config.max_positions)
         manager = self.runner.manager
-        needed, capacity = manager.blocks_for(most), manager.pool.capacity
+        (needed, *others), (capacity, *pools) = manager.most_blocks(most), manager.capacities
         if needed > capacity:
             raise ContextError(
                 f"the request needs {plural(needed, 'KV block')} and the pool has {capacity:,}: it may come to "
                 f"{most:,} tokens and {capacity * manager.block_size:,} fit"
             )
+        names = [*(f"the layers with a window of {group.window.size:,}" for group in manager.windows), "open ones"]
+        for name, needed, capacity in zip(names, others, pools, strict=False):
+            if needed > capacity:
+                raise ContextError(
+                    f"the request needs {plural(needed, 'KV block')} of {name} and their pool has {capacity:,}"
+                )
 
     def add(self, request: Request) -> Sequence:
         """Queue a request. Raises `RequestError` when it can never run."""
@@ -125,7 +133,8 @@ class Engine:
         self.keeper.drop(sequence)
         if sequence.lease is not None:
             sequence.kv_blocks = len(sequence.lease.table)
-            self.runner.manager.release(sequence.lease, sequence.tokens)
+            # After a defect nobody should find what was computed.
+            self.runner.manager.release(sequence.lease, None if reason is FinishReason.FAILED else sequence.tokens)
         if sequence.twins:
             first, *others = sequence.twins
             sequence.twins = []
@@ -135,31 +144,46 @@ class Engine:
     def step(self) -> list[Drawn]:
         """Run one step; returns the tokens it drew, and the sequences that ended without one. Does nothing when idle.
 
-        A sequence whose numbers are not finite (`NumericsError`) or whose grammar fails is ended, with its `error`; the
-        others go on.
+        Whatever fails ends a sequence, with its `error`, so that no step is tried again and again: the one whose
+        numbers are not finite (`NumericsError`), whose grammar fails, or in whose work or publishing a defect shows;
+        where no one can be told from the others, all that run. The others go on. What interrupts a step
+        (`KeyboardInterrupt`) ends those that run, and is raised.
         """
-        self.keeper.advance(self.scheduler.running)
-        works = self.scheduler.plan()
-        if not works:
-            self.keeper.wait(self.scheduler.running, _PATIENCE)
-            return []
-        self.counters.steps += 1
-        self.counters.sequences = len(works)
-        self.counters.computed += sum(len(work.tokens) for work in works.values())
-        drawn: list[Drawn] = []
         try:
-            for sequence, logits in self._run(works):
-                drawn += self._advance(sequence, logits) if logits is not None else [Drawn(sequence, None)]
+            return self._step()
         except BaseException:
-            for sequence in works:
+            for sequence in list(self.scheduler.running):
                 self.finish(sequence, FinishReason.CANCELLED)
             raise
-        return drawn
 
     def check(self) -> None:
         """Raises `InvariantError` unless the cache and the scheduler are consistent."""
         self.runner.manager.check()
         self.scheduler.check()
+
+    def _step(self) -> list[Drawn]:
+        try:
+            self.keeper.advance(self.scheduler.running)
+            works = self.scheduler.plan()
+            if not works:
+                self.keeper.wait(self.scheduler.running, _PATIENCE)
+                return []
+        except Exception as error:
+            # Those that run hold all that a step is planned over. Where none does it is a new one that fails.
+            return [self._fail(sequence, error) for sequence in self.scheduler.running or self.scheduler.waiting[:1]]
+        self.counters.steps += 1
+        self.counters.sequences = len(works)
+        self.counters.computed += sum(len(work.tokens) for work in works.values())
+        drawn: list[Drawn] = []
+        for sequence, logits in self._run(works):
+            if isinstance(logits, Exception):
+                drawn.append(self._fail(sequence, logits))
+                continue
+            try:
+                drawn += self._advance(sequence, logits)
+            except Exception as error:
+                drawn.append(self._fail(sequence, error))
+        return drawn
 
     def _lead(self, first: Sequence, twins: list[Sequence]) -> None:
         first.leader = None
@@ -167,48 +191,51 @@ class Engine:
         for twin in twins:
             twin.leader = first
 
-    def _run(self, works: dict[Sequence, Work]) -> list[tuple[Sequence, Tensor | None]]:
-        """Each sequence with its logits; None where it failed. A step that fails is run again one by one: the same
+    def _run(self, works: dict[Sequence, Work]) -> list[tuple[Sequence, Tensor | Exception]]:
+        """Each sequence with its logits, or why it has none. A step that fails is run again one by one: the same
         bits."""
         try:
             return list(zip(works, self.runner.run(list(works.values())), strict=True))
-        except NumericsError as error:
+        except Exception as error:
             if len(works) > 1:
                 return [pair for sequence, work in works.items() for pair in self._run({sequence: work})]
-            (sequence,) = works
-            self._fail(sequence, error)
-            return [(sequence, None)]
+            return [(sequence, error) for sequence in works]
 
-    def _fail(self, sequence: Sequence, error: KvistError) -> None:
+    def _fail(self, sequence: Sequence, error: Exception) -> Drawn:
+        """End a sequence because of what its request met, or of a defect, which goes to the log."""
+        if not isinstance(error, KvistError):
+            _log.error("a step failed", exc_info=error)
+            error = KvistError("the engine failed on this request; the log says why")
         sequence.error = error
         self.finish(sequence, FinishReason.FAILED)
+        return Drawn(sequence, None)
 
-    def _advance(self, sequence: Sequence, logits: Tensor) -> Iterator[Drawn]:
+    def _advance(self, sequence: Sequence, logits: Tensor) -> list[Drawn]:
         """What follows from a step of one sequence."""
         lease, request = sequence.lease, sequence.request
         assert lease is not None
         self.keeper.keep(sequence, self.runner.manager.publish(lease, sequence.tokens))
         self._note_prompt(sequence, logits)
         if lease.length < len(sequence.tokens):
-            return
+            return []
         if request.max_tokens == 0:
             self.finish(sequence, FinishReason.LENGTH)
-            yield Drawn(sequence, None)
-            return
-        twins, sequence.twins = sequence.twins, []
-        for twin in twins:
-            twin.leader = None
+            return [Drawn(sequence, None)]
+        forked = [sequence]
+        while sequence.twins:
+            twin = sequence.twins[0]
             if len(self.scheduler.running) < self.scheduler.most_running:
                 twin.lease = self.runner.manager.fork(lease)
                 twin.cached.fork = len(request.prompt)
                 twin.prompt_logprobs = sequence.prompt_logprobs
                 twin.times.admitted = sequence.times.admitted
                 self.scheduler.run(twin)
+                forked.append(twin)
             else:
                 self.scheduler.add(twin)
-        for one in (sequence, *twins):
-            if one.lease is not None:
-                yield self._draw(one, logits[-1])
+            twin.leader = None
+            del sequence.twins[0]
+        return [self._draw(one, logits[-1]) for one in forked]
 
     def _note_prompt(self, sequence: Sequence, logits: Tensor) -> None:
         """Keep the log-probabilities of the prompt's tokens that these logits predict, and that are not known yet."""
@@ -227,11 +254,10 @@ class Engine:
         try:
             token = sequence.sampler.draw(row, len(sequence.tokens))
             sequence.sampler.accept(token)
-        except KvistError as error:
-            self._fail(sequence, error)
-            return Drawn(sequence, None)
-        if request.logprobs is not None:
-            (logprobs,) = token_logprobs(row[None], [token], request.logprobs)
+            if request.logprobs is not None:
+                (logprobs,) = token_logprobs(row[None], [token], request.logprobs)
+        except Exception as error:
+            return self._fail(sequence, error)
         sequence.tokens.append(token)
         self.counters.drawn += 1
         times = sequence.times

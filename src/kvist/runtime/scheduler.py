@@ -6,19 +6,23 @@ the cache. In order:
 1. Sequences that wait only for their last token, those longest not served first: one token each.
 2. New ones are admitted as long as their tokens find room.
 3. The prompts under way share what is left of the step. The first in line gets at least half, so that it never waits
-   for
-   those behind it; the rest goes to the shortest, so that a short question does not wait for a long document.
+   for those behind it; the rest goes to the shortest, so that a short question does not wait for a long document.
+
+A line is made of places, which go to tenants by what is fair; the places of one tenant go to its sequences by priority.
+So priorities count within a tenant, and no tenant comes before another by asking for it.
 
 When blocks run out, the last in line is preempted: its blocks stay in the prefix tree until they are needed, and what
-was evicted is computed again. The first in line is never preempted, so something always ends."""
+was evicted is computed again. The first in line is never preempted for another, and one that is alone always finds the
+blocks that it needs (see `cache.manager`), so something always ends."""
 
+import operator
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvist.base.errors import InvariantError, OutOfBlocks
-from kvist.cache.manager import CacheManager, Lease
+from kvist.cache.manager import CacheManager, Lease, Room, fits
 from kvist.cache.tree import Node
 from kvist.runtime.batch import Work
 from kvist.runtime.request import Request
@@ -33,24 +37,25 @@ LOGIT_ROWS = 128
 
 @dataclass
 class _Plan:
-    """The step as planned so far. `room`: tokens it still takes; `spent`: blocks that its reservations will take."""
+    """The step as planned so far. `room`: tokens it still takes; `costs`: the blocks that its reservations will take,
+    and `spent` all of these."""
 
     room: int
+    spent: Room
     works: dict[Sequence, Work] = field(default_factory=dict)
-    spent: int = 0
-    costs: dict[Sequence, int] = field(default_factory=dict)
+    costs: dict[Sequence, Room] = field(default_factory=dict)
     preempted: bool = False
 
-    def add(self, sequence: Sequence, work: Work, cost: int) -> None:
+    def add(self, sequence: Sequence, work: Work, cost: Room) -> None:
         self.works[sequence] = work
         self.costs[sequence] = cost
-        self.spent += cost
+        self.spent = tuple(map(operator.add, self.spent, cost))
         self.room -= len(work.tokens)
 
     def drop(self, sequence: Sequence) -> None:
         """Take back what was planned for a sequence, if anything was."""
         if work := self.works.pop(sequence, None):
-            self.spent -= self.costs.pop(sequence)
+            self.spent = tuple(map(operator.sub, self.spent, self.costs.pop(sequence)))
             self.room += len(work.tokens)
 
 
@@ -87,7 +92,7 @@ class Scheduler:
         self._served: dict[str, float] = {}
         # Who was last found to have no room, and how many blocks could be had then: until there are more, and as long
         # as nobody comes before it, it is not looked at again, as looking takes a walk through the prefix tree.
-        self._refused: tuple[Sequence, int] | None = None
+        self._refused: tuple[Sequence, Room] | None = None
         self._step = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -100,7 +105,8 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def run(self, sequence: Sequence) -> None:
-        """A sequence that already has its lease joins the running ones."""
+        """A sequence that has its lease joins the running ones."""
+        sequence.turn = self._served[sequence.request.tenant]
         self.running.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -116,10 +122,15 @@ class Scheduler:
         for sequence in self.running:
             self._adopt(sequence)
         answers = [sequence for sequence in self.running if sequence.pending == 1]
-        plan = _Plan(min(self.step_tokens, BESIDE_ANSWERS) if answers else self.step_tokens)
+        room = min(self.step_tokens, BESIDE_ANSWERS) if answers else self.step_tokens
+        plan = _Plan(room, tuple(0 for _ in self._manager.room))
         self._plan_answers(plan, answers)
         if not plan.preempted:
             self._admit(plan)
+            # A block that was lent to one of these by the tree may have got another holder.
+            for sequence, work in list(plan.works.items()):
+                plan.drop(sequence)
+                plan.add(sequence, work, self._manager.cost(work.lease, len(work.tokens)))
         self._plan_prompts(plan)
         for sequence, work in plan.works.items():
             sequence.last_step = self._step
@@ -139,19 +150,20 @@ class Scheduler:
         if len(self.running) > self.most_running:
             raise InvariantError(f"{len(self.running)} sequences run where {self.most_running} may")
 
-    def _line(self, sequence: Sequence) -> tuple[int, float, int]:
-        """Its place in line: by priority, then whose tenant was served least, then who came first."""
-        return sequence.request.priority, self._served[sequence.request.tenant], sequence.number
+    def _by_share(self, sequence: Sequence) -> tuple[float, int]:
+        """Places of those that want to be computed: whose tenant was served least, then who came first."""
+        return self._served[sequence.request.tenant], sequence.number
 
-    def _last(self, sequence: Sequence) -> tuple[int, int]:
-        """The greatest is preempted first."""
-        return sequence.request.priority, sequence.number
+    def _victim(self) -> Sequence:
+        """The last in line of those that run. Places go by the tenants' shares when each was admitted, so that they
+        stay as they are while it runs."""
+        return _line(self.running, lambda s: (s.turn, s.number))[-1]
 
     def _plan_answers(self, plan: _Plan, answers: list[Sequence]) -> None:
         """One token each, while there is room; a quarter of it is left to prompts where there are some."""
         prompts = len(answers) < len(self.running) or self.waiting
         kept = plan.room // 4 if prompts else 0
-        for sequence in sorted(answers, key=lambda s: (s.request.priority, s.last_step, s.number)):
+        for sequence in _line(answers, lambda s: (s.last_step, s.number)):
             if plan.room <= kept:
                 break
             if sequence.lease is not None:  # it may have been preempted for one before it
@@ -159,8 +171,7 @@ class Scheduler:
 
     def _plan_prompts(self, plan: _Plan) -> None:
         ready = (s for s in self.running if s not in plan.works and s.pending > 1 and s.fetch is None)
-        prompts = sorted(ready, key=self._line)
-        prompts = self._without_twins(prompts)
+        prompts = self._without_twins(_line(ready, self._by_share))
         if not prompts or plan.room < 1:
             return
         first, others = prompts[0], sorted(prompts[1:], key=lambda s: s.pending)
@@ -199,24 +210,28 @@ class Scheduler:
         watched = request.prompt_logprobs is not None and lease.length < len(request.prompt) - 1
         if watched:
             count = min(count, LOGIT_ROWS)
-        while (cost := self._manager.cost(lease, count)) > (left := self._manager.available - plan.spent):
-            # What fits into the blocks that are left; a partly filled block that is shared takes one to be copied.
-            copied = self._manager.cost(lease, 1) if lease.length % size else 0
-            fits = (len(lease.table) + left - copied) * size - lease.length
-            if 0 < fits < count:
-                count = fits
-            elif not may_preempt or not self._preempt(plan, sequence):
-                return
+        most, left = count, self._left(plan)
+        while not fits(cost := self._manager.cost(lease, count), left):
+            # As far as the block border before, or else all of it beside one less.
+            count = (lease.length + count - 1) // size * size - lease.length
+            if count <= 0:
+                if not may_preempt or not self._preempt(plan, sequence):
+                    return
+                count, left = most, self._left(plan)
         tokens = sequence.tokens[lease.length : lease.length + count]
         ends = lease.length + count == len(sequence.tokens)
         logits = count if watched else int(ends and request.max_tokens > 0)
         plan.add(sequence, Work(lease, tokens, logits, sequence.pooled, request.adapter), cost)
 
+    def _left(self, plan: _Plan) -> Room:
+        """The blocks of each pool that are left."""
+        return tuple(map(operator.sub, self._manager.room, plan.spent))
+
     def _preempt(self, plan: _Plan, wanting: Sequence) -> bool:
         """Make room for `wanting`: the last in line gives up its lease. False when that was `wanting` itself."""
-        victim = max(self.running, key=self._last)
-        if victim is wanting and len(self.running) == 1:
-            raise OutOfBlocks(self._manager.cost(victim.lease, 1) if victim.lease else 0, self._manager.available)
+        if len(self.running) == 1:
+            raise OutOfBlocks(self._manager.blocks_for(len(wanting.tokens)), self._manager.available)
+        victim = self._victim()
         plan.drop(victim)
         self._give_up(victim)
         plan.preempted = True
@@ -240,50 +255,53 @@ class Scheduler:
 
     def _admit(self, plan: _Plan) -> None:
         while self.waiting:
-            sequence = min(self.waiting, key=self._line)
-            if not self._has_room(plan, sequence):
-                victim = max(self.running, key=self._last, default=None)
+            sequence = _line(self.waiting, self._by_share)[0]
+            if not self._has_room(sequence):
+                own = [other for other in self.running if other.request.tenant == sequence.request.tenant]
+                victim = max(own, key=lambda s: (s.request.priority, s.number), default=None)
                 if victim is None or victim.request.priority <= sequence.request.priority:
                     return
                 plan.drop(victim)
                 self._give_up(victim)
                 continue
             self.waiting.remove(sequence)
-            self.running.append(sequence)
+            self.run(sequence)
             if self._loader is not None:
                 self._loader.begin(sequence)
             sequence.times.admitted = sequence.times.admitted or time.perf_counter()
 
-    def _has_room(self, plan: _Plan, sequence: Sequence) -> bool:
+    def _has_room(self, sequence: Sequence) -> bool:
         """Give the sequence a lease, with what the prefix tree holds of it, if all its tokens fit beside the running
         ones.
 
         A block more is asked for each of these, so that they do not preempt it with their next tokens.
         """
-        left = self._manager.available - plan.spent
-        if len(self.running) >= self.most_running or (self.running and self._is_refused(sequence, left)):
+        room = self._manager.room
+        if len(self.running) >= self.most_running or (self.running and self._is_refused(sequence, room)):
             return False
         lease = sequence.lease = self._open(sequence.request)
         self._adopt(sequence)
-        promised = sum(self._manager.cost(s.lease, s.pending) for s in self._unplanned(plan) if s.lease is not None)
-        needed = self._manager.cost(lease, len(sequence.tokens) - lease.length) + promised + len(self.running)
-        if not self.running or needed <= self._manager.available - plan.spent:
+        growth = {s.lease: self._promised(s) for s in self.running if s.lease is not None}
+        if not self.running or self._manager.can_grow(growth | {lease: sequence.pending}):
             return True
         sequence.count_cached(-lease.length, MEMORY)  # it will be found, and counted, again
         self._manager.release(lease)
         sequence.lease = None
-        self._refused = sequence, left
+        self._refused = sequence, room
         return False
+
+    def _promised(self, sequence: Sequence) -> int:
+        """Tokens that a running sequence finds room for whoever is admitted."""
+        assert sequence.lease is not None
+        most = max(sequence.most_tokens, len(sequence.tokens)) - sequence.lease.length
+        return min(sequence.pending + self._manager.block_size, most)
 
     def _open(self, request: Request) -> Lease:
         """A lease for a request. What is public was computed without an adapter."""
         return self._manager.open(request.namespace, () if request.adapter else request.prompt)
 
-    def _is_refused(self, sequence: Sequence, left: int) -> bool:
-        return self._refused is not None and self._refused[0] is sequence and left <= self._refused[1]
-
-    def _unplanned(self, plan: _Plan) -> Iterable[Sequence]:
-        return (sequence for sequence in self.running if sequence not in plan.works)
+    def _is_refused(self, sequence: Sequence, room: Room) -> bool:
+        return self._refused is not None and self._refused[0] is sequence and fits(room, self._refused[1])
 
     def _adopt(self, sequence: Sequence) -> None:
         """Lengthen a lease by what the prefix tree holds of its sequence."""
@@ -292,3 +310,13 @@ class Scheduler:
             return
         found = self._manager.adopt(sequence.lease, sequence.tokens[: sequence.reusable])
         sequence.count_cached(found, MEMORY)
+
+
+def _line(sequences: Iterable[Sequence], place: Callable[[Sequence], tuple[float, int]]) -> list[Sequence]:
+    """These in order of `place`, where the places of each tenant are taken by its own, the more urgent first."""
+    line = sorted(sequences, key=place)
+    own: dict[str, list[Sequence]] = {}
+    for sequence in line:
+        own.setdefault(sequence.request.tenant, []).append(sequence)
+    urgent = {tenant: iter(sorted(ours, key=lambda s: s.request.priority)) for tenant, ours in own.items()}
+    return [next(urgent[sequence.request.tenant]) for sequence in line]

@@ -64,6 +64,7 @@ class Sequence:
     times: Times = field(default_factory=Times)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens from the second on
     fetch: Fetch | None = None  # while blocks of it are read from the kept cache
+    turn: float = 0.0  # tokens computed for its tenant when it was last admitted
     begun: float = 0.0  # when it last got a lease, in seconds of the epoch
     loss: Loss | None = None  # why the first block of its prompt that was not found is gone, where it was there once
     pooled: Tensor | None = None  # [hidden_size] float64: the sum of the hidden states, where they were asked for

@@ -58,10 +58,10 @@ def _add_own(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
     """What is asked about the server itself. `/health` needs no API key; `/metrics` does, where there are keys, and an
     operator's where these are several tenants'."""
 
-    @app.get("/health", tags=["Kvist"], responses={503: {"description": "The engine does not run."}})
+    @app.get("/health", tags=["Kvist"], responses={503: {"description": "The engine does not run, or not get on."}})
     async def health() -> dict[str, str]:
-        if not serving.alive:
-            raise ApiError(503, "the engine does not run; the log says why", code="not_running")
+        if (trouble := serving.trouble) is not None:
+            raise ApiError(503, trouble, code="no_progress" if serving.alive else "not_running")
         return {"status": "ok"}
 
     @app.get("/version", tags=["Kvist"])

@@ -33,6 +33,7 @@ from kvist.service.session import Delta, Job, NewToken
 from kvist.service.shelf import Shelf
 from kvist.service.tenants import Tenant
 from kvist.service.text_stream import TextStream, stop_strings
+from kvist.service.watch import Watch
 from kvist.text.chat import ChatTemplate
 from kvist.text.grammar import GrammarCompiler
 from kvist.text.response import ResponseFormat
@@ -94,6 +95,7 @@ class Serving:
         self._submitted = 0
         self._taken = 0
         self._step_seconds = 0.05
+        self._watch = Watch()
 
     # ---- the event loop's side
 
@@ -123,6 +125,11 @@ class Serving:
     def alive(self) -> bool:
         """Whether the engine's thread runs, and can."""
         return self._thread is not None and self._thread.is_alive() and self.failure is None
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing can be expected of the engine, in a line; None while it runs, and gets on with what it has."""
+        return self._watch.trouble() if self.alive else "the engine does not run; the log says why"
 
     def submit(self, job: Job) -> LiveSession:
         """Queue a job. Raises `RequestError` for one that can never run, `Overloaded` when too many wait,
@@ -235,11 +242,15 @@ class Serving:
             while not self._ending:
                 self._take_commands()
                 if not self._engine.idle:
-                    self._step()
+                    self._watch.begin()
+                    self._watch.end(self._step())
         except BaseException as error:
             _log.exception("the engine has failed")
             self.failure = error
-            self._end_all()
+            self._end_sessions()
+            # Who was let in just before is told, too.
+            while not self._ending:
+                self._commands.get()()
 
     def _take_commands(self) -> None:
         """Carry out what has been asked for; wait for it only when there is nothing else to do."""
@@ -252,23 +263,22 @@ class Serving:
             except queue.Empty:
                 self._engine.keeper.pump()
                 return
+            self._watch.begin()
             command()
+            self._watch.end(True)
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """One step of the engine, and what it drew on its way to the readers. Whether it got anything done."""
         engine, started = self._engine, time.perf_counter()
         computed, preemptions = engine.counters.computed, engine.scheduler.preemptions
         lasts = {one: one.times.last for one in (*engine.scheduler.running, *engine.scheduler.waiting)}
-        try:
-            drawn = engine.step()
-        except Exception:
-            # A defect. The sequences of that step are ended; if what is left is sound, the others go on.
-            _log.exception("a step failed")
-            engine.check()
-            self._deliver_failed()
-            return
+        steps = engine.counters.steps
+        drawn = engine.step()
+        if any(one.sequence.finish_reason is FinishReason.FAILED for one in drawn):
+            engine.check()  # if what is left is sound, the others go on
         ended = time.perf_counter()
         self._step_seconds += 0.05 * (ended - started - self._step_seconds)
-        deliveries = [(session, delta) for one in drawn for session, delta in self._deltas_of(one)]
+        deliveries = [(session, delta) for one in drawn for session, delta in self._deltas_or_failure(one)]
         new = [one.sequence for one in drawn if one.token is not None]
         self.listener(
             StepDone(
@@ -283,12 +293,26 @@ class Serving:
         )
         # Told last, so that whoever has an answer finds it counted.
         self._send(deliveries)
+        return bool(drawn) or engine.counters.steps > steps
+
+    def _deltas_or_failure(self, drawn: Drawn) -> list[tuple[LiveSession, Delta]]:
+        """The same as `_deltas_of`; a defect ends that sequence alone."""
+        if drawn.sequence not in self._sessions:
+            return []
+        session, index = self._sessions[drawn.sequence]
+        try:
+            return self._deltas_of(drawn)
+        except Exception:
+            _log.exception("an answer failed")
+            self._engine.finish(drawn.sequence, FinishReason.FAILED)
+            if self._sessions.pop(drawn.sequence, None) is not None:
+                session.unfinished -= 1
+            error = KvistError("the engine failed on this request; the server's log says why")
+            return [(session, Delta(index, "", (), FinishReason.FAILED, None, error))]
 
     def _deltas_of(self, drawn: Drawn) -> list[tuple[LiveSession, Delta]]:
         """What a drawn token is to its session. A stop string ends the sequence."""
         sequence = drawn.sequence
-        if sequence not in self._sessions:
-            return []
         session, index = self._sessions[sequence]
         _, stream = session.choices[index]
         text, tokens = "", tuple[NewToken, ...]()
@@ -361,8 +385,10 @@ class Serving:
         self._taken += 1
         job = session.job
         try:
-            if self._stopping:
-                raise Stopping("the server is shutting down")
+            if self._stopping or self.failure is not None:
+                raise Stopping(
+                    "the server is shutting down" if self._stopping else "the engine has failed; see the log"
+                )
             sequences = self._engine.add_choices(job.request, job.choices)
         except KvistError as error:
             session.unfinished = 0
@@ -379,7 +405,9 @@ class Serving:
         deliveries = []
         for index, (sequence, _) in enumerate(session.choices):
             if sequence in self._sessions:
-                self._engine.finish(sequence, FinishReason.CANCELLED)
+                if self.failure is None:
+                    self._engine.finish(sequence, FinishReason.CANCELLED)
+                sequence.finish_reason = sequence.finish_reason or FinishReason.CANCELLED
                 deliveries.append((session, self._last(session, index, error=error)))
         self._send(deliveries)
 
@@ -391,16 +419,13 @@ class Serving:
                 self._end(session, Stopping("the server is shutting down"))
 
     def _end_all(self) -> None:
-        for session in {session for session, _ in self._sessions.values()}:
-            self._end(session, Stopping("the server is shutting down"))
+        self._end_sessions()
         self._ending = True
 
-    def _deliver_failed(self) -> None:
-        """Tell the sessions whose sequences a failed step has ended."""
-        for sequence, (session, index) in list(self._sessions.items()):
-            if sequence.finish_reason is not None:
-                error = KvistError("the engine failed on this request; the server's log says why")
-                self._send([(session, self._last(session, index, error=error))])
+    def _end_sessions(self) -> None:
+        reason = "the server is shutting down" if self.failure is None else "the engine has failed; see the log"
+        for session in {session for session, _ in self._sessions.values()}:
+            self._end(session, Stopping(reason))
 
     def _check(self, done: "asyncio.Future[BaseException | None]") -> None:
         error: BaseException | None = None
