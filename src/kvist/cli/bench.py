@@ -117,6 +117,34 @@ def prefill(
     _beside("prefill", peer, peers, shape, weights, numbers(tokens, "--tokens", "512,4096"), kv, rounds, as_json)
 
 
+@app.command()
+def neighbours(
+    shape: Annotated[str, typer.Option(metavar="NAME", help="A standard shape.")] = SERVE_SHAPE,
+    context: Annotated[int, typer.Option(min=0, help="Tokens in the cache.")] = 0,
+    kv: Kv = None,
+    weights: Annotated[str, typer.Option(metavar="int8|int4|bf16", help="Of the random weights.")] = "int8",
+    busy: Annotated[int, typer.Option(min=1, help="Processes that spin.")] = 1,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved measurements of each.")] = 11,
+    peers: Folder = PEERS,
+    as_json: Json = False,
+) -> None:
+    """Decoding alone and beside busy processes, and llama.cpp in the same turns where it is built."""
+    from rich.console import Console
+
+    from kvist.bench import neighbours as bench
+    from kvist.bench.peers.engines import LLAMA_CPP, PeerError, python_of
+
+    try:
+        python = python_of(LLAMA_CPP, peers)
+    except PeerError as error:
+        note(f"without {LLAMA_CPP}: {error}")
+        python = None
+    with Console(stderr=True).status("measuring", spinner="line") as status:
+        observe = lambda text: status.update(f"measuring · {text}")  # noqa: E731
+        report = bench.run(shape, weights, kv or "turbo4", context, busy, rounds, python, observe)
+    _print(report, as_json)
+
+
 def _beside(
     what: str,
     peer: str,

@@ -20,13 +20,26 @@ class PeerError(KvistError):
 
 
 class Worker:
-    """`python`: of the engine's environment. `first`: what it is to load. Raises `PeerError` when it does not come
-    up."""
+    """`python`: of the engine's environment. `first`: what it is to load. `passive`: whether threads of OpenMP that
+    wait are to fall asleep soon, as ours are, so that they do not disturb who is measured next. Raises `PeerError` when
+    it does not come up."""
 
-    def __init__(self, name: str, python: Path, script: str, first: Mapping[str, Any], timeout: float = 600.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        python: Path,
+        script: str,
+        first: Mapping[str, Any],
+        timeout: float = 600.0,
+        *,
+        passive: bool = True,
+    ) -> None:
         self.name = name
-        # Threads of OpenMP sleep while somebody else is measured.
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": ""}
+        environment = {**os.environ, "PYTHONPATH": ""}
+        if passive:
+            environment["OMP_WAIT_POLICY"] = "passive"
+        else:
+            environment.pop("GOMP_SPINCOUNT", None)  # ours
         self._process = subprocess.Popen(
             [str(python), str(_HERE / script)],
             stdin=subprocess.PIPE,

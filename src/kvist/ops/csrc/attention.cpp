@@ -1,10 +1,9 @@
 #include "attention.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 
 #include "buffer.h"
+#include "parallel.h"
 #include "shares.h"
 #include "tiles.h"
 
@@ -16,7 +15,7 @@ Attention::Attention(const Batch& batch, const Keys& keys, const Values& values,
       values_(values),
       result_(result),
       state_(batch.head_dim),
-      plan_(make_plan(batch, std::max(keys.head_bytes(), values.head_bytes()), at::get_num_threads())) {}
+      plan_(make_plan(batch, std::max(keys.head_bytes(), values.head_bytes()), thread_count())) {}
 
 void Attention::run() const {
   const int64_t stride = state_.stride(), query_stride = State(batch_.key_dim).stride();
@@ -28,7 +27,7 @@ void Attention::run() const {
   const std::vector<Task>& tasks = plan_.tasks;
   const int64_t count = static_cast<int64_t>(tasks.size());
   Shares shares(count, plan_.threads);
-  at::parallel_for(0, plan_.threads, 1, [&](int64_t thread, int64_t) {
+  parallel_for(plan_.threads, 1, [&](int64_t thread, int64_t) {  // whoever comes late finds nothing left
     const TileScope tiles;
     float* mine = memory.get() + thread * plan_.largest * per_row;
     const Scratch scratch{mine, mine + plan_.largest * query_stride,

@@ -5,6 +5,7 @@
 #include "float_rows.h"
 #include "fused.h"
 #include "operators.h"
+#include "team.h"
 
 namespace kvist {
 namespace {
@@ -14,6 +15,7 @@ using at::TensorList;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kMaxSize = int64_t{1} << 24;
+constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a weight, which take ten times as long as to wake threads
 
 // `form`: PackedForm.flat.
 Packed packed(const Tensor& data, IntArrayRef form) {
@@ -50,6 +52,9 @@ Tensor packed_linear(const Tensor& x, const OptionalTensor& norm, double eps, co
   TORCH_CHECK_VALUE(x.dim() == 2 && !w.paired, "packed_linear takes x [T, columns] and a weight that is not paired");
   const float* from = floats(x, {x.size(0), w.columns}, "x");
   const Tensor out = result_of(x, w.rows);
+  // A small one stands among products of PyTorch's, whose threads would spin beside ours; a large one ends a step.
+  std::optional<Team::Scope> team;
+  if (data.numel() >= kLarge) team.emplace();
   linear({floats(norm, {w.columns}, "norm"), static_cast<float>(eps)}, w, floats(bias, {w.rows}, "bias"), from,
          x.size(0), out.mutable_data_ptr<float>());
   return out;
@@ -190,6 +195,7 @@ Tensor packed_layers(const Tensor& x, TensorList weights, IntArrayRef forms, con
   const Cache cache{step, open, {key_planes, layers}, {key_frames, layers}, {value_planes, layers},
                     {value_frames, layers}, key_coding, value_coding, block_size, scale, window};
   const auto form = [&](int64_t which) { return forms.slice(5 * which, 5); };
+  const Team::Scope team;
   Tensor hidden = x;
   for (int64_t layer = 0; layer < layers; layer++) {
     const auto extra = [&](Extra which) -> OptionalTensor { return extras.get(layer * kExtras + which); };

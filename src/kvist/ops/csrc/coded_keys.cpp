@@ -1,10 +1,9 @@
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <limits>
 
 #include "coded.h"
 #include "columns.h"
+#include "parallel.h"
 
 namespace kvist {
 namespace {
@@ -47,7 +46,7 @@ CodedKeys::CodedKeys(const Batch& batch, const CodedStream& stream)
                       make_buffer<float>(all)});
   }
   const int64_t queries = rows_ * batch.heads, batches = (queries + kLanes - 1) / kLanes;
-  at::parallel_for(0, batches, kGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(batches, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) load_rows(i * kLanes, std::min<int64_t>(kLanes, queries - i * kLanes));
   });
 }

@@ -1,11 +1,10 @@
 // Each number's result depends on it alone, not on its place: the last few go through the same sixteen lanes.
 #include "elementwise.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 
 #include "gates.h"
+#include "parallel.h"
 
 namespace kvist {
 namespace {
@@ -20,7 +19,7 @@ void silu_mul(Number type, const void* gate_up, void* out, int64_t rows, int64_t
     const T* from = static_cast<const T*>(gate_up);
     T* to = static_cast<T*>(out);
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width));
-    at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; row++) {
         const T *gate = from + row * 2 * width, *up = gate + width;
         for (int64_t i = 0; i < width; i += kLanes)
@@ -34,7 +33,7 @@ void silu_mul(Number type, const void* gate_up, void* out, int64_t rows, int64_t
 void gelu(Number type, const void* x, void* out, int64_t count, bool tanh) {
   with_type(type, [&](auto kind) {
     using T = decltype(kind);
-    at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(count, kGrain, [&](int64_t begin, int64_t end) {
       const T* from = static_cast<const T*>(x) + begin;
       T* to = static_cast<T*>(out) + begin;
       for (int64_t i = 0; i < end - begin; i += kLanes) {

@@ -1,10 +1,9 @@
 #include "float_rows.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <type_traits>
 
+#include "parallel.h"
 #include "vec.h"
 
 namespace kvist {
@@ -86,7 +85,7 @@ void multiply_any(const Packed& w, int64_t index, const float* x, int64_t rows, 
 }  // namespace
 
 void multiply_floats(const Packed& weight, const float* x, int64_t rows, const float* bias, float* out) {
-  at::parallel_for(0, weight.strips(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(weight.strips(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t strip = begin; strip < end; strip++) {
       if (weight.bits == 8)
         multiply_any<8>(weight, strip, x, rows, bias, out);

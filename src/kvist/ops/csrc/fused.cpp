@@ -2,12 +2,11 @@
 // its second-level cache holds. The bits are the same.
 #include "fused.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 
+#include "parallel.h"
 #include "vec.h"
 
 namespace kvist {
@@ -19,13 +18,13 @@ constexpr int64_t kMost = 96, kLeast = 12;  // rows of a chunk
 // so that all are done at nearly the same time.
 template <class F>
 void in_chunks(int64_t rows, F f) {
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = thread_count();
   if (rows < 8 * threads) {
     for (int64_t first = 0; first < rows; first += kMost) f(first, std::min(kMost, rows - first));
     return;
   }
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  parallel_for(threads, 1, [&](int64_t, int64_t) {
     for (int64_t first = next; first < rows;) {
       const int64_t left = rows - first, fair = left / (2 * threads) / kLeast * kLeast;
       const int64_t count = std::min(left, std::clamp(fair, kLeast, kMost));

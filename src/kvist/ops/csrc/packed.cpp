@@ -1,13 +1,12 @@
 #include "packed.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
 
 #include "bytes.h"
 #include "gates.h"
+#include "parallel.h"
 
 namespace kvist {
 namespace {
@@ -192,7 +191,7 @@ void rms_norm_row(const float* x, const float* weight, float eps, int64_t size, 
 }
 
 void multiply(const Packed& weight, const Coded& x, int64_t rows, const Finish& finish) {
-  at::parallel_for(0, weight.strips(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(weight.strips(), 1, [&](int64_t begin, int64_t end) {
     by_width(weight.bits, rows, [&](auto bits, auto columns) {
       for (int64_t strip = begin; strip < end; strip++)
         multiply_strip<decltype(bits)::value, decltype(columns)::value>(weight, strip, x, rows, finish);
@@ -205,7 +204,7 @@ void multiply_gated(const Packed& weight, const Coded& x, int64_t rows, Gate gat
   // A thread does whole groups of the next product's columns, and makes them whole numbers at once.
   const int64_t outputs = weight.outputs(), half = weight.strip_outputs(), groups = out.groups;
   const int64_t padded = (next_group + half - 1) / half * half;
-  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(groups, 1, [&](int64_t begin, int64_t end) {
     const Buffer<float> gated = make_buffer<float>(rows * padded);
     for (int64_t g = begin; g < end; g++) {
       const int64_t first = g * next_group, last = std::min(first + next_group, outputs);

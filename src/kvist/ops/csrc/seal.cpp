@@ -2,8 +2,6 @@
 // The operations and their order are those of coding.py, except within sums.
 #include "seal.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,6 +11,7 @@
 #include "batch.h"
 #include "bytes.h"
 #include "frame.h"
+#include "parallel.h"
 
 namespace kvist {
 namespace {
@@ -274,7 +273,7 @@ void copy_head(const SealCall& call, int64_t source, int64_t target) {
 }  // namespace
 
 void seal(const SealCall& call) {
-  at::parallel_for(0, call.count * call.heads, kGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(call.count * call.heads, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t head = i % call.heads, block = i / call.heads;
       const int64_t source = call.sources[block] * call.heads + head, target = call.targets[block] * call.heads + head;

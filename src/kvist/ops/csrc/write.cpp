@@ -1,12 +1,11 @@
 // Each thread owns whole heads, so no two write to one cache line.
 #include "write.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
+#include "parallel.h"
 #include "vec.h"
 
 namespace kvist {
@@ -59,7 +58,7 @@ void write(const WriteCall& call) {
   with_type(call.type, [&](auto from) {
     with_type(call.plane_type, [&](auto to) {
       const int64_t per_head = std::max<int64_t>(1, call.tokens * call.head_dim * 2);
-      at::parallel_for(0, call.heads, std::max<int64_t>(1, kGrain / per_head), [&](int64_t begin, int64_t end) {
+      parallel_for(call.heads, std::max<int64_t>(1, kGrain / per_head), [&](int64_t begin, int64_t end) {
         write_heads<decltype(from), decltype(to)>(call, begin, end);
       });
     });
