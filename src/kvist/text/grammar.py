@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.gbnf_to_lark import any_to_lark
 from torch import Tensor
 
 from kvist.base.errors import RequestError, TextError
@@ -98,8 +99,12 @@ class GrammarCompiler:
         return self.lark("start: " + " | ".join(map(json.dumps, texts)))
 
     def lark(self, grammar: str) -> Make:
-        """A context-free grammar in llguidance's dialect of Lark."""
-        return self._make(LLMatcher.grammar_from_lark(grammar), "the grammar")
+        """A context-free grammar in llguidance's dialect of Lark, or in GBNF."""
+        try:
+            text = any_to_lark(grammar)
+        except Exception as error:  # whatever a reader of grammars may raise
+            raise RequestError(f"the grammar cannot be read: {_one_line(str(error))}") from None
+        return self._make(LLMatcher.grammar_from_lark(text), "the grammar")
 
     def tool_calls(
         self, format: ResponseFormat, tools: Sequence[Mapping[str, Any]], *, required: bool, parallel: bool

@@ -123,7 +123,7 @@ def test_the_last_message_is_continued_when_it_is_the_assistants() -> None:
 @pytest.mark.parametrize(
     ("thinking", "expected"),
     [
-        (None, {}),
+        (None, {"enable_thinking": False}),
         ({"type": "enabled", "budget_tokens": 1024}, {"enable_thinking": True}),
         ({"type": "adaptive", "display": "summarized"}, {"enable_thinking": True}),
         ({"type": "disabled"}, {"enable_thinking": False}),
@@ -155,7 +155,7 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://localhost/a.p
         (
             [{"role": "user", "content": [IMAGE | {"type": "document"}]}],
             {},
-            "messages.0.content.0: blocks of type 'doc",
+            "messages.0.content.0.source: documents of type 'url'",
         ),
         (
             [USER, {"role": "assistant", "content": [CALL]}, {"role": "user", "content": [result("c1", [IMAGE])]}],
@@ -187,7 +187,7 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://localhost/a.p
             {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
             "tools.0: .*'web_search_20250305'",
         ),
-        ([USER], {"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools.0: .*'bash_20250124'"),
+        ([USER], {"tools": [{"type": "computer_20250124", "name": "computer"}]}, "tools.0: .*'computer_20250124'"),
         ([USER], {"tools": [{"type": "custom", "name": "x"}]}, "tools.0.input_schema: a custom tool needs one"),
         ([USER], {"tool_choice": {"type": "auto", "name": "x"}}, "tool_choice: a name belongs to"),
         ([USER], {"tool_choice": {"type": "tool"}}, "tool_choice: a name belongs to"),
