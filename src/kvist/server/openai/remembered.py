@@ -67,7 +67,9 @@ class Memory:
         while len(own.responses) > MOST or own.nbytes > MOST_BYTES or self._is_old(next(iter(own.responses.values()))):
             self._drop(tenant, next(iter(own.responses)))
         while self.nbytes > MOST_BYTES_IN_ALL:
-            largest = max(self._tenants, key=lambda name: self._tenants[name].nbytes)
+            # Of what was there before: the new one stays.
+            sizes = {name: held.nbytes - (nbytes if name == tenant else 0) for name, held in self._tenants.items()}
+            largest = max(sizes, key=sizes.__getitem__)
             self._drop(largest, next(iter(self._tenants[largest].responses)))
 
     def get(self, tenant: str, response_id: str) -> ResponseObject:
