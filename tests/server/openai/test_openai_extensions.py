@@ -56,16 +56,16 @@ def test_a_text_has_the_form_that_was_asked_for(
         assert reason == "stop"
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"guided_regex": "(a"},
-        {"grammar": "root ::= b"},
-        {"grammar": "root ::= " + '"a" ' * 3000},
-        {"grammar": "root ::= " + "(" * 4000},
-        {"guided_grammar": "start: b"},
-    ],
-)
+NO_GRAMMARS: list[dict[str, Any]] = [
+    {"guided_regex": "(a"},
+    {"grammar": "root ::= b"},
+    {"grammar": "root ::= " + '"a" ' * 3000},
+    {"grammar": "root ::= " + "(" * 4000},
+    {"guided_grammar": "start: b"},
+]
+
+
+@pytest.mark.parametrize("fields", NO_GRAMMARS)
 @pytest.mark.parametrize("path", [PATH, "/v1/completions"])
 def test_what_is_no_grammar_is_refused_in_a_line(server_url: str, path: str, fields: dict[str, Any]) -> None:
     body = {"messages": HELLO} if path == PATH else {"prompt": "a"}
