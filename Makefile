@@ -19,9 +19,9 @@ test: $(VENV)/.dev ## the whole suite, offline
 test-slow: $(VENV)/.dev ## the tests that take minutes
 	@$(BIN)/pytest -m slow
 
-test-clients: $(VENV)/.dev ## the evaluation harness against the server (installs it first)
+test-clients: $(VENV)/.dev ## the evaluation harness and other clients against the server (installs them first)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[plots,dev,clients]'
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m slow tests/server/test_lm_eval.py
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m slow tests/server/test_lm_eval.py tests/server/test_too_long.py
 
 test-remote: $(VENV)/.dev ## the shared cache against a real Redis or Valkey (Debian's package redis-server)
 	@command -v valkey-server redis-server >/dev/null || { echo "neither valkey-server nor redis-server is here; on Debian: apt-get install redis-server"; exit 1; }

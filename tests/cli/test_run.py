@@ -104,7 +104,7 @@ def refused(outcome: Outcome, *said: str) -> None:
 
 def test_prompts_that_cannot_run(kvist: Kvist, model: Path) -> None:
     refused(kvist("run", model, "-p", ""), "the prompt is empty")
-    refused(kvist("run", model, "-p", "a" * 150), "150 tokens", "22 more than the context of 128")
+    refused(kvist("run", model, "-p", "a" * 150), "prompt is too long: 150 tokens > 128 maximum")
     refused(kvist("run", model, "-p", "Ü"), "'Ü'", "27 characters")
     refused(kvist("run", model, "-p", "a", "--max-tokens", 0), "at least one new token", "got 0")
     refused(kvist("run", model, "-p", "a", "--temperature", -1), "temperature", "-1")

@@ -8,7 +8,7 @@ import torch
 
 from kvist.base.errors import RequestError
 from kvist.runtime.request import Request, Sampling
-from kvist.runtime.sampler import draw, probabilities, sample, uniform
+from kvist.runtime.sampler import Sampler, draw, probabilities, sample, uniform
 
 
 def expected_probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -151,3 +151,32 @@ def test_random_numbers_are_uniform_and_independent_along_positions_and_seeds() 
 def test_values_that_make_no_sense_are_refused(attempt: object, finding: str) -> None:
     with pytest.raises(RequestError, match=finding):
         attempt()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_end_is_drawn_before_the_least_tokens(temperature: float) -> None:
+    logits = torch.tensor([9.0, 1.0, 8.0, 0.5])
+    ends = (0, 2, 99)  # the vocabulary of a tokenizer may be larger than that of the logits
+    sampler = Sampler(Sampling(temperature=temperature, seed=1), [1], ends=ends, min_tokens=3)
+    for position in range(1, 4):
+        token = sampler.draw(logits, position)
+        assert token in (1, 3)
+        sampler.accept(token)
+    free = Sampler(Sampling(temperature=temperature, seed=1), [1])
+    assert [sampler.draw(logits, position) for position in range(4, 40)] == [
+        free.draw(logits, position) for position in range(4, 40)
+    ]
+    assert logits.tolist() == [9.0, 1.0, 8.0, 0.5]
+
+
+def test_a_grammar_that_allows_an_end_alone_is_followed() -> None:
+    class End:
+        ended = False
+
+        def forbid(self, logits: torch.Tensor) -> None:
+            logits[1:] = -math.inf
+
+        def accept(self, token: int) -> None: ...
+
+    sampler = Sampler(Sampling(), [1], End(), ends=(0,), min_tokens=3)
+    assert sampler.draw(torch.tensor([0.0, 5.0, 5.0]), 1) == 0

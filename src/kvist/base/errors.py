@@ -45,11 +45,29 @@ class TextError(KvistError):
 
 
 class RequestError(KvistError):
-    """A request that can never run: an empty prompt, one longer than the context, a bad sampling value."""
+    """A request that can never run: an empty prompt, one longer than the context, a bad sampling value. `param`: the
+    part of the request at fault, as in `tools.0.parameters`, where one is known."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ContextError(RequestError):
     """A request whose tokens are more than the context, or the cache, can ever hold."""
+
+
+class PromptTooLong(ContextError):
+    """A prompt of `tokens`, of which `most` leave room for an answer in a context of `context`.
+
+    Clients know it by this text, digit for digit, and go on with a shorter prompt.
+    """
+
+    def __init__(self, tokens: int, most: int, context: int) -> None:
+        super().__init__(f"prompt is too long: {tokens} tokens > {most} maximum")
+        self.tokens = tokens
+        self.most = most
+        self.context = context
 
 
 class Overloaded(KvistError):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvist.base.errors import ContextError, KvistError, RequestError
+from kvist.base.errors import ContextError, KvistError, PromptTooLong, RequestError
 from kvist.base.units import plural
 from kvist.cache.kept import KeptCache
 from kvist.runtime.batch import Work
@@ -71,10 +71,7 @@ class Engine:
         config = self.runner.model.config
         length = len(request.prompt)
         if length > config.max_positions:
-            raise ContextError(
-                f"the prompt has {plural(length, 'token')}, {length - config.max_positions:,} more than the context of "
-                f"{config.max_positions:,}"
-            )
+            raise PromptTooLong(length, config.max_positions, config.max_positions)
         if not 0 <= min(request.prompt) <= max(request.prompt) < config.vocab_size:
             raise RequestError(f"a token id of the prompt is outside the vocabulary of {config.vocab_size:,}")
         known = () if self.runner.model.adapters is None else self.runner.model.adapters.ids
@@ -84,6 +81,9 @@ class Engine:
         most = min(length + max(request.max_tokens - 1, 0), config.max_positions)
         manager = self.runner.manager
         (needed, *others), (capacity, *pools) = manager.most_blocks(most), manager.capacities
+        if manager.most_blocks(length)[0] > capacity:
+            room = capacity * manager.block_size
+            raise PromptTooLong(length, room, room)
         if needed > capacity:
             raise ContextError(
                 f"the request needs {plural(needed, 'KV block')} and the pool has {capacity:,}: it may come to "
@@ -107,7 +107,9 @@ class Engine:
         sequences = []
         for index in range(choices):
             sampling = replace(request.sampling, seed=(request.sampling.seed + index) % 2**64)
-            sampler = Sampler(sampling, request.prompt, request.grammar() if request.grammar else None)
+            grammar = request.grammar() if request.grammar else None
+            ends, held = request.stop_ids, request.min_tokens
+            sampler = Sampler(sampling, request.prompt, grammar, ends=ends, min_tokens=held)
             sequence = Sequence(replace(request, sampling=sampling), self._added, sampler)
             sequence.times.added = now
             if request.pooled:

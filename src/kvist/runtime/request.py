@@ -108,7 +108,7 @@ class Request:
     wanted. `kept`: what is computed for it may be written to the tiers behind the memory; there others go first for
     `ttl` seconds since it was last used. `durable`: of what is found in memory, what the tiers lack is written, too.
     `adapter`: the id of the one that its rows have, if any. `imported`: of the context that it begins with, see
-    `namespace_of`.
+    `namespace_of`. `min_tokens`: before so many are drawn, none of `stop_ids` is, unless a grammar allows nothing else.
     """
 
     prompt: tuple[int, ...]
@@ -126,6 +126,7 @@ class Request:
     durable: bool = False
     adapter: str = ""
     imported: str = ""
+    min_tokens: int = 0
 
     @property
     def namespace(self) -> str:
@@ -137,3 +138,5 @@ class Request:
             raise RequestError("the prompt is empty: a model continues text, so give it at least one token")
         if self.max_tokens < 0 or (self.max_tokens == 0 and self.prompt_logprobs is None and not self.pooled):
             raise RequestError(f"at least one new token must be asked for, got {self.max_tokens}")
+        if self.min_tokens < 0:
+            raise RequestError(f"min_tokens must be 0 or more, got {self.min_tokens}")

@@ -3,7 +3,7 @@ position alone."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -16,17 +16,31 @@ _FIRST_TRY = 256  # of the likeliest tokens, among which top-p mostly finds its 
 
 
 class Sampler:
-    """Draws the tokens of one sequence, and remembers them as far as penalties and the grammar need it."""
+    """Draws the tokens of one sequence, and remembers them as far as penalties and the grammar need it.
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], grammar: Grammar | None = None) -> None:
+    `ends`: tokens that are not drawn as one of the first `min_tokens`, unless the grammar allows nothing else.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        grammar: Grammar | None = None,
+        *,
+        ends: Collection[int] = (),
+        min_tokens: int = 0,
+    ) -> None:
         self._sampling = sampling
         self._grammar = grammar
+        self._ends = sorted(ends)
+        self._held = min_tokens if self._ends else 0  # tokens of the answer that may not be ends
         self._counts: Counter[int] = Counter()  # of the answer's tokens
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
         self._bias = dict(sampling.logit_bias)
         self._changes = (
             bool(self._bias or sampling.presence_penalty or sampling.frequency_penalty or grammar is not None)
             or sampling.repetition_penalty != 1
+            or self._held > 0
         )
 
     @property
@@ -44,6 +58,7 @@ class Sampler:
     def accept(self, token: int) -> None:
         """Take note of a token of the answer."""
         sampling = self._sampling
+        self._held = max(self._held - 1, 0)
         if sampling.presence_penalty or sampling.frequency_penalty:
             self._counts[token] += 1
         if sampling.repetition_penalty != 1:
@@ -67,7 +82,13 @@ class Sampler:
             self._grammar.forbid(row)
             if not bool(row.max() > -math.inf):
                 raise RequestError("the grammar of this request allows no token here")
-        return row
+        return self._without_ends(row) if self._held else row
+
+    def _without_ends(self, row: Tensor) -> Tensor:
+        """`row` `[V]` with its ends forbidden; as it was, where a grammar lets nothing else come."""
+        kept = row.clone()
+        kept[[token for token in self._ends if token < len(row)]] = -math.inf
+        return kept if bool(kept.max() > -math.inf) else row
 
 
 def check_bias(sampling: Sampling, vocab_size: int) -> None:

@@ -3,18 +3,17 @@
 | status | what it means | raised as |
 |---|---|---|
 | 400 | no JSON, or JSON that asks for what cannot be, such as too long a prompt | `RequestError`, `TextError` |
+| 400 | JSON that does not fit the schema; `param` says where | pydantic's `RequestValidationError` |
 | 401, 403 | no valid API key; a host or an origin that may not ask | `ApiError` |
 | 404, 405 | no such model or route; a route without that method | `ApiError`, starlette's `HTTPException` |
 | 408 | the request itself did not arrive in time | `ApiError` |
 | 413 | the body is larger than the server takes | `ApiError` |
-| 422 | JSON that does not fit the schema; `param` says where | pydantic's `RequestValidationError` |
 | 429 | the queue is full; `Retry-After` says when to come again | `Overloaded` |
 | 500 | a defect, or a model whose numbers are none: details are in the log, under the request's id | anything else |
 | 503 | the server is shutting down | `Stopping` |
 | 504 | the request took longer than it may | `TimedOut` |
 
-400 and 422 are told apart because clients do so: `openai.BadRequestError` and `openai.UnprocessableEntityError`. Under
-`/v1/messages` both are 400, as they are at Anthropic.
+Nothing is a 422: both APIs answer 400 to a body that does not fit, and clients look for that.
 """
 
 import http
@@ -35,6 +34,7 @@ from kvist.base.errors import (
     KvistError,
     NumericsError,
     Overloaded,
+    PromptTooLong,
     RequestError,
     Stopping,
     TextError,
@@ -72,22 +72,30 @@ class ApiError(KvistError):
 
 @dataclass(frozen=True)
 class Problem:
-    """What a client is told. `param`: the part of the request at fault, as in `messages.0.content`."""
+    """What a client is told. `param`: the part of the request at fault, as in `messages.0.content`; `addition`: what
+    OpenAI's clients are told beside the message."""
 
     status: int
     message: str
     code: str | None = None
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    addition: str = ""
 
 
 def problem_of(error: BaseException) -> Problem:
     """What a client is told about `error`. A defect of ours is told without its message, which the log has."""
     if isinstance(error, ApiError):
         return Problem(error.status, str(error), error.code, error.param, error.headers)
+    if isinstance(error, PromptTooLong):
+        # The words by which agents know that they must shorten a conversation, and by which they learn how much.
+        limit = f" This model's maximum context length is {error.context} tokens."
+        return Problem(400, str(error), "context_length_exceeded", error.param, addition=limit)
     if isinstance(error, ContextError):
-        return Problem(400, str(error), "context_length_exceeded")
-    if isinstance(error, RequestError | TextError):
+        return Problem(400, str(error), "context_length_exceeded", error.param)
+    if isinstance(error, RequestError):
+        return Problem(400, str(error), None, error.param)
+    if isinstance(error, TextError):
         return Problem(400, str(error))
     if isinstance(error, Overloaded):
         return Problem(429, str(error), "overloaded", headers={"retry-after": str(error.retry_after)})
@@ -111,7 +119,10 @@ def openai_error(problem: Problem) -> dict[str, Any]:
     kind = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}.get(
         problem.status, "server_error" if problem.status >= 500 else "invalid_request_error"
     )
-    return {"error": {"message": _shown(problem), "type": kind, "param": problem.param, "code": problem.code}}
+    message = _shown(problem)
+    if problem.addition:
+        message = f"{message.removesuffix('.')}.{problem.addition}"
+    return {"error": {"message": message, "type": kind, "param": problem.param, "code": problem.code}}
 
 
 _ANTHROPIC_TYPES = {
@@ -136,15 +147,13 @@ def anthropic_error(problem: Problem, request_id: str | None = None) -> dict[str
 
 def error_response(problem: Problem, path: str, request_id: str | None = None) -> Response:
     """The response in the shape that clients of `path` read."""
-    status = problem.status
     if path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"):
         body = anthropic_error(problem, request_id)
-        status = 400 if status == 422 else status  # Anthropic's API makes no difference between the two
     else:
         body = openai_error(problem)
     # ASCII only: a client's own words may hold lone surrogates, which no UTF-8 can carry.
     content = json.dumps(body, ensure_ascii=True).encode()
-    return Response(content, status, dict(problem.headers), "application/json")
+    return Response(content, problem.status, dict(problem.headers), "application/json")
 
 
 _OPENAI_SCHEMA = {
@@ -176,12 +185,16 @@ _ANTHROPIC_SCHEMA = {
         "request_id": {"type": ["string", "null"]},
     },
 }
-_STATUSES = (400, 401, 403, 404, 405, 408, 413, 422, 429, 500, 503, 504)
+_STATUSES = (400, 401, 403, 404, 405, 408, 413, 429, 500, 503, 504)
 
 
 def _responses(schema: Mapping[str, Any]) -> dict[int | str, dict[str, Any]]:
     content = {"application/json": {"schema": schema}}
-    return {status: {"description": http.HTTPStatus(status).phrase, "content": content} for status in _STATUSES}
+    described: dict[int | str, dict[str, Any]] = {
+        status: {"description": http.HTTPStatus(status).phrase, "content": content} for status in _STATUSES
+    }
+    # Without it, FastAPI would describe a 422 of its own, which is never answered.
+    return described | {"4XX": {"description": "Another mistake of the request", "content": content}}
 
 
 # What a route may answer beside what it declares itself: `responses=` of a FastAPI router.
@@ -238,10 +251,27 @@ def _invalid(error: RequestValidationError) -> Problem:
     paths = [_path(complaint["loc"], complaint["type"], error.body) for complaint in complaints]
     best = max(range(len(paths)), key=lambda index: len(paths[index]))
     if first["loc"] == ("body",) and isinstance(error.body, bytes | None):
-        return Problem(422, "the body must be JSON, sent as application/json", "invalid_body")
-    message = complaints[best]["msg"].removeprefix("Value error, ")
-    param = ".".join(map(str, paths[best]))[:_MOST_PARAM]
-    return Problem(422, f"{param}: {message}" if param else message, "invalid_value", param or None)
+        return Problem(400, "the body must be JSON, sent as application/json", "invalid_body")
+    message, said = _said(complaints[best]), complaints[best].get("ctx", {}).get("param")
+    param = (said or ".".join(map(str, paths[best])))[:_MOST_PARAM]
+    if param and not said:
+        message = f"{param}: {message}"
+    return Problem(400, message, "invalid_value", param or None)
+
+
+def _said(complaint: Mapping[str, Any]) -> str:
+    """What a complaint says, without names that stand in our sources alone."""
+    if complaint["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return "it must be an object"
+    if complaint["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        context = complaint["ctx"]
+        # A discriminator is the quoted name of a field, whose values are tags, or a function, whose tags are ours.
+        if not str(context["discriminator"]).startswith("'"):
+            return "it has none of the forms that are known here"
+        if complaint["type"] == "union_tag_not_found":
+            return f"it must have a field {context['discriminator']}"
+        return f"{context['discriminator']} is {context['tag'][:50]!r}, and must be one of {context['expected_tags']}"
+    return str(complaint["msg"]).removeprefix("Value error, ")
 
 
 def _path(location: Sequence[int | str], kind: str, body: Any) -> list[int | str]:

@@ -14,14 +14,14 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from kvist.base.errors import ContextError, KvistError, RequestError, TextError
-from kvist.base.units import plural
+from kvist.base.errors import KvistError, PromptTooLong, RequestError, TextError
 from kvist.runtime.request import FinishReason, Grammar, Request, Sampling
 from kvist.service.constraints import AfterReasoning, Either
 from kvist.service.contexts import Context
 from kvist.service.explanation import NOWHERE, Origin
+from kvist.service.guide import Guide
 from kvist.service.places import Place, find_places
-from kvist.service.session import Job, NewToken, Session
+from kvist.service.session import Job, NewToken, PrefillProgress, Session
 from kvist.service.shelf import check_begins, with_context
 from kvist.text.chat import ChatTemplate
 from kvist.text.response import Part, ResponseFormat, ResponseParser, ToolCallEnd
@@ -54,8 +54,8 @@ class ToolChoice(StrEnum):
 @dataclass(frozen=True)
 class Options:
     """How any answer is drawn, chat or not. `max_tokens` None: as many as the context leaves room for. `session`: the
-    client's name for requests that belong together; `kept`, `ttl`, `adapter`, `imported`: see
-    `Request`."""
+    client's name for requests that belong together; `stop_ids`: tokens that end it, beside the model's own;
+    `min_tokens`, `kept`, `ttl`, `adapter`, `imported`: see `Request`; `progress`: see `Job`."""
 
     max_tokens: int | None
     sampling: Sampling
@@ -71,6 +71,9 @@ class Options:
     ttl: float = 0.0
     adapter: str = ""
     imported: str = ""
+    stop_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,9 @@ class ChatRequest:
     `messages` are as chat templates take them: role, content (a text), tool_calls, tool_call_id, name,
     reasoning_content. A call's arguments are an object or its JSON text; text is better, because a template that can
     write it as it is then renders what the model wrote, token by token. `tool_name`, with REQUIRED: the tool that is
-    called. `schema`: the answer is JSON that follows it; `{}`: any JSON object. `continue_final`: the last message is
-    the assistant's and is continued. `context`: of the form "chat", stands before everything else.
+    called. `schema`: the answer is JSON that follows it; `{}`: any JSON object. `guide`: or it is a text of that kind.
+    `continue_final`: the last message is the assistant's and is continued. `context`: of the form "chat", stands before
+    everything else.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -91,6 +95,7 @@ class ChatRequest:
     tool_name: str | None = None
     parallel_tool_calls: bool = True
     schema: Mapping[str, Any] | None = None
+    guide: Guide | None = None
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     continue_final: bool = False
     context: Context | None = None
@@ -104,7 +109,8 @@ class ChatRequest:
 @dataclass(frozen=True)
 class ChatDelta:
     """What one step added to one choice. The last one of a choice has `finish`, with the stop string that ended it, and
-    `error` where it failed."""
+    `error` where it failed. `reasoning`: how many of `tokens` were drawn while it reasoned, the mark that ends that
+    included. One with `progress` adds nothing."""
 
     choice: int
     parts: tuple[Part, ...]
@@ -112,6 +118,8 @@ class ChatDelta:
     finish: FinishReason | None
     stop: str | None
     error: KvistError | None
+    reasoning: int = 0
+    progress: PrefillProgress | None = None
 
 
 @dataclass
@@ -125,12 +133,22 @@ class ChatSession:
     async def __aiter__(self) -> AsyncIterator[ChatDelta]:
         async for delta in self.session:
             parser = self.parsers[delta.choice]
+            reasoning = len(delta.tokens) if parser.reasons else 0
             parts = parser.push(delta.text)
             if delta.finish_reason is not None:
                 parts += parser.finish()
             if any(isinstance(part, ToolCallEnd) for part in parts):
                 self.called.add(delta.choice)
-            yield ChatDelta(delta.choice, tuple(parts), delta.tokens, delta.finish_reason, delta.stop, delta.error)
+            yield ChatDelta(
+                delta.choice,
+                tuple(parts),
+                delta.tokens,
+                delta.finish_reason,
+                delta.stop,
+                delta.error,
+                reasoning,
+                delta.progress,
+            )
 
     def cancel(self) -> None:
         """End what has not ended, at any moment, any number of times."""
@@ -252,6 +270,8 @@ class Chat:
             raise RequestError("an answer that continues a message cannot be held to a schema: ask for a new one")
         if schema is not None:
             answer = grammars.json_schema(schema) if schema else grammars.json_object()
+        elif request.guide is not None:
+            answer = request.guide.grammar(grammars)
         if not request.tools or request.tool_choice is ToolChoice.NONE:
             return answer
         required = request.tool_choice is ToolChoice.REQUIRED
@@ -281,21 +301,18 @@ def text_job(
 ) -> Job:
     """A job that continues a prompt of token ids. More tokens than the context leaves room for are not asked for.
 
-    Raises `RequestError`, and `ContextError` for a prompt that leaves no room.
+    Raises `RequestError`, and `PromptTooLong` for a prompt that leaves no room.
     """
     StopStrings(options.stops)  # refuses one that is empty
     room = serving.context - len(prompt)
     wanted = room if options.max_tokens is None else min(options.max_tokens, room)
     if room < 0 or (room == 0 and options.max_tokens != 0):
-        raise ContextError(
-            f"the prompt has {plural(len(prompt), 'token')} and the context holds {serving.context:,}: "
-            "no room is left for an answer"
-        )
+        raise PromptTooLong(len(prompt), serving.context - (options.max_tokens != 0), serving.context)
     request = Request(
         prompt=tuple(prompt),
         max_tokens=wanted,
         sampling=options.sampling,
-        stop_ids=frozenset() if options.ignore_eos else serving.tokenizer.eos_ids,
+        stop_ids=options.stop_ids | (frozenset() if options.ignore_eos else serving.tokenizer.eos_ids),
         logprobs=options.logprobs,
         prompt_logprobs=options.prompt_logprobs,
         grammar=grammar,
@@ -305,8 +322,9 @@ def text_job(
         ttl=options.ttl,
         adapter=options.adapter,
         imported=options.imported,
+        min_tokens=options.min_tokens,
     )
-    return Job(request, options.choices, options.stops, keep_special, origin)
+    return Job(request, options.choices, options.stops, keep_special, origin, options.progress)
 
 
 def _check_tools(request: ChatRequest) -> None:

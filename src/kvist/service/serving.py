@@ -29,7 +29,7 @@ from kvist.service.keeping import Kept
 from kvist.service.live_session import LiveSession
 from kvist.service.loaded import Loaded
 from kvist.service.sampling import read_proposed
-from kvist.service.session import Delta, Job, NewToken
+from kvist.service.session import Delta, Job, NewToken, PrefillProgress
 from kvist.service.shelf import Shelf
 from kvist.service.tenants import Tenant
 from kvist.service.text_stream import TextStream, stop_strings
@@ -291,6 +291,7 @@ class Serving:
                 gaps=tuple(s.times.last - lasts[s] for s in new if lasts.get(s)),
             )
         )
+        deliveries += self._progress(ended)
         # Told last, so that whoever has an answer finds it counted.
         self._send(deliveries)
         return bool(drawn) or engine.counters.steps > steps
@@ -309,6 +310,17 @@ class Serving:
                 session.unfinished -= 1
             error = KvistError("the engine failed on this request; the server's log says why")
             return [(session, Delta(index, "", (), FinishReason.FAILED, None, error))]
+
+    def _progress(self, now: float) -> list[tuple[LiveSession, Delta]]:
+        """How far the prompts are of which somebody wants to know, and of which no token is drawn yet."""
+        told = []
+        for sequence, (session, index) in self._sessions.items():
+            if session.job.progress and not index and sequence.lease is not None and not sequence.times.first:
+                cached, total = sequence.cached.prompt, session.prompt_tokens
+                seconds = now - sequence.times.admitted
+                done = PrefillProgress(total, cached, min(sequence.lease.length, total), seconds)
+                told.append((session, Delta(index, "", (), progress=done)))
+        return told
 
     def _deltas_of(self, drawn: Drawn) -> list[tuple[LiveSession, Delta]]:
         """What a drawn token is to its session. A stop string ends the sequence."""
@@ -397,7 +409,8 @@ class Serving:
             return
         stops = stop_strings(self.tokenizer, job.stops)
         for index, sequence in enumerate(sequences):
-            text = TextStream(self.tokenizer, self.tokenizer.eos_ids, stops, job.keep_special)
+            ends = self.tokenizer.eos_ids | job.request.stop_ids
+            text = TextStream(self.tokenizer, ends, stops, job.keep_special)
             session.choices.append((sequence, text))
             self._sessions[sequence] = session, index
 

@@ -16,6 +16,7 @@ class Job:
     `choices`: how many answers; choice `i` draws with the seed of the request + `i` (modulo 2^64), and all share the
     prompt's blocks. `stops`: stop strings. `keep_special`: special tokens (but for those that end a text) give their
     text, as whoever parses tool calls needs it. `origin`: what the prompt's tokens were made of, for explanations.
+    `progress`: how far the prompt is computed is told after each step, until its first token is drawn.
     """
 
     request: Request
@@ -23,6 +24,7 @@ class Job:
     stops: tuple[str, ...] = ()
     keep_special: bool = False
     origin: Origin = NOWHERE
+    progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,21 @@ class NewToken:
 
 
 @dataclass(frozen=True)
+class PrefillProgress:
+    """How far a prompt is computed, in tokens: `processed` of `total`, of which `cached` were read from the cache.
+    `seconds`: since it was begun."""
+
+    total: int
+    cached: int
+    processed: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Delta:
     """What one step added to one choice. `text` is settled: all pieces joined are the whole. The last delta of a choice
-    has `finish_reason`, with `stop` where a stop string ended it, and `error` where it was ended by a failure."""
+    has `finish_reason`, with `stop` where a stop string ended it, and `error` where it was ended by a failure. One with
+    `progress` adds nothing."""
 
     choice: int
     text: str
@@ -44,6 +58,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop: str | None = None
     error: KvistError | None = None
+    progress: PrefillProgress | None = None
 
 
 class Session(Protocol):

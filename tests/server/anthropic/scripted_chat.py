@@ -26,6 +26,7 @@ from kvist.text.response import Part
 T = TypeVar("T")
 MODEL = "twig-1"
 ASK: dict[str, Any] = {"model": "any", "max_tokens": 100, "messages": [{"role": "user", "content": "Hello"}]}
+THINK: dict[str, Any] = {"type": "enabled", "budget_tokens": 1024}
 
 
 @dataclass
@@ -121,9 +122,10 @@ def said(
     finish: FinishReason | None = None,
     stop: str | None = None,
     error: KvistError | None = None,
+    reasoning: int = 0,
 ) -> ChatDelta:
     """A delta of the only choice."""
-    return ChatDelta(0, parts, tuple(NewToken(token, None) for token in range(tokens)), finish, stop, error)
+    return ChatDelta(0, parts, tuple(NewToken(token, None) for token in range(tokens)), finish, stop, error, reasoning)
 
 
 def application(chat: ScriptedChat, settings: ServerSettings | None = None) -> ASGIApp:

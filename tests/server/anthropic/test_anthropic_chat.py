@@ -10,7 +10,7 @@ import anthropic
 import pytest
 from anthropic.types import Message
 from fastapi import FastAPI
-from scripted_chat import ASK, with_client
+from scripted_chat import ASK, THINK, with_client
 
 from kvist.runtime.request import FinishReason, TokenLogprobs
 from kvist.server import anthropic as api
@@ -129,7 +129,7 @@ def plain(message: Message) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("width", [1, 2, 7, 1000])
 def test_a_text_with_thinking_and_calls_is_taken_apart(model: Path, width: int) -> None:
     serving = writing(model, f"<think>\nHm.\n</think>\n\nI look.\n{CALL}", width)
-    whole, streamed = answers(serving, tools=[LIST])
+    whole, streamed = answers(serving, tools=[LIST], thinking=THINK)
     assert plain(whole) == plain(streamed)
     thinking, text, call = plain(whole)
     assert thinking["type"] == "thinking"
@@ -155,7 +155,7 @@ def test_what_the_model_is_shown(model: Path) -> None:
         {
             "role": "assistant",
             "content": [
-                {"type": "thinking", "thinking": "Hm.", "signature": ""},
+                {"type": "thinking", "thinking": "Hm.", "signature": "any"},
                 {"type": "text", "text": "I look."},
                 {"type": "tool_use", "id": "t1", "name": "list_files", "input": {"path": "a"}},
             ],

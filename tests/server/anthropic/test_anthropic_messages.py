@@ -6,11 +6,12 @@ from typing import Any
 import anthropic
 import pytest
 from anthropic.types import Message
-from scripted_chat import ASK, MODEL, Script, ScriptedChat, application, post, said, with_client
+from scripted_chat import ASK, MODEL, THINK, Script, ScriptedChat, application, post, said, with_client
 
 from kvist.base.errors import ContextError, KvistError, NumericsError, Overloaded, RequestError, Stopping, TimedOut
 from kvist.cache.layout import BLOCK_SIZE
 from kvist.runtime.request import FinishReason
+from kvist.server.sealed import signature_of
 from kvist.server.settings import ServerSettings
 from kvist.service.chat import ToolChoice
 from kvist.text.response import Content, Reasoning, ToolCallArguments, ToolCallBegin, ToolCallEnd
@@ -49,10 +50,10 @@ def test_thinking_and_calls_are_blocks_of_their_own() -> None:
     parts = (Reasoning("Hm, "), Reasoning("Ulm."), Content("\n\n"), Content("I look."), Content("\n"), *CALL)
     second = (ToolCallBegin(1, "weather"), ToolCallArguments(1, "{}"), ToolCallEnd(1))
     chat = ScriptedChat(Script([said(*parts), said(*second, finish=STOP)]))
-    message = create(chat, tools=[WEATHER])
+    message = create(chat, tools=[WEATHER], thinking=THINK)
     thinking, text, first, other = message.content
     assert thinking.type == "thinking"
-    assert (thinking.thinking, thinking.signature) == ("Hm, Ulm.", "")
+    assert (thinking.thinking, thinking.signature) == ("Hm, Ulm.", signature_of("Hm, Ulm."))
     assert text.type == "text"
     assert text.text == "\n\nI look.\n"
     assert first.type == "tool_use"
@@ -174,7 +175,7 @@ def test_cache_control_is_checked(control: Any) -> None:
     text = {"type": "text", "text": "t", "cache_control": control}
     for fields in ({"cache_control": control}, {"messages": [{"role": "user", "content": [text]}]}):
         response = post(application(ScriptedChat(Script())), ASK | fields)
-        assert response.status_code in (400, 422)
+        assert response.status_code == 400
         assert "cache_control" in response.json()["error"]["message"]
 
 
@@ -227,7 +228,7 @@ def test_a_schema_for_the_answer() -> None:
     chat = ScriptedChat(Script([said(Content('{"a": 1}'), finish=STOP)]))
     create(chat, output_config={"format": {"type": "json_schema", "schema": schema}, "effort": "max"})
     assert chat.request.schema == schema
-    assert chat.request.template_variables == {"reasoning_effort": "high"}
+    assert chat.request.template_variables == {"enable_thinking": False, "reasoning_effort": "high"}
 
 
 def test_tokens_are_counted() -> None:
@@ -323,6 +324,6 @@ def test_keys_are_taken_from_their_header_and_name_the_tenant() -> None:
 def test_what_is_no_request_is_refused(fields: dict[str, Any]) -> None:
     chat = ScriptedChat(Script([said(finish=STOP)]))
     response = post(application(chat), {name: value for name, value in (ASK | fields).items() if value is not None})
-    assert response.status_code in (400, 422)
+    assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
     assert not chat.sessions

@@ -123,7 +123,7 @@ def test_the_last_message_is_continued_when_it_is_the_assistants() -> None:
 @pytest.mark.parametrize(
     ("thinking", "expected"),
     [
-        (None, {}),
+        (None, {"enable_thinking": False}),
         ({"type": "enabled", "budget_tokens": 1024}, {"enable_thinking": True}),
         ({"type": "adaptive", "display": "summarized"}, {"enable_thinking": True}),
         ({"type": "disabled"}, {"enable_thinking": False}),
@@ -155,7 +155,7 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://localhost/a.p
         (
             [{"role": "user", "content": [IMAGE | {"type": "document"}]}],
             {},
-            "messages.0.content.0: blocks of type 'doc",
+            "messages.0.content.0.source: documents of type 'url'",
         ),
         (
             [USER, {"role": "assistant", "content": [CALL]}, {"role": "user", "content": [result("c1", [IMAGE])]}],
@@ -187,7 +187,7 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://localhost/a.p
             {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
             "tools.0: .*'web_search_20250305'",
         ),
-        ([USER], {"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools.0: .*'bash_20250124'"),
+        ([USER], {"tools": [{"type": "computer_20250124", "name": "computer"}]}, "tools.0: .*'computer_20250124'"),
         ([USER], {"tools": [{"type": "custom", "name": "x"}]}, "tools.0.input_schema: a custom tool needs one"),
         ([USER], {"tool_choice": {"type": "auto", "name": "x"}}, "tool_choice: a name belongs to"),
         ([USER], {"tool_choice": {"type": "tool"}}, "tool_choice: a name belongs to"),
@@ -196,3 +196,66 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://localhost/a.p
 def test_what_cannot_be_done_is_refused_with_its_place(messages: list[Any], fields: dict[str, Any], why: str) -> None:
     with pytest.raises(RequestError, match=why):
         request(messages, **fields)
+
+
+DOCUMENT = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "Rain in Ulm."}}
+
+
+def test_documents_of_text_are_read() -> None:
+    titled = DOCUMENT | {"title": "weather.txt", "context": "of today", "cache_control": {"type": "ephemeral"}}
+    parts = {"type": "document", "source": {"type": "content", "content": [text("one"), text("two")]}}
+    plain = {"type": "document", "source": {"type": "content", "content": "three"}, "citations": {"enabled": False}}
+    asked = request([{"role": "user", "content": [titled, parts, plain, text("Well?")]}])
+    assert asked.messages[0]["content"] == (
+        "<document>\n<source>weather.txt</source>\n<context>of today</context>\n"
+        "<document_content>\nRain in Ulm.\n</document_content>\n</document>\n"
+        "<document>\n<document_content>\none\ntwo\n</document_content>\n</document>\n"
+        "<document>\n<document_content>\nthree\n</document_content>\n</document>\n"
+        "Well?"
+    )
+    called = {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "a", "input": {}}]}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [DOCUMENT]}
+    asked = request([USER, called, {"role": "user", "content": [result]}])
+    assert "Rain in Ulm." in asked.messages[-1]["content"]
+
+
+@pytest.mark.parametrize(
+    ("block", "why"),
+    [
+        (DOCUMENT | {"citations": {"enabled": True}}, "messages.0.content.0.citations: models here do not cite"),
+        (DOCUMENT | {"source": {"type": "base64", "media_type": "application/pdf", "data": ""}}, "'base64'"),
+        (DOCUMENT | {"source": {"type": "file", "file_id": "f"}}, "'file'"),
+        (DOCUMENT | {"source": {"type": "content", "content": [IMAGE]}}, "content.0.source.content.0: .*'image'"),
+    ],
+)
+def test_documents_that_cannot_be_read_are_refused(block: dict[str, Any], why: str) -> None:
+    with pytest.raises(RequestError, match=why):
+        request([{"role": "user", "content": [block]}])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "command"),
+    [
+        ("bash_20241022", "bash", None),
+        ("bash_20250124", "bash", None),
+        ("text_editor_20250124", "str_replace_editor", "undo_edit"),
+        ("text_editor_20250728", "str_replace_based_edit_tool", "insert"),
+        ("text_editor_20991231", "str_replace_based_edit_tool", "insert"),
+        ("memory_20250818", "memory", "rename"),
+    ],
+)
+def test_tools_that_the_client_runs_are_described(kind: str, name: str, command: str | None) -> None:
+    (tool,) = request([USER], tools=[{"type": kind, "name": name, "max_characters": 100}]).tools
+    assert tool.name == name
+    assert tool.description
+    commands = tool.parameters["properties"]["command"].get("enum", [None])
+    assert command in commands
+    assert ("undo_edit" in commands) == (kind == "text_editor_20250124")
+
+
+@pytest.mark.parametrize(
+    "kind", ["web_search_20250305", "web_fetch_20260209", "code_execution_20260120", "tool_search_tool_bm25_20251119"]
+)
+def test_tools_that_a_server_would_run_are_refused_by_name(kind: str) -> None:
+    with pytest.raises(RequestError, match=f"tools.0: .*{kind}"):
+        request([USER], tools=[{"type": kind, "name": "any"}])

@@ -10,13 +10,26 @@ import pytest
 from anthropic.types import Message
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_chat import ASK, MODEL, Script, ScriptedChat, application, events_of, post, said, streamed, with_client
+from scripted_chat import (
+    ASK,
+    MODEL,
+    THINK,
+    Script,
+    ScriptedChat,
+    application,
+    events_of,
+    post,
+    said,
+    streamed,
+    with_client,
+)
 from starlette.types import Message as AsgiMessage
 
 from kvist.base.errors import NumericsError, Stopping, TimedOut
 from kvist.runtime.request import FinishReason
 from kvist.server.anthropic import messages
 from kvist.server.anthropic.stream import Blocks, Event, content_of, encoded
+from kvist.server.sealed import signature_of
 from kvist.text.response import Content, Part, Reasoning, ToolCallArguments, ToolCallBegin, ToolCallEnd
 
 STOP = FinishReason.STOP
@@ -112,7 +125,7 @@ def test_parts_become_blocks_in_their_order_however_they_are_cut(
     content = content_of(events)
     for block in content:
         assert block.pop("id", "toolu_").startswith("toolu_")
-        assert block.pop("signature", "") == ""
+        assert block.pop("signature", None) == (signature_of(block["thinking"]) if "thinking" in block else None)
     blanks = "".join(part.text for part in parts if isinstance(part, Content | Reasoning) and not part.text.strip())
     if not blanks:
         assert content == expected
@@ -131,8 +144,10 @@ def test_white_space_alone_makes_no_block() -> None:
 
 def test_the_events_of_an_answer() -> None:
     call = [ToolCallBegin(0, "f"), ToolCallArguments(0, "{}"), ToolCallEnd(0)]
-    script = Script([said(Reasoning("Hm.")), said(Content("Yes")), said(*call), said(tokens=1, finish=STOP)], 7, 3)
-    events = streamed(ScriptedChat(script))
+    script = Script(
+        [said(Reasoning("Hm.")), said(Content("Yes"), reasoning=1), said(*call), said(tokens=1, finish=STOP)], 7, 3
+    )
+    events = streamed(ScriptedChat(script), thinking=THINK)
     check_order(events)
     start = events[0]["message"]
     assert start.pop("id").startswith("msg_")
@@ -162,7 +177,11 @@ def test_the_events_of_an_answer() -> None:
             "content_block": {"type": "thinking", "thinking": "", "signature": ""},
         },
         {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "Hm."}},
-        {"type": "content_block_delta", "index": 0, "delta": {"type": "signature_delta", "signature": ""}},
+        {
+            "type": "content_block_delta",
+            "index": 0,
+            "delta": {"type": "signature_delta", "signature": signature_of("Hm.")},
+        },
         {"type": "content_block_stop", "index": 0},
         {"type": "content_block_start", "index": 1, "content_block": {"type": "text", "text": ""}},
         {"type": "content_block_delta", "index": 1, "delta": {"type": "text_delta", "text": "Yes"}},
@@ -203,7 +222,7 @@ def test_the_client_puts_a_stream_together() -> None:
     pieces: list[str] = []
 
     async def read(client: anthropic.AsyncAnthropic) -> Message:
-        async with client.messages.stream(**ASK) as stream:
+        async with client.messages.stream(**ASK, thinking=THINK) as stream:
             async for event in stream:
                 if event.type == "text":
                     pieces.append(event.text)
@@ -228,8 +247,8 @@ def test_the_client_puts_a_stream_together() -> None:
 def test_a_stream_says_what_a_whole_answer_says() -> None:
     call = [ToolCallBegin(0, "f"), ToolCallArguments(0, '{"a": 1}'), ToolCallEnd(0)]
     script = Script([said(Reasoning("r")), said(Content("t"), *call), said(Content("u"), finish=STOP)], 90, 64)
-    whole = post(application(ScriptedChat(script)), ASK).json()
-    events = streamed(ScriptedChat(script))
+    whole = post(application(ScriptedChat(script)), ASK | {"thinking": THINK}).json()
+    events = streamed(ScriptedChat(script), thinking=THINK)
     start, end = events[0]["message"], events[-2]
     again = {**start, **end["delta"], "content": content_of(events), "usage": end["usage"]}
     for message in (whole, again):

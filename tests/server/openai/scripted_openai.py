@@ -178,9 +178,10 @@ def said(
     finish: FinishReason | None = None,
     stop: str | None = None,
     error: KvistError | None = None,
+    reasoning: int = 0,
 ) -> ChatDelta:
     """A delta of a chat; `tokens` are the bytes of a text, or so many of which nobody asks."""
-    return ChatDelta(choice, parts, _tokens(tokens, logprobs), finish, stop, error)
+    return ChatDelta(choice, parts, _tokens(tokens, logprobs), finish, stop, error, reasoning)
 
 
 def wrote(

@@ -45,8 +45,8 @@ def test_reasoning_is_kept_apart_and_counted() -> None:
     steps = [
         said(tokens=2),
         said(Reasoning("Hm, "), tokens=1),
-        said(Reasoning("hm."), tokens=3),
-        said(Content("Yes."), tokens=2),
+        said(Reasoning("hm."), tokens=3, reasoning=3),
+        said(Content("Yes."), tokens=2, reasoning=2),
         said(finish=STOP),
     ]
     answer = create(ScriptedChat(steps))

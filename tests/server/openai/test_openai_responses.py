@@ -38,13 +38,13 @@ FILES = {
     "type": "namespace",
     "name": "mcp__files",
     "description": "An MCP server.",
-    "tools": [{"type": "function", "name": "read"}, {"type": "custom", "name": "patch"}],
+    "tools": [{"type": "function", "name": "read"}],
 }
 CALL = (ToolCallBegin(0, "weather"), ToolCallArguments(0, '{"place":'), ToolCallArguments(0, ' "Ulm"}'), ToolCallEnd(0))
 AGENT = [
     said(tokens=1),
     said(Reasoning("Hm, "), tokens=2),
-    said(Reasoning("Ulm."), Content("\n\n"), tokens=3),
+    said(Reasoning("Ulm."), Content("\n\n"), tokens=3, reasoning=3),
     said(Content("I look."), tokens=2),
     said(*CALL, tokens=4),
     said(Content("\n"), ToolCallBegin(1, "mcp__files__read"), ToolCallArguments(1, "{}"), ToolCallEnd(1), tokens=5),
@@ -83,12 +83,12 @@ def test_a_text() -> None:
     assert (answer.status, answer.error, answer.incomplete_details) == ("completed", None, None)
     assert (answer.model, answer.object, answer.temperature, answer.top_p) == (MODEL, "response", 0.5, 1.0)
     assert (answer.instructions, answer.metadata, answer.previous_response_id) == ("Be kind.", {"a": "b"}, None)
-    assert answer.model_extra["store"] is False
+    assert answer.model_extra["store"] is True
     assert (answer.tools, answer.tool_choice, answer.parallel_tool_calls) == ([], "auto", True)
     assert answer.text.format.type == "text"
     usage = answer.usage
     assert (usage.input_tokens, usage.output_tokens, usage.total_tokens) == (12, 3, 15)
-    assert (usage.input_tokens_details.cached_tokens, usage.input_tokens_details.cache_write_tokens) == (8, 4)
+    assert (usage.input_tokens_details.cached_tokens, usage.input_tokens_details.cache_write_tokens) == (8, 0)
     assert chat.request.messages == ({"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"})
     assert chat.session.cancelled
 
@@ -276,7 +276,7 @@ def test_what_the_model_said_before_is_one_message_a_turn() -> None:
 
 
 def test_tools_and_their_choice() -> None:
-    tools = [WEATHER, FILES, {"type": "web_search", "external_web_access": False}, {"type": "custom", "name": "patch"}]
+    tools = [WEATHER, FILES]
     request = asked(tools=tools, parallel_tool_calls=False)
     assert [(tool.name, tool.strict) for tool in request.tools] == [("weather", True), ("mcp__files__read", False)]
     assert (request.tool_choice, request.parallel_tool_calls) == (ToolChoice.AUTO, False)
@@ -317,16 +317,19 @@ def test_options() -> None:
     [
         ({"input": []}, "input", "at least 1"),
         ({"input": None}, "input", "list"),
-        ({"previous_response_id": "resp_1"}, None, "send the whole conversation"),
-        ({"conversation": "conv_1"}, None, "send the whole conversation"),
-        ({"prompt": {"id": "p"}}, None, "send the prompt itself"),
-        ({"background": True}, None, "background"),
-        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.0", "nothing is stored"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "send the whole conversation"),
+        ({"conversation": "conv_1"}, "conversation", "send the whole conversation"),
+        ({"prompt": {"id": "p"}}, "prompt", "send the prompt itself"),
+        ({"background": True}, "background", "background"),
+        ({"guided_json": {}, "structured_outputs": {"regex": "a"}}, "structured_outputs", "text.format"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0", "'web_search' are not supported"),
+        ({"tools": [{"type": "custom", "name": "patch"}]}, "tools.0", "'custom' are not supported"),
+        ({"tools": [FILES | {"tools": [{"type": "mcp"}]}]}, "tools.0.tools.0", "'mcp' are not supported"),
         ({"input": [{"type": "custom_tool_call", "call_id": "c"}]}, "input.0", "'custom_tool_call' are not supported"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0", "no input_image"),
         ({"input": [{"role": "tool", "content": "a"}]}, "input.0.role", "'user'"),
         ({"tool_choice": {"type": "web_search_preview"}}, "tool_choice", "function"),
-        ({"tools": [{"name": "a"}]}, "tools.0.type", "required"),
+        ({"tools": [{"name": "a"}]}, "tools.0", "'type'"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema", "required"),
         ({"max_output_tokens": 0}, "max_output_tokens", "greater"),
         ({"metadata": {"a": 1}}, "metadata.a", "string"),
@@ -335,7 +338,7 @@ def test_options() -> None:
 def test_what_is_refused(fields: dict[str, Any], param: str | None, message: str) -> None:
     response = post(application(ScriptedChat()), PATH, {"input": "a", **fields})
     error = response.json()["error"]
-    assert (response.status_code, error["param"]) == (422, param), error
+    assert (response.status_code, error["param"]) == (400, param), error
     assert message in error["message"]
 
 

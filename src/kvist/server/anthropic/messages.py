@@ -10,6 +10,7 @@ takes longer than `PATIENCE`, it comes before, and counts the whole prompt as in
 counts in either case: the official clients, and whoever follows their types, let these replace the first ones.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -19,23 +20,21 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from kvist.base.errors import Stopping
-from kvist.cache.layout import BLOCK_SIZE
 from kvist.runtime.request import FinishReason, Sampling
 from kvist.server.anthropic.prompt import cache_ttl, chat_request, options_of
 from kvist.server.anthropic.replies import MessageReply, TokenCount, Usage
 from kvist.server.anthropic.schema import MessagesRequest, Prompt
-from kvist.server.anthropic.stream import Blocks, Event, content_of, encoded, paced
+from kvist.server.anthropic.stream import Blocks, Event, Thinking, content_of, encoded, paced
 from kvist.server.contexts import context_of
 from kvist.server.errors import ANTHROPIC_RESPONSES, anthropic_error, problem_of
 from kvist.server.limits import tenant_of
 from kvist.server.logs import Note, note
-from kvist.server.openai.replies import answers, new_id, noted_cache, reply
+from kvist.server.openai.replies import answers, left_in_cache, new_id, noted_cache, reply
 from kvist.server.openai.stream import raise_failure
 from kvist.server.settings import ServerSettings
 from kvist.service.chat import Chat, ChatDelta, ChatSession, Options
 from kvist.service.contexts import CHAT
 from kvist.service.serving import Serving
-from kvist.text.response import Reasoning
 
 log = logging.getLogger("kvist.server")
 
@@ -91,9 +90,10 @@ class Answer:
         self._stops = body.stop_sequences or ()  # templates have stops of their own beside them
         self._ttl = cache_ttl(body)
         self._begun = False  # from then on it is known what was read from the cache
-        self._thinks = False
         self._thinking_tokens = 0  # drawn while it thinks, the mark that ends it included
-        self._blocks = Blocks()
+        self._blocks = Blocks(_told_of_thinking(body))
+        # What is managed of the context is said where that was asked for: nothing.
+        self._managed = {"context_management": {"applied_edits": []}} if body.context_management else {}
 
     def message(self) -> MessageReply:
         """The message with what is known by now, and no content."""
@@ -115,15 +115,13 @@ class Answer:
         events: list[Event] = []
         if self._max_tokens:
             events = [event for part in delta.parts for event in self._blocks.push(part)]
-            self._thinking_tokens += len(delta.tokens) * self._thinks
-            if delta.parts:
-                self._thinks = isinstance(delta.parts[-1], Reasoning)
+            self._thinking_tokens += delta.reasoning
         if delta.finish is not None:
             reason = self._reason(delta)
             stop = {"stop_reason": reason, "stop_sequence": delta.stop if reason == "stop_sequence" else None}
             events += self._blocks.close()
             cache = noted_cache([self.session.session])
-            events.append({"type": "message_delta", "delta": stop, "usage": self._usage(), **cache})
+            events.append({"type": "message_delta", "delta": stop, "usage": self._usage(), **self._managed, **cache})
             self.ended = True
         return events
 
@@ -134,11 +132,12 @@ class Answer:
         end = events.pop()
         noted.finish = end["delta"]["stop_reason"]
         cache = noted_cache([self.session.session])
-        return {**self.message(), **end["delta"], "content": content_of(events), **cache}
+        return {**self.message(), **end["delta"], "content": content_of(events), **self._managed, **cache}
 
     async def events(self, noted: Note) -> AsyncIterator[bytes]:
         """The stream, event by event; those of one delta together."""
-        started = False
+        started, clock = False, asyncio.get_running_loop().time
+        spoken = clock()
         try:
             async for delta in paced(self.session, PATIENCE, PING):
                 events = [] if delta is None else self.push(delta)
@@ -146,10 +145,11 @@ class Answer:
                 if not started:
                     head = encoded({"type": "message_start", "message": self.message()}) + _PING
                     started = True
-                elif delta is None:
+                elif delta is None or (not events and clock() - spoken > PING):
                     head = _PING
                 if data := head + b"".join(map(encoded, events)):
                     yield data
+                    spoken = clock()
                 if self.ended:
                     noted.finish = events[-1]["delta"]["stop_reason"]
             self._check_ended()
@@ -178,8 +178,7 @@ class Answer:
     def _usage(self) -> Usage:
         session = self.session.session
         prompt, read = session.prompt_tokens, session.cached_tokens
-        kept = min(prompt // BLOCK_SIZE * BLOCK_SIZE, prompt - 1)
-        created = max(kept - read, 0) if self._ttl is not None and self._begun else 0
+        created = left_in_cache(session) if self._ttl is not None and self._begun else 0
         return {
             "input_tokens": prompt - read - created,
             "cache_creation_input_tokens": created,
@@ -191,6 +190,12 @@ class Answer:
             "output_tokens": session.new_tokens if self._max_tokens else 0,
             "output_tokens_details": {"thinking_tokens": self._thinking_tokens},
         }
+
+
+def _told_of_thinking(body: MessagesRequest) -> Thinking:
+    if body.thinking is None or not body.thinks:
+        return Thinking.LEFT_OUT
+    return Thinking.SEALED if body.thinking.display == "omitted" else Thinking.SHOWN
 
 
 class _Stream(StreamingResponse):

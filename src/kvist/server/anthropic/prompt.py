@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kvist.base.errors import RequestError
+from kvist.server.anthropic.client_tools import client_tool
 from kvist.server.anthropic.schema import (
     Block,
+    BlocksSource,
+    DocumentBlock,
     Message,
     MessagesRequest,
     OtherBlock,
+    PlainSource,
     Prompt,
     RedactedThinkingBlock,
     TextBlock,
@@ -25,9 +29,11 @@ from kvist.server.anthropic.schema import (
     ToolResultBlock,
     ToolUseBlock,
 )
+from kvist.server.sealed import unseal
 from kvist.service.chat import ChatRequest, Options, Tool, ToolChoice
 from kvist.service.sampling import Proposed
 
+_SAID = "an assistant message"
 _BILLING = "x-anthropic-billing-header:"
 _TTLS = {"5m": 300.0, "1h": 3600.0}
 _CHOICES = {
@@ -171,17 +177,17 @@ def _said(turn: _Turn, names: dict[str, str], last: bool) -> dict[str, Any]:
     calls: list[dict[str, Any]] = []
     for where, block in turn.blocks:
         if isinstance(block, ThinkingBlock):
-            thoughts.append(block.thinking)
+            thoughts.append(block.thinking or unseal(block.signature) or "")
         elif isinstance(block, ToolUseBlock):
             names[block.id] = block.name
             function = {"name": block.name, "arguments": block.input}
             calls.append({"id": block.id, "type": "function", "function": function})
         elif not isinstance(block, RedactedThinkingBlock):
-            texts.append(_text(where, block, "an assistant message"))
+            texts.append(_text(where, block, _SAID))
     message: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
     if last and (calls or not message["content"]):
         raise RequestError(f"{turn.place}: the last message can be continued only when it ends with text")
-    if thoughts:
+    if any(thoughts):
         message["reasoning_content"] = "".join(thoughts)
     if calls:
         message["tool_calls"] = calls
@@ -200,28 +206,53 @@ def _result(where: str, block: ToolResultBlock) -> str:
 def _text(where: str, block: Block, holder: str) -> str:
     if isinstance(block, TextBlock):
         return block.text
+    if isinstance(block, DocumentBlock) and holder != _SAID:
+        return _document(where, block)
     if isinstance(block, OtherBlock):
         raise RequestError(f"{where}: blocks of type {block.type!r} are not supported: models here read text alone")
     raise RequestError(f"{where}: {block.type} does not belong in {holder}")
 
 
+def _document(where: str, block: DocumentBlock) -> str:
+    """A document as models are commonly shown one."""
+    if block.citations is not None and block.citations.enabled:
+        raise RequestError(f"{where}.citations: models here do not cite; ask for quotations instead")
+    match block.source:
+        case PlainSource(data=text):
+            pass
+        case BlocksSource(content=str(text)):
+            pass
+        case BlocksSource(content=parts):
+            place = f"{where}.source.content"
+            text = "\n".join(_text(f"{place}.{i}", part, "a document") for i, part in enumerate(parts))
+        case other:
+            raise RequestError(f"{where}.source: documents of type {other.type!r} are not supported: send their text")
+    head = "".join(
+        f"<{name}>{value}</{name}>\n" for name, value in (("source", block.title), ("context", block.context)) if value
+    )
+    return f"<document>\n{head}<document_content>\n{text}\n</document_content>\n</document>"
+
+
 def _tools(definitions: Sequence[ToolDefinition]) -> Iterable[Tool]:
     for index, tool in enumerate(definitions):
         if tool.type not in (None, "custom"):
-            raise RequestError(
-                f"tools.{index}: tools of type {tool.type!r} are not supported: this server runs none itself; it takes "
-                "custom tools, with an input_schema"
-            )
+            known = client_tool(tool.type)
+            if known is None:
+                raise RequestError(
+                    f"tools.{index}: tools of type {tool.type!r} are not supported: this server runs none itself; it "
+                    "takes custom tools, with an input_schema, and bash, text_editor and memory, which the client runs"
+                )
+            yield Tool(tool.name, *known, bool(tool.strict))
+            continue
         if tool.input_schema is None:
             raise RequestError(f"tools.{index}.input_schema: a custom tool needs one")
         yield Tool(tool.name, tool.description, tool.input_schema, bool(tool.strict))
 
 
 def _variables(body: Prompt) -> dict[str, Any]:
-    """What templates are told beside the messages. Those that do not know a variable ignore it."""
-    variables: dict[str, Any] = {}
-    if body.thinking is not None:
-        variables["enable_thinking"] = body.thinking.type != "disabled"
+    """What templates are told beside the messages. Those that do not know a variable ignore it. As in Anthropic's API,
+    nobody thinks who is not told to."""
+    variables: dict[str, Any] = {"enable_thinking": body.thinks}
     if body.output_config is not None and body.output_config.effort is not None:
         variables["reasoning_effort"] = _EFFORTS[body.output_config.effort]
     return variables

@@ -1,6 +1,6 @@
 """The shapes of answers, as their types name the fields; the served schema shows them."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -52,6 +52,10 @@ class Stop(TypedDict):
     stop_sequence: str | None
 
 
+class ManagedContext(TypedDict):
+    applied_edits: list[Any]
+
+
 class MessageReply(Stop, Noted):
     id: str
     type: Literal["message"]
@@ -59,6 +63,7 @@ class MessageReply(Stop, Noted):
     model: str
     content: list[TextReply | ThinkingReply | ToolUseReply]
     usage: Usage
+    context_management: NotRequired[ManagedContext]
 
 
 class TokenCount(TypedDict):

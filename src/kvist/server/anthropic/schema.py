@@ -30,7 +30,7 @@ class TextBlock(_Marked):
 
 
 class ThinkingBlock(Fields):
-    """Thinking of an earlier answer. Its signature is not read: ours are empty."""
+    """Thinking of an earlier answer. Its signature is read where its text was left out."""
 
     type: Literal["thinking"]
     thinking: str
@@ -44,6 +44,49 @@ class RedactedThinkingBlock(Fields):
     data: str
 
 
+class PlainSource(Fields):
+    type: Literal["text"]
+    media_type: Literal["text/plain"] = "text/plain"
+    data: str
+
+
+class BlocksSource(Fields):
+    """Text in blocks; other blocks are refused by `prompt.py`."""
+
+    type: Literal["content"]
+    content: "str | list[ResultPart]"
+
+
+class OtherSource(Fields):
+    """A PDF, an address, an uploaded file, or a type that does not exist."""
+
+    type: str
+
+
+def _kind_of_source(source: Any) -> str:
+    kind = source.get("type") if isinstance(source, dict) else getattr(source, "type", None)
+    return {"text": "PlainSource", "content": "BlocksSource"}.get(kind, "OtherSource") if kind else "OtherSource"
+
+
+class Citations(Fields):
+    enabled: bool | None = None
+
+
+class DocumentBlock(_Marked):
+    """A text with a title. `context`: what is to be known about it and is no part of it."""
+
+    type: Literal["document"]
+    source: Annotated[
+        Annotated[PlainSource, Tag("PlainSource")]
+        | Annotated[BlocksSource, Tag("BlocksSource")]
+        | Annotated[OtherSource, Tag("OtherSource")],
+        Discriminator(_kind_of_source),
+    ]
+    title: str | None = None
+    context: str | None = None
+    citations: Citations | None = None
+
+
 class ToolUseBlock(_Marked):
     type: Literal["tool_use"]
     id: str = Field(min_length=1)
@@ -52,7 +95,7 @@ class ToolUseBlock(_Marked):
 
 
 class OtherBlock(_Marked):
-    """An image, a document, a search result, or a type that does not exist."""
+    """An image, a search result, or a type that does not exist."""
 
     type: str
 
@@ -65,20 +108,27 @@ def _kind_of(block: Any) -> str:
 
 
 def _kind_of_part(block: Any) -> str:
-    return "TextBlock" if _kind_of(block) == "TextBlock" else "OtherBlock"
+    kind = _kind_of(block)
+    return kind if kind in ("TextBlock", "DocumentBlock") else "OtherBlock"
 
 
 _KINDS = {
     "text": "TextBlock",
+    "document": "DocumentBlock",
     "thinking": "ThinkingBlock",
     "redacted_thinking": "RedactedThinkingBlock",
     "tool_use": "ToolUseBlock",
     "tool_result": "ToolResultBlock",
 }
 ResultPart = Annotated[
-    Annotated[TextBlock, Tag("TextBlock")] | Annotated[OtherBlock, Tag("OtherBlock")],
+    Annotated[TextBlock, Tag("TextBlock")]
+    | Annotated[DocumentBlock, Tag("DocumentBlock")]
+    | Annotated[OtherBlock, Tag("OtherBlock")],
     Discriminator(_kind_of_part),
 ]
+
+
+DocumentBlock.model_rebuild()
 
 
 class ToolResultBlock(_Marked):
@@ -90,6 +140,7 @@ class ToolResultBlock(_Marked):
 
 Block = Annotated[
     Annotated[TextBlock, Tag("TextBlock")]
+    | Annotated[DocumentBlock, Tag("DocumentBlock")]
     | Annotated[ThinkingBlock, Tag("ThinkingBlock")]
     | Annotated[RedactedThinkingBlock, Tag("RedactedThinkingBlock")]
     | Annotated[ToolUseBlock, Tag("ToolUseBlock")]
@@ -105,7 +156,8 @@ class Message(Fields):
 
 
 class ToolDefinition(_Marked):
-    """A tool that the client runs (`type` "custom" or none). Other types are refused by `prompt.py`."""
+    """A tool that the client runs: its own (`type` "custom" or none), or one of `client_tools.py`. Other types are
+    refused by `prompt.py`."""
 
     type: str | None = None
     name: Name
@@ -122,10 +174,11 @@ class ToolChoiceBody(Fields):
 
 class Thinking(Fields):
     """Whether the model may think before it answers. `budget_tokens` is checked and not enforced: `max_tokens` bounds
-    thinking and answer together."""
+    thinking and answer together. `display`: "omitted" shows no text of it, and its signature carries it."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: Integer | None = Field(None, ge=1024)
+    display: Literal["summarized", "omitted"] | None = None
 
 
 class JsonFormat(Fields):
@@ -150,6 +203,8 @@ class Prompt(Body):
     refused: ClassVar[Mapping[str, str]] = {
         "mcp_servers": "this server asks no other; run their tools in the client",
         "container": "this server runs no code",
+        "compaction": "messages are taken whole: shorten them yourself",
+        "thread": "none is kept here: send the whole conversation as messages",
     }
 
     messages: list[Message] = Field(min_length=1)
@@ -160,7 +215,15 @@ class Prompt(Body):
     output_config: OutputConfig | None = None
     output_format: JsonFormat | None = Field(None, description="The older place of `output_config.format`.")
     cache_control: CacheControl | None = None
+    context_management: dict[str, Any] | None = Field(
+        None, description="Which parts may be left out. None are, and the answer says so."
+    )
     context: str | None = Field(None, max_length=64, description="The name of a context that stands before all else.")
+
+    @property
+    def thinks(self) -> bool:
+        """Whether thinking was asked for."""
+        return self.thinking is not None and self.thinking.type != "disabled"
 
 
 class MessagesRequest(Prompt):

@@ -3,15 +3,25 @@
 import asyncio
 import json
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from enum import Enum, auto
 from typing import Any, TypeVar
 
 from kvist.server.openai.replies import encode, new_id
+from kvist.server.sealed import seal, signature_of
 from kvist.text.response import Content, Part, Reasoning, ToolCallArguments, ToolCallBegin, ToolCallEnd
 
 Event = dict[str, Any]
 T = TypeVar("T")
 
 _FIELDS = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json"}
+
+
+class Thinking(Enum):
+    """What an answer tells of thinking: its text, signed; a signature alone, which carries it; or nothing."""
+
+    SHOWN = auto()
+    SEALED = auto()
+    LEFT_OUT = auto()
 
 
 def encoded(event: Event) -> bytes:
@@ -23,10 +33,13 @@ class Blocks:
     """Cuts the parts of an answer into content blocks, which come one after the other, each started and stopped.
 
     White space alone makes no block: it goes with what follows, or is dropped. `called`: whether a call is complete.
+    `thinking`: what is told of thinking.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, thinking: Thinking = Thinking.SHOWN) -> None:
         self.called = False
+        self._thinking = thinking
+        self._thought: list[str] = []  # the text of the thinking that is open
         self._count = 0
         self._open: str | None = None
         self._blank = ""
@@ -37,7 +50,7 @@ class Blocks:
             case Content(text):
                 return self._write("text", text)
             case Reasoning(text):
-                return self._write("thinking", text)
+                return [] if self._thinking is Thinking.LEFT_OUT else self._write("thinking", text)
             case ToolCallBegin(_, name):
                 return self._start("tool_use", {"id": new_id("toolu_"), "name": name, "input": {}})
             case ToolCallArguments(_, text):
@@ -47,11 +60,15 @@ class Blocks:
                 return self.close()
 
     def close(self) -> list[Event]:
-        """Stop the block that is open, if one is. Thinking is signed first, with nothing: nobody would check it."""
+        """Stop the block that is open, if one is. Thinking is signed first: clients drop what is not."""
         self._blank = ""
         if self._open is None:
             return []
-        events = [self._delta("signature_delta", "signature", "")] if self._open == "thinking" else []
+        events = []
+        if self._open == "thinking":
+            thought, self._thought = "".join(self._thought), []
+            signature = signature_of(thought) if self._thinking is Thinking.SHOWN else seal(thought)
+            events.append(self._delta("signature_delta", "signature", signature))
         self._open = None
         return [*events, {"type": "content_block_stop", "index": self._count - 1}]
 
@@ -65,6 +82,10 @@ class Blocks:
                 return events
             empty = {"text": ""} if kind == "text" else {"thinking": "", "signature": ""}
             events += self._start(kind, empty)
+        if kind == "thinking":
+            self._thought.append(text)
+            if self._thinking is Thinking.SEALED:
+                return events
         return [*events, self._delta(f"{kind}_delta", kind, text)]
 
     def _start(self, kind: str, content: dict[str, Any]) -> list[Event]:
@@ -91,6 +112,8 @@ def content_of(events: Iterable[Event]) -> list[dict[str, Any]]:
             delta = event["delta"]
             if delta["type"] in _FIELDS:
                 pieces.append(delta[_FIELDS[delta["type"]]])
+            else:
+                content[-1]["signature"] = delta["signature"]
         elif event["type"] == "content_block_stop":
             _fill(content, "".join(pieces))
     return content

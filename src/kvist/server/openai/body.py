@@ -7,7 +7,7 @@ refused (`refused`), each with what would work instead. `null` is always the sam
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -27,7 +27,9 @@ MOST_STOPS = 16
 _MOST_STOP = 4096  # characters
 _MOST_BIASES = 1024
 _MOST_DEPTH = 100  # of arrays and objects in each other
-_DAY = 86_400.0  # seconds
+_MOST_STOP_IDS = 1024
+_DAY, _HALF_HOUR = 86_400.0, 1800.0  # seconds
+_INERT: tuple[Any, ...] = (None, False, "", [], {})  # what any field may be at which it asks for nothing
 _NOTHING = Proposed()
 _SMALLEST_TOP_P = 1e-6  # OpenAI allows 0: only the likeliest token
 
@@ -62,9 +64,11 @@ class Fields(BaseModel):
 
 
 class Body(Fields):
-    """A whole body. `refused`: fields that may not be there, each with the reason."""
+    """A whole body. `refused`: fields that may not be there, each with the reason; `inert`: the values at which one of
+    them does nothing, beside those that are empty."""
 
     refused: ClassVar[Mapping[str, str]] = {}
+    inert: ClassVar[Mapping[str, Sequence[Any]]] = {}
 
     model: str | None = Field(None, description="The name of the model that this server has; needs not be given.")
 
@@ -74,9 +78,9 @@ class Body(Fields):
         if not isinstance(body, dict):
             return body
         for name, reason in cls.refused.items():
-            if body.get(name) not in (None, False, [], {}):
+            if name in body and not any(body[name] == inert for inert in (*_INERT, *cls.inert.get(name, ()))):
                 raise PydanticCustomError(
-                    "refused", "{name} is not supported: {reason}", {"name": name, "reason": reason}
+                    "refused", "{param} is not supported: {reason}", {"param": name, "reason": reason}
                 )
         _check_json(body)
         return body
@@ -84,6 +88,14 @@ class Body(Fields):
 
 class StreamOptions(Fields):
     include_usage: bool | None = None
+
+
+class CacheOptions(Fields):
+    """How the prompt is to be kept. All of it is anyway, until the room is needed; on disk others go first for `ttl`.
+    `mode`: whether places are marked in the prompt, which makes no difference here."""
+
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: Literal["30m"] | None = None
 
 
 class Generation(Body):
@@ -103,9 +115,18 @@ class Generation(Body):
     )
     seed: Integer | None = Field(None, ge=-(2**63), lt=2**64, description="Another one for each request by default.")
     stop: Stops | None = None
+    stop_token_ids: list[TokenId] | None = Field(
+        None, max_length=_MOST_STOP_IDS, description="Tokens that end the answer, and are not part of its text."
+    )
+    min_tokens: Annotated[Integer, Field(ge=0, lt=2**31)] | None = Field(
+        None, description="Before so many, no token ends the answer; stop strings do."
+    )
     ignore_eos: bool | None = None
     priority: Integer | None = Field(None, ge=-(2**31), lt=2**31, description="Lower comes first; 0 by default.")
     stream: bool | None = None
+    return_progress: bool | None = Field(
+        None, description="Events of a stream say how far the prompt is computed, as llama.cpp's do."
+    )
     context: str | None = Field(None, max_length=64, description="The name of a context that the prompt begins with.")
     prompt_cache_key: str | None = Field(
         None, max_length=256, description="Names what belongs together: a session, which is then explained as one."
@@ -113,6 +134,7 @@ class Generation(Body):
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = Field(
         None, description="24h: on disk others go first for a day; in_memory: nothing of it is kept beyond memory."
     )
+    prompt_cache_options: CacheOptions | None = None
 
     def options(
         self,
@@ -125,8 +147,13 @@ class Generation(Body):
         prompt_logprobs: int | None = None,
         proposed: Proposed = _NOTHING,
     ) -> Options:
-        """`proposed`: how the model is sampled where the request says nothing. Raises `ApiError` (400) for a bias on a
-        token that the vocabulary does not have."""
+        """`proposed`: how the model is sampled where the request says nothing. Raises `ApiError` (400) for a token that
+        the vocabulary does not have."""
+        ends = self.stop_token_ids or ()
+        _check_token("stop_token_ids", max(ends, default=0), tokenizer)
+        if max_tokens is not None and (self.min_tokens or 0) > max_tokens:
+            text = f"min_tokens: {self.min_tokens} are more than the {max_tokens} that there may be at most"
+            raise ApiError(400, text, param="min_tokens")
         return Options(
             max_tokens=max_tokens,
             sampling=self._sampling(tokenizer, proposed),
@@ -139,14 +166,26 @@ class Generation(Body):
             ignore_eos=bool(self.ignore_eos),
             session=self.prompt_cache_key,
             kept=self.prompt_cache_retention in (None, "24h"),
-            ttl=_DAY if self.prompt_cache_retention == "24h" else 0.0,
+            ttl=self._ttl,
+            stop_ids=frozenset(ends),
+            min_tokens=self.min_tokens or 0,
+            progress=bool(self.stream and self.return_progress),
         )
+
+    @property
+    def asks_to_keep(self) -> bool:
+        """Whether the prompt is asked to be kept for later, beyond what is done for any."""
+        return self.prompt_cache_retention == "24h" or self.prompt_cache_options is not None
+
+    @property
+    def _ttl(self) -> float:
+        if self.prompt_cache_retention == "24h":
+            return _DAY
+        return 0.0 if self.prompt_cache_options is None else _HALF_HOUR
 
     def _sampling(self, tokenizer: Tokenizer, proposed: Proposed) -> Sampling:
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
-        if bias and max(bias) >= tokenizer.vocab_size:
-            text = f"token {max(bias)} is not among the {plural(tokenizer.vocab_size, 'token')} of this model"
-            raise ApiError(400, f"logit_bias: {text}", param="logit_bias")
+        _check_token("logit_bias", max(bias, default=0), tokenizer)
         stated = Proposed(
             temperature=self.temperature,
             top_k=None if self.top_k is None else max(self.top_k, 0),
@@ -164,8 +203,6 @@ class Generation(Body):
 
 # Of vLLM's and llama.cpp's extensions, those that decide what is drawn and that Kvist does not have.
 REFUSED_EXTENSIONS = {
-    "stop_token_ids": "end tokens are the model's own; use stop",
-    "min_tokens": "an answer ends where the model ends it; ignore_eos goes on to max_tokens",
     "bad_words": "use logit_bias",
     "allowed_token_ids": "use logit_bias",
     "use_beam_search": "answers are sampled; use n",
@@ -173,7 +210,26 @@ REFUSED_EXTENSIONS = {
     "logits_processors": "no code of clients runs here",
     "truncate_prompt_tokens": "a prompt is computed whole; shorten it yourself",
     "prompt_logprobs": "use /v1/completions with echo and logprobs",
+    "include_stop_str_in_output": "stop strings are left out",
+    "mirostat": "use temperature, top_p and min_p",
+    "typical_p": "use top_p or min_p",
+    "tfs_z": "use top_p or min_p",
+    "dry_multiplier": "use repetition_penalty",
+    "xtc_probability": "use temperature",
+    "moderation": "nothing is moderated here",
+    "access_programs": "this server takes part in none",
 }
+INERT_EXTENSIONS = {
+    "length_penalty": (1,),
+    "typical_p": (1,),
+    "tfs_z": (1,),
+}
+
+
+def _check_token(field: str, token: int, tokenizer: Tokenizer) -> None:
+    if token >= tokenizer.vocab_size:
+        text = f"token {token} is not among the {plural(tokenizer.vocab_size, 'token')} of this model"
+        raise ApiError(400, f"{field}: {text}", param=field)
 
 
 def _check_json(body: Any) -> None:
@@ -192,7 +248,7 @@ def _check_json(body: Any) -> None:
                 waiting.append((item, (*path, key)))
             if reason := _reason_against(item) or _reason_against(key):
                 place = ".".join(map(str, (*path, key))).encode("ascii", "backslashreplace").decode()
-                raise PydanticCustomError("bad_value", "{place}: {reason}", {"place": place[:200], "reason": reason})
+                raise PydanticCustomError("bad_value", "{param}: {reason}", {"param": place[:200], "reason": reason})
 
 
 def _reason_against(value: Any) -> str:

@@ -24,6 +24,7 @@ from kvist.server.openai.replies import (
     ChatCompletion,
     ChatLogprobs,
     ChatMessage,
+    FunctionCall,
     TokenLogprob,
     ToolCall,
     Usage,
@@ -31,6 +32,7 @@ from kvist.server.openai.replies import (
     new_id,
     noted_cache,
     reply,
+    shown_progress,
     usage_of,
 )
 from kvist.server.openai.stream import DONE, EventStream, event, raise_failure
@@ -62,7 +64,8 @@ def add_chat(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenTexts)
         asked = chat_request(body, options, serving.template)
         session = chat.start(replace(asked, context=context_of(serving, request, body.context, CHAT)))
         noted = note(request, session.session, asked_of.name)
-        answer = Answer(session, asked_of.name, options.choices, options.logprobs, texts)
+        choices = [Progress(index, bool(body.functions)) for index in range(options.choices)]
+        answer = Answer(session, asked_of.name, choices, options.logprobs, texts)
         session.session.name(answer.id, noted.request_id)
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -76,26 +79,23 @@ def add_chat(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenTexts)
 
 @dataclass
 class Progress:
-    """What one choice has come to so far. `called`: a call of a tool is complete. `reasoning_tokens`: those drawn while
-    it reasoned, the mark that ends it included."""
+    """What one choice has come to so far. `older`: calls are told as those know them who declare functions. `called`: a
+    call of a tool is complete. `reasoning_tokens`: those drawn while it reasoned, the mark that ends it included."""
 
     index: int
+    older: bool = False
     called: bool = False
     reasoning_tokens: int = 0
     finish: str | None = None
-    _reasons: bool = False
 
     def push(self, delta: ChatDelta) -> list[Fields]:
         """The fields that a delta adds to the message, one kind at a time."""
-        if self._reasons:
-            self.reasoning_tokens += len(delta.tokens)
+        self.reasoning_tokens += delta.reasoning
         fields = [added for part in joined(list(delta.parts)) if (added := self._added(part))]
-        if delta.parts:
-            self._reasons = isinstance(delta.parts[-1], Reasoning)
         if delta.finish is FinishReason.LENGTH:
             self.finish = "length"
         elif delta.finish is not None:
-            self.finish = "tool_calls" if self.called else "stop"
+            self.finish = ("function_call" if self.older else "tool_calls") if self.called else "stop"
         return fields
 
     def _added(self, part: Part) -> Fields:
@@ -106,10 +106,14 @@ class Progress:
                 return {"reasoning_content": text}
             case ToolCallBegin(index, name):
                 function = {"name": name, "arguments": ""}
+                if self.older:
+                    return {"function_call": function}
                 return {
                     "tool_calls": [{"index": index, "id": new_id("call_"), "type": "function", "function": function}]
                 }
             case ToolCallArguments(index, text):
+                if self.older:
+                    return {"function_call": {"arguments": text}}
                 return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
             case ToolCallEnd():
                 self.called = True
@@ -119,11 +123,16 @@ class Progress:
 def message_of(added: Iterable[Fields]) -> ChatMessage:
     """The message to which these fields add up. Its content is None where there are calls and nothing beside them."""
     content, reasoning = [], []
+    older: FunctionCall | None = None
     calls: list[ToolCall] = []
     arguments: list[list[str]] = []
     for fields in added:
         content.append(fields.get("content", ""))
         reasoning.append(fields.get("reasoning_content", ""))
+        if "function_call" in fields:
+            older = {"name": "", "arguments": ""} if older is None else older
+            older["name"] = fields["function_call"].get("name", older["name"])
+            older["arguments"] += fields["function_call"]["arguments"]
         for call in fields.get("tool_calls", ()):
             if "id" in call:
                 calls.append({"id": call["id"], "type": "function", "function": call["function"]})
@@ -134,11 +143,13 @@ def message_of(added: Iterable[Fields]) -> ChatMessage:
     # A call that broke off is shown where it is all there is; beside one that can be made it is left out.
     calls = [call for call in calls if _is_complete(call)] or calls
     text = "".join(content)
-    message: ChatMessage = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+    message: ChatMessage = {"role": "assistant", "content": text or (None if calls or older else ""), "refusal": None}
     if any(reasoning):
         message["reasoning_content"] = "".join(reasoning)
     if calls:
         message["tool_calls"] = calls
+    if older is not None:
+        message["function_call"] = older
     return message
 
 
@@ -152,11 +163,13 @@ def _is_complete(call: ToolCall) -> bool:
 class Answer:
     """The choices of one request under way. `logprobs`: how many of the likeliest stand beside each token, if any."""
 
-    def __init__(self, session: ChatSession, model: str, choices: int, logprobs: int | None, texts: TokenTexts) -> None:
+    def __init__(
+        self, session: ChatSession, model: str, choices: list[Progress], logprobs: int | None, texts: TokenTexts
+    ) -> None:
         self._session = session
         self._logprobs = logprobs
         self._texts = texts
-        self._choices = [Progress(index) for index in range(choices)]
+        self._choices = choices
         self.id = new_id("chatcmpl-")
         self._head = {
             "id": self.id,
@@ -199,6 +212,10 @@ class Answer:
             yield self._chunk(progress.index, {"role": "assistant", "content": ""}, [], None, rest)
         async for delta in self._session:
             raise_failure(delta.error, delta.finish)
+            if delta.progress is not None:
+                told = shown_progress(delta.progress)
+                yield self._chunk(delta.choice, {"role": "assistant", "content": None}, [], None, {**rest, **told})
+                continue
             progress, entries, chunks = self._choices[delta.choice], self._entries(delta), []
             for fields in progress.push(delta) or ([{"content": ""}] if entries else []):
                 chunks.append(self._chunk(progress.index, fields, entries, None, rest))

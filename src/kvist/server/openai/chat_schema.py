@@ -6,17 +6,17 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from kvist.server.openai.body import (
+    INERT_EXTENSIONS,
     MOST_CHOICES,
     MOST_LOGPROBS,
-    REFUSED_EXTENSIONS,
     Count,
     Fields,
-    Generation,
     Integer,
     Name,
     StreamOptions,
     text_or_list,
 )
+from kvist.server.openai.guided import Guided
 
 MOST_MESSAGES = 16_384
 _MOST_PARTS = 1024
@@ -86,7 +86,8 @@ class UserMessage(Fields):
 
 
 class AssistantMessage(Fields):
-    """`reasoning_content` (or `reasoning`): what it thought before it said `content`, for templates that show it."""
+    """`reasoning_content` (or `reasoning`): what it thought before it said `content`, for templates that show it.
+    `function_call`: the one call of those that know `functions` alone."""
 
     role: Literal["assistant"]
     content: SaidContent | None = None
@@ -95,6 +96,7 @@ class AssistantMessage(Fields):
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: Annotated[list[CalledTool], Field(max_length=_MOST_CALLS)] | None = None
+    function_call: CalledFunction | None = None
 
 
 class ToolMessage(Fields):
@@ -104,7 +106,17 @@ class ToolMessage(Fields):
     name: str | None = None
 
 
-Message = Annotated[InstructionMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+class FunctionMessage(Fields):
+    """What a function gave that was called by its name alone."""
+
+    role: Literal["function"]
+    content: Content | None = None
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+
+
+Message = Annotated[
+    InstructionMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage, Field(discriminator="role")
+]
 
 
 class Function(Fields):
@@ -145,11 +157,20 @@ def choice_kind(choice: Any) -> str | None:
     return choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
 
 
+CHOICE_KINDS = Discriminator(
+    choice_kind,
+    custom_error_type="tool_choice",
+    custom_error_message="it must be 'none', 'auto', 'required', or an object of type 'function' or 'allowed_tools'",
+)
 ToolChoiceBody = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("mode")]
     | Annotated[NamedChoice, Tag("function")]
     | Annotated[AllowedChoice, Tag("allowed_tools")],
-    Discriminator(choice_kind),
+    CHOICE_KINDS,
+]
+FunctionChoice = Annotated[
+    Annotated[Literal["none", "auto"], Tag("text")] | Annotated[FunctionName, Tag("list")],
+    Discriminator(text_or_list),
 ]
 
 
@@ -173,22 +194,16 @@ class JsonSchemaFormat(Fields):
     json_schema: JsonSchema
 
 
-class ChatBody(Generation):
+class ChatBody(Guided):
     refused: ClassVar = {
-        **REFUSED_EXTENSIONS,
-        "functions": "declare tools instead",
-        "function_call": "use tool_choice",
+        **Guided.refused,
         "audio": "models here write text alone",
         "web_search_options": "this server looks nothing up",
         "best_of": "use n",
-        "guided_json": "use response_format",
-        "guided_regex": "response_format takes a JSON schema, whose strings may have a pattern",
-        "guided_choice": "response_format takes a JSON schema, which may be an enum",
-        "guided_grammar": "use response_format",
-        "structured_outputs": "use response_format",
-        "grammar": "use response_format",
-        "json_schema": "use response_format",
+        "echo": "use /v1/completions",
+        "documents": "put their text into messages",
     }
+    inert: ClassVar = {**INERT_EXTENSIONS, "best_of": (1,)}
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     n: Annotated[Integer, Field(ge=1, le=MOST_CHOICES)] | None = None
@@ -204,6 +219,10 @@ class ChatBody(Generation):
         Annotated[list[Annotated[FunctionTool, BeforeValidator(functions_alone)]], Field(max_length=MOST_TOOLS)] | None
     ) = None
     tool_choice: ToolChoiceBody | None = None
+    functions: Annotated[list[Function], Field(max_length=MOST_TOOLS)] | None = Field(
+        None, description="The older form of tools; calls come back in that form."
+    )
+    function_call: FunctionChoice | None = Field(None, description="The older form of tool_choice.")
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None

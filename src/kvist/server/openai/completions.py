@@ -2,19 +2,20 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from kvist.runtime.request import FinishReason
+from kvist.runtime.request import FinishReason, Grammar
 from kvist.server.contexts import context_of
 from kvist.server.errors import ApiError, openai_error
 from kvist.server.limits import tenant_of
 from kvist.server.logs import Note, note, note_of
 from kvist.server.openai.completions_schema import CompletionBody
+from kvist.server.openai.guided import Guided
 from kvist.server.openai.logprobs import LegacyWriter, TokenTexts
 from kvist.server.openai.models import served
 from kvist.server.openai.replies import (
@@ -26,6 +27,7 @@ from kvist.server.openai.replies import (
     new_id,
     noted_cache,
     reply,
+    shown_progress,
     usage_of,
 )
 from kvist.server.openai.stream import DONE, EventStream, event, raise_failure
@@ -54,10 +56,11 @@ def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> N
             options = replace(options, imported=context.imported)
         prompts = read_prompts(body.prompt, serving.tokenizer, context)
         sessions: list[Session] = []
+        grammar = grammar_of(body, serving)
         try:
             for prompt in prompts:
                 origin = Origin(prompt.text, session=options.session)
-                sessions.append(serving.submit(text_job(serving, prompt.tokens, options, origin=origin)))
+                sessions.append(serving.submit(text_job(serving, prompt.tokens, options, grammar, origin=origin)))
                 note(request, sessions[-1], asked_of.name)
         except BaseException:
             _cancel(sessions)
@@ -74,6 +77,16 @@ def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> N
             return reply(await answer.whole(noted))
         finally:
             _cancel(sessions)
+
+
+def grammar_of(body: Guided, serving: Serving) -> Callable[[], Grammar] | None:
+    """What the texts must follow, if anything. Raises `RequestError` for what cannot be followed."""
+    form = body.form()
+    if form.guide is not None:
+        return form.guide.grammar(serving.grammars)
+    if form.schema is None:
+        return None
+    return serving.grammars.json_schema(form.schema) if form.schema else serving.grammars.json_object()
 
 
 @dataclass(frozen=True)
@@ -213,6 +226,9 @@ class Answer:
         """The stream. `usage`: a last chunk says what the request took."""
         rest = {"usage": None} if usage else {}
         async for choice, delta in self._deltas():
+            if delta.progress is not None:
+                yield event({**self._head, "choices": [], **rest, **shown_progress(delta.progress)})
+                continue
             text = choice.push(delta, self._tokenizer)
             if text or choice.finish or ((choice.scores or self._ids) and delta.tokens):
                 shown = _shown(choice, text, choice.finish)

@@ -5,15 +5,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from kvist.server.openai.body import (
+    INERT_EXTENSIONS,
     MOST_CHOICES,
     MOST_LOGPROBS,
-    REFUSED_EXTENSIONS,
     Body,
-    Generation,
     Integer,
     StreamOptions,
     TokenId,
 )
+from kvist.server.openai.guided import Guided
 
 MOST_PROMPTS = 256
 _MOST_INPUTS = 2048
@@ -47,19 +47,13 @@ Input = Annotated[
 ]
 
 
-class CompletionBody(Generation):
+class CompletionBody(Guided):
     refused: ClassVar = {
-        **REFUSED_EXTENSIONS,
+        **Guided.refused,
         "suffix": "models here continue a text and do not fill gaps in one",
-        "response_format": "/v1/chat/completions has it",
-        "guided_json": "/v1/chat/completions has response_format",
-        "guided_regex": "/v1/chat/completions has response_format",
-        "guided_choice": "/v1/chat/completions has response_format",
-        "guided_grammar": "/v1/chat/completions has response_format",
-        "structured_outputs": "/v1/chat/completions has response_format",
-        "grammar": "/v1/chat/completions has response_format",
-        "json_schema": "/v1/chat/completions has response_format",
+        "response_format": "use guided_json, or /v1/chat/completions",
     }
+    inert: ClassVar = {**INERT_EXTENSIONS, "response_format": ({"type": "text"},)}
 
     prompt: Prompt
     max_tokens: Annotated[Integer, Field(ge=0, lt=2**31)] | None = Field(
@@ -74,6 +68,8 @@ class CompletionBody(Generation):
 
 
 class EmbeddingBody(Body):
+    refused: ClassVar = {"truncate_prompt_tokens": "a text is read whole; shorten it yourself"}
+
     input: Input
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[Integer, Field(ge=1, lt=2**31)] | None = Field(

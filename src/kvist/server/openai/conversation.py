@@ -10,14 +10,16 @@ from kvist.server.openai.chat_schema import (
     AssistantMessage,
     CalledTool,
     ChatBody,
-    JsonObjectFormat,
+    FunctionMessage,
     JsonSchemaFormat,
     Message,
     NamedChoice,
     RefusalPart,
+    TextFormat,
     TextPart,
     ToolMessage,
 )
+from kvist.server.openai.guided import Form
 from kvist.service.chat import ChatRequest, Options, Tool, ToolChoice
 from kvist.text.chat import ChatTemplate
 
@@ -28,20 +30,16 @@ _MODES = {"none": ToolChoice.NONE, "auto": ToolChoice.AUTO, "required": ToolChoi
 
 def chat_request(body: ChatBody, options: Options, template: ChatTemplate | None) -> ChatRequest:
     """The conversation of a body. Raises `ApiError` (400) for what is well formed and makes no sense."""
-    calls = _calling(body)
-    schema: Mapping[str, Any] | None = None
-    if isinstance(body.response_format, JsonSchemaFormat):
-        schema = body.response_format.json_schema.schema_ or {}
-    elif isinstance(body.response_format, JsonObjectFormat):
-        schema = {}
+    calls, form = _calling(body), _form(body)
     return ChatRequest(
-        messages=tuple(ordered(map(_message, body.messages), template)),
+        messages=tuple(ordered(_messages(body.messages), template)),
         options=options,
         tools=calls.tools,
         tool_choice=calls.choice,
         tool_name=calls.name,
-        parallel_tool_calls=body.parallel_tool_calls is not False,
-        schema=schema,
+        parallel_tool_calls=body.parallel_tool_calls is not False and not body.functions,
+        schema=form.schema,
+        guide=form.guide,
         template_variables=variables_of(body.reasoning_effort, body.chat_template_kwargs),
         continue_final=_continues(body),
     )
@@ -109,10 +107,29 @@ def variables_of(effort: str | None, own: Mapping[str, Any] | None) -> dict[str,
     return variables | dict(own or {})
 
 
+def _form(body: ChatBody) -> Form:
+    form = body.form()
+    if body.response_format is None or isinstance(body.response_format, TextFormat):
+        return form
+    if form != Form():
+        text = "response_format: another field says already what the answer must be"
+        raise ApiError(400, text, param="response_format")
+    if isinstance(body.response_format, JsonSchemaFormat):
+        return Form(schema=body.response_format.json_schema.schema_ or {})
+    return Form(schema={})
+
+
 def _calling(body: ChatBody) -> Calling:
-    functions = [tool.function for tool in body.tools or ()]
+    older = body.function_call
+    if body.functions and body.tools:
+        raise ApiError(400, "functions: they are the older form of tools, which are given, too", param="functions")
+    functions = body.functions or [tool.function for tool in body.tools or ()]
     tools = tuple(tool_of(of.name, of.description, of.parameters, of.strict) for of in functions)
     choice = body.tool_choice
+    if older is not None and not body.functions:
+        raise ApiError(400, "function_call: it goes with functions; with tools, use tool_choice", param="function_call")
+    if older is not None:
+        return calling(tools, older) if isinstance(older, str) else calling(tools, "required", named=older.name)
     if isinstance(choice, NamedChoice):
         return calling(tools, "required", named=choice.function.name)
     if isinstance(choice, AllowedChoice):
@@ -131,6 +148,19 @@ def _continues(body: ChatBody) -> bool:
         text = "continue_final_message: the last message must be the assistant's, and add_generation_prompt not true"
         raise ApiError(400, text, param="continue_final_message")
     return True
+
+
+def _messages(messages: Sequence[Message]) -> Iterable[dict[str, Any]]:
+    """Calls that have no ids, of those who know functions alone, get the ids that templates want."""
+    last = ""
+    for index, message in enumerate(messages):
+        told = _message(message)
+        if isinstance(message, AssistantMessage) and message.function_call is not None and not message.tool_calls:
+            call, last = message.function_call, f"call_{index}"
+            told["tool_calls"] = [called(last, call.name, call.arguments)]
+        if isinstance(message, FunctionMessage):
+            told |= {"role": "tool", "tool_call_id": last}
+        yield told
 
 
 def _message(message: Message) -> dict[str, Any]:

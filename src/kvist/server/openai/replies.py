@@ -10,7 +10,8 @@ from fastapi.responses import Response
 from typing_extensions import TypedDict
 
 from kvist import __version__
-from kvist.service.session import Session
+from kvist.cache.layout import BLOCK_SIZE
+from kvist.service.session import PrefillProgress, Session
 
 FINGERPRINT = f"kvist-{__version__}"  # with the same seed and model, answers are the same as long as this is
 
@@ -67,6 +68,31 @@ def noted_cache(sessions: Sequence[Session]) -> Noted:
     return {} if found is None else {"kvist": found.short()}
 
 
+class PromptProgress(TypedDict):
+    """How far a prompt is computed, in tokens: as llama.cpp tells it."""
+
+    total: int
+    cache: int
+    processed: int
+    time_ms: int
+
+
+class WithProgress(TypedDict):
+    prompt_progress: PromptProgress
+
+
+def shown_progress(progress: PrefillProgress) -> WithProgress:
+    """What an event of a stream says beside an empty choice."""
+    time_ms = round(1000 * progress.seconds)
+    told: PromptProgress = {
+        "total": progress.total,
+        "cache": progress.cached,
+        "processed": progress.processed,
+        "time_ms": time_ms,
+    }
+    return {"prompt_progress": told}
+
+
 class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
@@ -87,6 +113,13 @@ def usage_of(sessions: Sequence[Session], reasoning: int | None = None) -> Usage
     if reasoning is not None:
         usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
     return usage
+
+
+def left_in_cache(session: Session) -> int:
+    """Tokens of the prompt that this request computed and left in the cache, in whole blocks. At least the last token
+    of a prompt is computed anew each time."""
+    prompt = session.prompt_tokens
+    return max(min(prompt // BLOCK_SIZE * BLOCK_SIZE, prompt - 1) - session.cached_tokens, 0)
 
 
 class TopLogprob(TypedDict):
@@ -121,6 +154,7 @@ class ChatMessage(TypedDict):
     refusal: None
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCall]]
+    function_call: NotRequired[FunctionCall]
 
 
 class ChatChoice(TypedDict):

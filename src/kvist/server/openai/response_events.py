@@ -6,6 +6,7 @@ from typing import Any
 from kvist.server.openai.replies import TokenLogprob, new_id
 from kvist.server.openai.response_shapes import OutputItem, Status
 from kvist.server.openai.responses_input import Offered
+from kvist.server.sealed import seal
 from kvist.text.response import Content, Part, Reasoning, ToolCallArguments, ToolCallBegin, ToolCallEnd
 
 Event = dict[str, Any]
@@ -15,22 +16,18 @@ class Items:
     """Cuts the parts of an answer into items. `done` are those that have ended.
 
     White space alone makes no item: it goes with the text that follows, or is dropped. `offered`: the functions by the
-    names that the model knows.
+    names that the model knows. `sealed`: reasoning also comes in the form that clients give back as it is.
     """
 
-    def __init__(self, offered: Mapping[str, Offered]) -> None:
+    def __init__(self, offered: Mapping[str, Offered], sealed: bool = False) -> None:
         self.done: list[OutputItem] = []
         self._offered = offered
+        self._sealed = sealed
         self._open: dict[str, Any] | None = None
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprob] = []  # of the text that is open
         self._pending: list[TokenLogprob] = []  # of tokens whose text has not come yet
         self._blank = ""
-
-    @property
-    def reasons(self) -> bool:
-        """Whether it is reasoning that is being written."""
-        return self._open is not None and self._open["type"] == "reasoning"
 
     def note(self, logprobs: Sequence[TokenLogprob]) -> None:
         """Entries of tokens; those of text go with the text that comes next."""
@@ -77,6 +74,8 @@ class Items:
                 self._of_part("response.content_part.done", {"part": part}),
             ]
             item["content"] = [part]
+            if self._sealed and item["type"] == "reasoning":
+                item["encrypted_content"] = seal(text)
         item["status"] = status
         events.append(self._of_output("response.output_item.done", item))
         self.done.append(item)  # type: ignore[arg-type]  # built field by field

@@ -35,6 +35,7 @@ class OutputReasoning(TypedDict):
     status: Status
     summary: list[Any]
     content: list[ReasoningText]
+    encrypted_content: NotRequired[str]
 
 
 class OutputCall(TypedDict):
@@ -76,6 +77,12 @@ class ResponseFailure(TypedDict):
     message: str
 
 
+class DeletedResponse(TypedDict):
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
+
+
 class ResponseObject(Noted):
     id: str
     object: Literal["response"]
@@ -91,10 +98,10 @@ class ResponseObject(Noted):
     max_output_tokens: int | None
     metadata: dict[str, str]
     parallel_tool_calls: bool
-    previous_response_id: None
+    previous_response_id: str | None
     reasoning: dict[str, Any]
     background: Literal[False]
-    store: Literal[False]
+    store: bool
     temperature: float
     text: dict[str, Any]
     tool_choice: Any

@@ -1,9 +1,10 @@
-"""`POST /v1/responses`: one answer to a conversation, whole or as a stream of events. Nothing is stored."""
+"""`/v1/responses`: one answer to a conversation, whole or as a stream of events, remembered for a while."""
 
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,15 +12,16 @@ from fastapi.responses import Response
 
 from kvist.runtime.request import FinishReason, Sampling
 from kvist.server.contexts import context_of
-from kvist.server.errors import Problem
+from kvist.server.errors import ApiError, Problem
 from kvist.server.limits import tenant_of
 from kvist.server.logs import Note, note
 from kvist.server.openai.logprobs import TokenTexts
 from kvist.server.openai.models import served
-from kvist.server.openai.replies import answers, new_id, noted_cache, reply
+from kvist.server.openai.remembered import Memory
+from kvist.server.openai.replies import answers, left_in_cache, new_id, noted_cache, reply, shown_progress
 from kvist.server.openai.response_events import Event, Items
-from kvist.server.openai.response_shapes import ResponseObject, ResponseUsage, Status
-from kvist.server.openai.responses_input import chat_request, offered_tools
+from kvist.server.openai.response_shapes import DeletedResponse, ResponseObject, ResponseUsage, Status
+from kvist.server.openai.responses_input import chat_request, given_items, offered_tools
 from kvist.server.openai.responses_schema import FunctionTool, NamespaceTool, ResponsesBody
 from kvist.server.openai.stream import EventStream, event, raise_failure
 from kvist.service.chat import Chat, ChatDelta, ChatSession, Options
@@ -27,27 +29,37 @@ from kvist.service.contexts import CHAT
 from kvist.service.serving import Serving
 
 LOGPROBS = "message.output_text.logprobs"  # what `include` has for them
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+SEALED = "reasoning.encrypted_content"
 
 
 def add_responses(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenTexts) -> None:
-    """Add the route."""
+    """Add the routes."""
+    memory = Memory()
 
     @routes.post("/v1/responses", response_model=None, responses=answers(ResponseObject, streams=True))
     async def responses(body: ResponsesBody, request: Request) -> Response:
         asked_of = served(serving, body.model)
-        wanted = LOGPROBS in (body.include or ())
+        tenant, wanted = tenant_of(request), LOGPROBS in (body.include or ())
         options = body.options(
             serving.tokenizer,
-            tenant_of(request),
+            tenant,
             max_tokens=body.max_output_tokens,
             logprobs=body.top_logprobs or 0 if wanted or body.top_logprobs else None,
             proposed=serving.proposed,
         )
         options = replace(options, adapter=asked_of.adapter)
-        asked = chat_request(body, options, serving.template)
+        given = given_items(body, lambda item_id, place: memory.item(tenant, item_id, place))
+        before = [] if body.previous_response_id is None else memory.before(tenant, body.previous_response_id)
+        asked = chat_request(body, [*before, *given], options, serving.template)
         session = chat.start(replace(asked, context=context_of(serving, request, body.context, CHAT)))
         noted = note(request, session.session, asked_of.name)
-        answer = Answer(session, asked_of.name, body, options, texts)
+
+        def remember(response: ResponseObject) -> None:
+            if response["store"]:
+                memory.add(tenant, response, given, body.previous_response_id)
+
+        answer = Answer(session, asked_of.name, body, options, texts, remember)
         session.session.name(answer.id, noted.request_id)
         if body.stream:
             return EventStream(answer.stream(noted), session.cancel, answer.failed, noted)
@@ -56,17 +68,36 @@ def add_responses(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenT
         finally:
             session.cancel()
 
+    @routes.get("/v1/responses/{response_id}", response_model=None, responses=answers(ResponseObject))
+    async def get(response_id: str, request: Request) -> Response:
+        if request.query_params.get("stream") == "true":
+            raise ApiError(400, "stream: a response that is complete is not streamed again", param="stream")
+        return reply(memory.get(tenant_of(request), response_id))
+
+    @routes.delete("/v1/responses/{response_id}", response_model=None, responses=answers(DeletedResponse))
+    async def delete(response_id: str, request: Request) -> Response:
+        memory.delete(tenant_of(request), response_id)
+        return reply({"id": response_id, "object": "response", "deleted": True})
+
 
 class Answer:
-    """One response under way, drawn as `options` say."""
+    """One response under way, drawn as `options` say. `remember` is told of the response once it is complete."""
 
     def __init__(
-        self, session: ChatSession, model: str, body: ResponsesBody, options: Options, texts: TokenTexts
+        self,
+        session: ChatSession,
+        model: str,
+        body: ResponsesBody,
+        options: Options,
+        texts: TokenTexts,
+        remember: Callable[[ResponseObject], None],
     ) -> None:
         self._session = session
         self._logprobs = options.logprobs
         self._texts = texts
-        self._items = Items({tool.name: tool for tool in offered_tools(body)})
+        self._remember = remember
+        self._keeps = body.asks_to_keep
+        self._items = Items({tool.name: tool for tool in offered_tools(body)}, SEALED in (body.include or ()))
         self._reasoning_tokens = 0
         self._numbers = itertools.count()
         self._response = _begun(model, body, options.sampling)
@@ -83,6 +114,8 @@ class Answer:
         """The events; those of one delta together."""
         yield self._whole("response.created") + self._whole("response.in_progress")
         async for delta in self._session:
+            if delta.progress is not None:
+                yield self._whole("response.in_progress", shown_progress(delta.progress))
             if events := self._push(delta):
                 yield b"".join(map(self._encoded, events))
         noted.finish = self._response["status"]
@@ -100,8 +133,7 @@ class Answer:
     def _push(self, delta: ChatDelta) -> list[Event]:
         """The events that a delta gives; the last one completes the response."""
         raise_failure(delta.error, delta.finish)
-        if self._items.reasons:
-            self._reasoning_tokens += len(delta.tokens)
+        self._reasoning_tokens += delta.reasoning
         if self._logprobs is not None:
             self._items.note(self._texts.entries(delta.tokens, self._logprobs))
         events = [event for part in delta.parts for event in self._items.push(part)]
@@ -120,20 +152,22 @@ class Answer:
         response["usage"] = self._usage()
         if (cache := noted_cache([self._session.session]).get("kvist")) is not None:
             response["kvist"] = cache
+        self._remember(response)
 
     def _usage(self) -> ResponseUsage:
         session = self._session.session
         prompt, cached = session.prompt_tokens, session.cached_tokens
+        written = left_in_cache(session) if self._keeps else 0
         return {
             "input_tokens": prompt,
-            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": prompt - cached},
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
             "output_tokens": session.new_tokens,
             "output_tokens_details": {"reasoning_tokens": self._reasoning_tokens},
             "total_tokens": prompt + session.new_tokens,
         }
 
-    def _whole(self, kind: str) -> bytes:
-        return self._encoded({"type": kind, "response": self._response})
+    def _whole(self, kind: str, beside: Mapping[str, Any] = _NOTHING) -> bytes:
+        return self._encoded({"type": kind, "response": self._response, **beside})
 
     def _encoded(self, data: Event) -> bytes:
         return event({**data, "sequence_number": next(self._numbers)}, data["type"])
@@ -158,14 +192,14 @@ def _begun(model: str, body: ResponsesBody, sampling: Sampling) -> ResponseObjec
         "max_output_tokens": body.max_output_tokens,
         "metadata": body.metadata or {},
         "parallel_tool_calls": body.parallel_tool_calls is not False,
-        "previous_response_id": None,
+        "previous_response_id": body.previous_response_id,
         "reasoning": {"effort": None if body.reasoning is None else body.reasoning.effort, "summary": None},
         "background": False,
-        "store": False,
+        "store": body.store is not False,
         "temperature": sampling.temperature,
         "text": {"format": {"type": "text"}, **text},
         "tool_choice": choice if isinstance(choice, str) else "auto" if choice is None else choice.model_dump(),
-        "tools": [_shown_tool(tool) for tool in body.tools or () if isinstance(tool, FunctionTool | NamespaceTool)],
+        "tools": [_shown_tool(tool) for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": sampling.top_p if body.top_p is None else body.top_p,
         "truncation": "disabled",
@@ -178,5 +212,5 @@ def _shown_tool(tool: FunctionTool | NamespaceTool) -> dict[str, Any]:
     shown = tool.model_dump(exclude={"tools"})
     if isinstance(tool, NamespaceTool):
         shown["description"] = tool.description or ""
-        shown["tools"] = [inner.model_dump() for inner in tool.tools if isinstance(inner, FunctionTool)]
+        shown["tools"] = [inner.model_dump() for inner in tool.tools]
     return shown

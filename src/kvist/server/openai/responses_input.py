@@ -1,6 +1,6 @@
 """From the body of `/v1/responses` to a conversation as chat templates take it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,11 @@ from kvist.server.openai.responses_schema import (
     JsonSchemaFormat,
     MessageItem,
     NamedChoice,
-    NamespaceTool,
     ReasoningItem,
+    ReferenceItem,
     ResponsesBody,
 )
+from kvist.server.sealed import unseal
 from kvist.service.chat import ChatRequest, Options
 from kvist.text.chat import ChatTemplate
 
@@ -48,19 +49,32 @@ def offered_tools(body: ResponsesBody) -> list[Offered]:
     for tool in body.tools or ():
         if isinstance(tool, FunctionTool):
             offered.append(Offered(None, tool))
-        elif isinstance(tool, NamespaceTool):
-            offered += [Offered(tool.name, inner) for inner in tool.tools if isinstance(inner, FunctionTool)]
+        else:
+            offered += [Offered(tool.name, inner) for inner in tool.tools]
     return offered
 
 
-def chat_request(body: ResponsesBody, options: Options, template: ChatTemplate | None) -> ChatRequest:
-    """The conversation of a body. Raises `ApiError` (400) for what is well formed and makes no sense."""
+def given_items(body: ResponsesBody, find: Callable[[str, str], Item]) -> list[Item]:
+    """The items of a body's input. `find` has those that it refers to, by the id and the place of the reference."""
+    if isinstance(body.input, str):
+        return [MessageItem(role="user", content=body.input)]
+    return [
+        find(item.id, f"input.{index}") if isinstance(item, ReferenceItem) else item
+        for index, item in enumerate(body.input)
+    ]
+
+
+def chat_request(
+    body: ResponsesBody, items: Sequence[Item], options: Options, template: ChatTemplate | None
+) -> ChatRequest:
+    """A conversation, `items`, and what a body asks of its answer. Raises `ApiError` (400) for what is well formed and
+    makes no sense."""
     calls = _calling(body)
     form = None if body.text is None else body.text.format
     schema = form.schema_ if isinstance(form, JsonSchemaFormat) else {} if isinstance(form, JsonObjectFormat) else None
     effort = None if body.reasoning is None else body.reasoning.effort
     return ChatRequest(
-        messages=tuple(ordered(_messages(body), template)),
+        messages=tuple(ordered(_messages(body.instructions, items), template)),
         options=options,
         tools=calls.tools,
         tool_choice=calls.choice,
@@ -82,14 +96,11 @@ def _calling(body: ResponsesBody) -> Calling:
     return calling(tools, choice or "auto")
 
 
-def _messages(body: ResponsesBody) -> Iterable[dict[str, Any]]:
-    if body.instructions:
-        yield {"role": "system", "content": body.instructions}
-    if isinstance(body.input, str):
-        yield {"role": "user", "content": body.input}
-        return
+def _messages(instructions: str | None, items: Sequence[Item]) -> Iterable[dict[str, Any]]:
+    if instructions:
+        yield {"role": "system", "content": instructions}
     turn = _Turn()
-    for item in body.input:
+    for item in items:
         if turn.takes(item):
             continue
         yield from turn.end()
@@ -113,7 +124,7 @@ class _Turn:
         """Whether the item belongs to the message, and was added to it."""
         match item:
             case ReasoningItem() if not self._content and not self._calls:
-                self._reasoning += [part.text for part in item.content or ()]
+                self._reasoning += _thoughts(item)
             case MessageItem(role="assistant") if not self._calls:
                 self._content.append(_text(item.content))
             case CallItem():
@@ -132,6 +143,13 @@ class _Turn:
         said = bool(self._content or self._calls or self._reasoning)
         self._reasoning, self._content, self._calls = [], [], []
         return [message] if said else []
+
+
+def _thoughts(item: ReasoningItem) -> list[str]:
+    if item.content:
+        return [part.text for part in item.content]
+    text = unseal(item.encrypted_content or "")
+    return [] if text is None else [text]
 
 
 def _text(content: str | Sequence[InputText | InputRefusal]) -> str:

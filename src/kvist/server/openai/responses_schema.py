@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from kvist.server.openai.body import (
+    INERT_EXTENSIONS,
     MOST_LOGPROBS,
     REFUSED_EXTENSIONS,
     Count,
@@ -16,11 +17,12 @@ from kvist.server.openai.body import (
     text_or_list,
 )
 from kvist.server.openai.chat_schema import (
+    CHOICE_KINDS,
     MOST_MESSAGES,
     MOST_TOOLS,
     JsonObjectFormat,
     TextFormat,
-    choice_kind,
+    functions_alone,
     text_alone,
 )
 
@@ -69,35 +71,45 @@ class CallOutputItem(Fields):
 
 
 class ReasoningItem(Fields):
-    """What the model thought. Where its text is there, it is given back to the chat template; where only another server
-    could read it, it is left out."""
+    """What the model thought, as text or as this server sealed it, is given back to the chat template; where only
+    another server could read it, it is left out."""
 
     type: Literal["reasoning"]
     content: Annotated[list[InputText], Field(max_length=_MOST_PARTS)] | None = None
+    encrypted_content: str | None = None
+
+
+class ReferenceItem(Fields):
+    """An item of an earlier response."""
+
+    type: Literal["item_reference"] = "item_reference"
+    id: _Id
 
 
 def _item_kind(item: Any) -> str | None:
     kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    if kind is None and isinstance(item, dict) and "id" in item and "role" not in item:
+        return "item_reference"
     return "message" if kind is None else kind
 
 
 def _known_item(item: Any) -> Any:
     """Refuses what this server cannot know with the reason."""
     kind = _item_kind(item)
-    if kind == "item_reference":
-        raise PydanticCustomError("item_reference", "nothing is stored here: send the items themselves")
-    known = ("message", "function_call", "function_call_output", "reasoning")
+    known = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
     if isinstance(kind, str) and kind not in known:
         text = "items of type {kind} are not supported; those that are: {known}"
         raise PydanticCustomError("item_type", text, {"kind": repr(kind[:50]), "known": ", ".join(known)})
     return item
 
 
-Item = Annotated[
+Item = MessageItem | CallItem | CallOutputItem | ReasoningItem
+InputItem = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[CallItem, Tag("function_call")]
     | Annotated[CallOutputItem, Tag("function_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[ReferenceItem, Tag("item_reference")],
     Discriminator(_item_kind),
     BeforeValidator(_known_item),
 ]
@@ -111,41 +123,20 @@ class FunctionTool(Fields):
     strict: bool | None = None
 
 
-class OtherTool(Fields):
-    """A tool that OpenAI's own servers run, or one whose calls are no JSON. Clients offer such tools without being
-    asked; the model is not told of them, and the answer's `tools` leave them out."""
-
-    type: str
-
-
-def _tool_kind(tool: Any) -> str:
-    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
-    return kind if kind in ("function", "namespace") else "other"
-
-
 class NamespaceTool(Fields):
     """Functions of one origin, an MCP server for instance."""
 
     type: Literal["namespace"]
     name: Name
     description: str | None = None
-    tools: Annotated[
-        list[
-            Annotated[
-                Annotated[FunctionTool, Tag("function")] | Annotated[OtherTool, Tag("other")],
-                Discriminator(lambda tool: "function" if _tool_kind(tool) == "function" else "other"),
-            ]
-        ],
-        Field(max_length=MOST_TOOLS),
-    ]
+    tools: Annotated[list[Annotated[FunctionTool, BeforeValidator(functions_alone)]], Field(max_length=MOST_TOOLS)]
 
 
-ToolItem = Annotated[
-    Annotated[FunctionTool, Tag("function")]
-    | Annotated[NamespaceTool, Tag("namespace")]
-    | Annotated[OtherTool, Tag("other")],
-    Discriminator(_tool_kind),
-]
+def _known_tool(tool: Any) -> Any:
+    return tool if isinstance(tool, dict) and tool.get("type") == "namespace" else functions_alone(tool)
+
+
+ToolItem = Annotated[FunctionTool | NamespaceTool, Field(discriminator="type"), BeforeValidator(_known_tool)]
 
 
 class NamedChoice(Fields):
@@ -163,7 +154,7 @@ ToolChoiceBody = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("mode")]
     | Annotated[NamedChoice, Tag("function")]
     | Annotated[AllowedChoice, Tag("allowed_tools")],
-    Discriminator(choice_kind),
+    CHOICE_KINDS,
 ]
 
 
@@ -187,17 +178,23 @@ class ReasoningConfig(Fields):
 class ResponsesBody(Generation):
     refused: ClassVar = {
         **REFUSED_EXTENSIONS,
-        "previous_response_id": "nothing is stored here: send the whole conversation as input",
-        "conversation": "nothing is stored here: send the whole conversation as input",
-        "prompt": "nothing is stored here: send the prompt itself as instructions and input",
+        **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), "use text.format"),
+        **dict.fromkeys(("structured_outputs", "response_format", "json_schema", "grammar"), "use text.format"),
+        "conversation": "none is kept here: use previous_response_id, or send the whole conversation as input",
+        "prompt": "none is kept here: send the prompt itself as instructions and input",
+        "context_management": "an input is taken whole: shorten it yourself",
+        "image": "models here write text alone",
         "background": "answers are not kept for later: wait for them, or stream",
         "n": "a response is one answer",
     }
+    inert: ClassVar = {**INERT_EXTENSIONS, "n": (1,), "response_format": ({"type": "text"},)}
 
     input: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[Item], Field(min_length=1, max_length=MOST_MESSAGES), Tag("list")],
+        Annotated[str, Tag("text")]
+        | Annotated[list[InputItem], Field(min_length=1, max_length=MOST_MESSAGES), Tag("list")],
         Discriminator(text_or_list),
     ]
+    previous_response_id: _Id | None = Field(None, description="The response whose conversation goes on.")
     instructions: str | None = None
     tools: Annotated[list[ToolItem], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: ToolChoiceBody | None = None
@@ -207,7 +204,7 @@ class ResponsesBody(Generation):
     max_output_tokens: Count | None = Field(None, description="As many as the context leaves by default.")
     include: list[str] | None = Field(None, max_length=16)
     top_logprobs: Annotated[Integer, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    store: bool | None = Field(None, description="Taken, and without effect: nothing is stored.")
+    store: bool | None = Field(None, description="false: the response is not remembered. Others are, for a while.")
     metadata: dict[str, str] | None = Field(None, max_length=_MOST_METADATA)
     user: str | None = None
     truncation: Literal["auto", "disabled"] | None = Field(None, description="Too long an input is always refused.")
