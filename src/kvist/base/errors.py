@@ -32,7 +32,12 @@ class TextError(KvistError):
 
 
 class RequestError(KvistError):
-    """A request that can never run: an empty prompt, one longer than the context, a bad sampling value."""
+    """A request that can never run: an empty prompt, one longer than the context, a bad sampling value. `param`: the
+    part of the request at fault, as in `tools.0.parameters`, where one is known."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ContextError(RequestError):

@@ -86,8 +86,10 @@ def problem_of(error: BaseException) -> Problem:
     if isinstance(error, ApiError):
         return Problem(error.status, str(error), error.code, error.param, error.headers)
     if isinstance(error, ContextError):
-        return Problem(400, str(error), "context_length_exceeded")
-    if isinstance(error, RequestError | TextError):
+        return Problem(400, str(error), "context_length_exceeded", error.param)
+    if isinstance(error, RequestError):
+        return Problem(400, str(error), None, error.param)
+    if isinstance(error, TextError):
         return Problem(400, str(error))
     if isinstance(error, Overloaded):
         return Problem(429, str(error), "overloaded", headers={"retry-after": str(error.retry_after)})

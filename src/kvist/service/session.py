@@ -16,6 +16,7 @@ class Job:
     `choices`: how many answers; choice `i` draws with the seed of the request + `i` (modulo 2^64), and all share the
     prompt's blocks. `stops`: stop strings. `keep_special`: special tokens (but for those that end a text) give their
     text, as whoever parses tool calls needs it. `origin`: what the prompt's tokens were made of, for explanations.
+    `warnings`: what the client should know of how its request was understood.
     """
 
     request: Request
@@ -23,6 +24,7 @@ class Job:
     stops: tuple[str, ...] = ()
     keep_special: bool = False
     origin: Origin = NOWHERE
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Session(Protocol):
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int  # of all choices, so far
+    warnings: tuple[str, ...]  # see `Job`
     prompt_logprobs: list[TokenLogprobs | None]
     explanation: Explanation | None
 

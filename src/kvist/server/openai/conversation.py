@@ -42,6 +42,7 @@ def chat_request(body: ChatBody, options: Options, template: ChatTemplate | None
         tool_name=calls.name,
         parallel_tool_calls=body.parallel_tool_calls is not False,
         schema=schema,
+        schema_place="response_format.json_schema.schema",
         template_variables=variables_of(body.reasoning_effort, body.chat_template_kwargs),
         continue_final=_continues(body),
     )
@@ -75,9 +76,11 @@ def called(call_id: str, name: str, arguments: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments or "{}"}}
 
 
-def tool_of(name: str, description: str | None, parameters: Mapping[str, Any] | None, strict: bool | None) -> Tool:
-    """A tool; without `parameters` it takes none."""
-    return Tool(name, description, parameters or {"type": "object", "properties": {}}, bool(strict))
+def tool_of(
+    name: str, description: str | None, parameters: Mapping[str, Any] | None, strict: bool | None, place: str
+) -> Tool:
+    """A tool; without `parameters`, which stand at `place`, it takes none."""
+    return Tool(name, description, parameters or {"type": "object", "properties": {}}, bool(strict), place)
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,10 @@ def variables_of(effort: str | None, own: Mapping[str, Any] | None) -> dict[str,
 
 def _calling(body: ChatBody) -> Calling:
     functions = [tool.function for tool in body.tools or ()]
-    tools = tuple(tool_of(of.name, of.description, of.parameters, of.strict) for of in functions)
+    tools = tuple(
+        tool_of(of.name, of.description, of.parameters, of.strict, f"tools[{index}].function.parameters")
+        for index, of in enumerate(functions)
+    )
     choice = body.tool_choice
     if isinstance(choice, NamedChoice):
         return calling(tools, "required", named=choice.function.name)
