@@ -5,14 +5,17 @@ the grammar allows more than the schema and never less, and whoever reads the an
 can hold it says itself when it compiles; here is what it would find out too late, or not say in plain words.
 """
 
+import contextlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from kvist.base.errors import RequestError
-from kvist.text.schema import TYPES, changed, check_depth, endless, is_schema
+from kvist.text.schema import TYPES, changed, check_depth, endless, is_schema, target
 
+_ANCHOR = re.compile(r"#[A-Za-z_][\w.-]*")
 _MOST_PROBES = 2000  # schemas within one that are tried alone, so that the time is bounded
 # What llguidance holds nothing of.
 _NEVER = (
@@ -79,17 +82,18 @@ class Relaxing:
 
     prober: Prober
     dropped: dict[str, None] = field(default_factory=dict)  # in their order
+    _root: Any = None
     _probes: int = 0
 
     def schema(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
         """A schema that can be held, and that all values follow that follow this one."""
         try:
-            return strict_schema(schema, self.prober)
-        except RequestError:
-            pass
-        try:
             check_depth(schema)
-            relaxed = self._relaxed(schema)
+            whole = _with_nulls(schema)
+            with contextlib.suppress(RequestError):
+                return strict_schema(whole, self.prober)
+            self._root = whole
+            relaxed = self._relaxed(whole)
             if not endless(relaxed) and self.prober.refusal(relaxed) is None:
                 return relaxed
         except RequestError:
@@ -102,12 +106,10 @@ class Relaxing:
             return True if not isinstance(schema, bool) else schema
         node = self._without(schema, [key for key, _ in _malformed(schema)])
         node = self._without(node, [key for key in _NEVER if key in node])
-        node = changed(node, self._relaxed)
-        if node.get("nullable") is True:  # OpenAPI's way to say that it may be null
-            node.pop("nullable")
-            outer = {key: node.pop(key) for key in ("$defs", "definitions") if key in node}
-            return {"anyOf": [self._held(node), {"type": "null"}], **outer}
-        return self._held(node)
+        reference = node.get("$ref")
+        if reference is not None and target(reference, self._root) is None and not _ANCHOR.fullmatch(reference):
+            node = self._without(node, ["$ref"])
+        return self._held(changed(node, self._relaxed))
 
     def _held(self, node: dict[str, Any]) -> dict[str, Any]:
         """Of a schema, within which everything can be held, what can be held together."""
@@ -155,6 +157,17 @@ class Relaxing:
 
     def _drop(self, keys: Any) -> None:
         self.dropped.update(dict.fromkeys(keys))
+
+
+def _with_nulls(schema: Any, _: str = "") -> Any:
+    """The same schema, in which null may be what OpenAPI calls `nullable`."""
+    if not isinstance(schema, Mapping):
+        return schema
+    node = changed(schema, _with_nulls)
+    if node.pop("nullable", None) is not True:
+        return node
+    outer = {key: node.pop(key) for key in ("$defs", "definitions") if key in node}
+    return {"anyOf": [node, {"type": "null"}], **outer}
 
 
 def _cut(schema: Any, _: str = "") -> Any:
