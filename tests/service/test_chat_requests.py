@@ -374,3 +374,48 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_numbers(serving: Serving) 
     assert job.request.max_tokens == 8
     scored = text_job(serving, [1] * 2048, replace(WARM, max_tokens=0, prompt_logprobs=0))
     assert scored.request.max_tokens == 0
+
+
+def test_tools_are_told_of_in_words_where_the_template_has_no_place_for_them(
+    serving: Serving, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patched(monkeypatch, serving, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    monkeypatch.setattr(serving, "format", FORMATS["plain"])
+    request = ChatRequest(ASK, WARM, tools=(LOOK, STOP), tool_choice=ToolChoice.REQUIRED)
+    job, deltas = ask(request, CALL)
+    prompt = serving.tokenizer.decode(list(job.request.prompt), skip_special=False)
+    assert prompt.startswith("<system>You can use these functions.")
+    assert prompt.endswith("<user>What of the tree?")
+    assert '"name": "look_up"' in prompt
+    assert follow(serving, job, CALL)
+    assert not follow(serving, job, WRONG)
+    assert not follow(serving, job, "Hello")
+    parts = joined([part for delta in deltas for part in delta.parts])
+    assert parts[0] == ToolCallBegin(0, "look_up")
+    # The same prompt where no call is wanted, and no call in what comes.
+    job, deltas = ask(replace(request, tool_choice=ToolChoice.NONE), CALL)
+    assert serving.tokenizer.decode(list(job.request.prompt), skip_special=False) == prompt
+    assert joined([part for delta in deltas for part in delta.parts]) == [Content(CALL)]
+
+
+def test_what_a_grammar_cannot_hold_is_named_in_a_warning_or_refused(serving: Serving, ask: Any) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"what": {"type": "array", "uniqueItems": True, "items": {"not": {}}}},
+    }
+    tool = Tool("look_up", None, parameters, place="tools[1].function.parameters")
+    job, _ = ask(ChatRequest(ASK, WARM, tools=(STOP, tool), tool_choice=ToolChoice.REQUIRED))
+    assert job.warnings == (
+        "the arguments of 'look_up' were not held to all of its schema; left to the client: uniqueItems, not",
+    )
+    assert ask(ChatRequest(ASK, WARM, tools=(STOP, tool)))[0].warnings == ()
+    strict = (STOP, replace(tool, strict=True))
+    for choice in (ToolChoice.AUTO, ToolChoice.REQUIRED):
+        with pytest.raises(RequestError, match=r"the strict tool 'look_up': .*uniqueItems") as refusal:
+            ask(ChatRequest(ASK, WARM, tools=strict, tool_choice=choice))
+        assert refusal.value.param == "tools[1].function.parameters"
+    with pytest.raises(RequestError, match=r"the strict tool 'x': required should be a list of names") as refusal:
+        ask(ChatRequest(ASK, WARM, tools=(Tool("x", None, {"required": 5}, True, "tools[0]"),)))
+    with pytest.raises(RequestError, match=r"the schema of the answer: .*uniqueItems") as refusal:
+        ask(ChatRequest(ASK, WARM, schema=parameters, schema_place="text.format.schema"))
+    assert refusal.value.param == "text.format.schema"

@@ -269,7 +269,11 @@ def test_calls_within_text_are_held_to_their_schemas(tokenizer: Tokenizer, gramm
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
-        ({"type": "object", "not": {"type": "string"}}, "not"),
+        ({"type": "object", "not": {"type": "string"}}, "not: no grammar holds"),
+        (
+            {"properties": {"a": {"type": "array", "uniqueItems": True}}},
+            "properties.a.uniqueItems: no grammar holds an answer to this keyword",
+        ),
         ({"type": "nothing"}, "nothing"),
         ({"$ref": "#/$defs/missing"}, "missing"),
         ({"type": "string", "pattern": "("}, "unclosed group"),

@@ -290,6 +290,16 @@ def test_what_cannot_be_held_is_left_out_and_named(
     assert hermes.text(3) is not None or hermes.text(4) is not None, "and it comes to an end"
 
 
+def test_what_says_nothing_is_let_pass(grammars: GrammarCompiler) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "array", "items": {"type": "integer"}, "uniqueItems": False}},
+        "unevaluatedProperties": True,
+        **dict.fromkeys(("title", "description", "$comment", "x-order"), "words"),
+    }
+    assert grammars.relaxed(schema)[1] == ()
+
+
 def test_the_rest_of_a_schema_is_held_all_the_same(tokenizer: Tokenizer, grammars: GrammarCompiler) -> None:
     held, dropped = grammars.relaxed(ZOD["never and refined"])
     assert dropped == ("not", "uniqueItems", "oneOf")

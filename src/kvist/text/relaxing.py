@@ -23,6 +23,7 @@ _NEVER = (
     *("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems"),
     *("$dynamicRef", "$recursiveRef", "contentSchema"),
 )
+_REST = ("unevaluatedProperties", "unevaluatedItems")
 # What is given up together, in the order in which it is tried: each alone at first, then one after the other. Without
 # any of them a schema allows more; half of one of them could allow less.
 _GROUPS: tuple[tuple[str, ...], ...] = (
@@ -195,10 +196,12 @@ def _stuck(node: Mapping[str, Any], prober: Prober) -> bool:
 
 
 def _folded(schema: Any, prober: Prober, _: str = "") -> Any:
-    """The same schema, where patterns that only match properties which are named are said of these."""
+    """The same schema, without what says nothing, and where patterns that only match properties which are named are
+    said of these."""
     if not isinstance(schema, Mapping):
         return schema
-    node = changed(schema, lambda inner, where: _folded(inner, prober, where))
+    said = {key: value for key, value in schema.items() if not _inert(key, value)}
+    node = changed(said, lambda inner, where: _folded(inner, prober, where))
     if _stuck(node, prober):
         patterns = node.pop("patternProperties")
         node["properties"] = {
@@ -206,6 +209,11 @@ def _folded(schema: Any, prober: Prober, _: str = "") -> Any:
             for name, value in node["properties"].items()
         }
     return node
+
+
+def _inert(key: str, value: Any) -> bool:
+    """Whether a keyword asks for nothing at this value."""
+    return (key == "uniqueItems" and value is False) or (key in _REST and value in (True, {}))
 
 
 def _both(schema: Any, more: list[Any]) -> Any:
@@ -227,6 +235,10 @@ def _check_form(schema: Any, where: str) -> None:
         for key, wanted in _malformed(schema):
             place = f"{where}.{key}" if where else key
             raise RequestError(f"{place} should be {wanted}, got {str(schema[key])[:60]!r}")
+        unheld = next((key for key in _NEVER if key in schema and not _inert(key, schema[key])), None)
+        if unheld is not None:
+            place = f"{where}.{unheld}" if where else unheld
+            raise RequestError(f"{place}: no grammar holds an answer to this keyword")
 
         def inner(value: Any, place: str) -> Any:
             _check_form(value, f"{where}.{place}" if where else place)
