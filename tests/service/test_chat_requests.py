@@ -317,7 +317,7 @@ def test_nothing_is_held_to_a_grammar_that_was_not_asked_for(ask: Any) -> None:
         (ChatRequest((), WARM), "at least one message"),
         (
             ChatRequest(ASK, WARM, schema={"type": "nothing"}),
-            "the schema of the answer: type should be one or",
+            "the JSON schema of the answer: type should be one or",
         ),
         (ChatRequest(ASK, replace(WARM, stops=("",))), "stop string is empty"),
         (ChatRequest(ASK, WARM, continue_final=True), "only a last message of the assistant"),
@@ -416,6 +416,6 @@ def test_what_a_grammar_cannot_hold_is_named_in_a_warning_or_refused(serving: Se
         assert refusal.value.param == "tools[1].function.parameters"
     with pytest.raises(RequestError, match=r"the strict tool 'x': required should be a list of names") as refusal:
         ask(ChatRequest(ASK, WARM, tools=(Tool("x", None, {"required": 5}, True, "tools[0]"),)))
-    with pytest.raises(RequestError, match=r"the schema of the answer: .*uniqueItems") as refusal:
+    with pytest.raises(RequestError, match=r"the JSON schema of the answer: .*uniqueItems") as refusal:
         ask(ChatRequest(ASK, WARM, schema=parameters, schema_place="text.format.schema"))
     assert refusal.value.param == "text.format.schema"

@@ -283,7 +283,7 @@ class Chat:
             try:
                 answer = grammars.json_schema(schema) if schema else grammars.json_object()
             except RequestError as error:
-                raise RequestError(f"the schema of the answer: {error}", request.schema_place) from None
+                raise RequestError(f"the JSON schema of the answer: {error}", request.schema_place) from None
         if not request.tools or request.tool_choice is ToolChoice.NONE:
             return answer, ()
         required = request.tool_choice is ToolChoice.REQUIRED
