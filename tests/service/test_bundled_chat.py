@@ -4,11 +4,12 @@ import asyncio
 
 import pytest
 
-from kvist.base.errors import RequestError, TextError
+from kvist.base.errors import RequestError
 from kvist.runtime.request import FinishReason, Sampling
-from kvist.service.chat import Chat, ChatDelta, ChatRequest, Options, Tool
+from kvist.service.chat import Chat, ChatDelta, ChatRequest, Options, Tool, ToolChoice
 from kvist.service.loaded import open_model
 from kvist.service.serving import Serving
+from kvist.service.session import Job
 from kvist.text.response import Content
 
 TALK = (
@@ -40,10 +41,21 @@ def test_a_conversation_is_a_play(serving: Serving) -> None:
 
 
 def test_what_it_does_not_know_is_refused_in_words(serving: Serving) -> None:
-    with pytest.raises(RequestError, match="no place for tools"):
-        Chat(serving).start(ChatRequest(TALK, OPTIONS, tools=(Tool("look_up", None, {}),)))
-    with pytest.raises(TextError, match="'2' is not among the 65 characters"):
-        Chat(serving).start(ChatRequest(({"role": "user", "content": "What is 2 and 2?"},), OPTIONS))
+    tools = (Tool("look_up", None, {}),)
+    with pytest.raises(RequestError, match="its vocabulary is 65 characters, and '\"'"):
+        Chat(serving).start(ChatRequest(TALK, OPTIONS, tools=tools, tool_choice=ToolChoice.REQUIRED))
+    with pytest.raises(RequestError, match="cannot write JSON of this schema"):
+        Chat(serving).start(ChatRequest(TALK, OPTIONS, schema={}))
+
+
+def test_characters_that_it_does_not_know_are_replaced(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Job] = []
+    monkeypatch.setattr(serving, "submit", jobs.append)
+    Chat(serving).start(ChatRequest(({"role": "user", "content": "What is 2 and 2, {friend}?"},), OPTIONS))
+    assert "What is ? and ?, ?friend??" in serving.tokenizer.decode(list(jobs[0].request.prompt))
+    assert jobs[0].warnings == ("this model's vocabulary is 65 characters; others were replaced: '2' '{' '}'",)
+    Chat(serving).start(ChatRequest(TALK, OPTIONS))
+    assert jobs[1].warnings == ()
 
 
 def test_an_answer_ends_where_another_would_speak(serving: Serving) -> None:

@@ -37,6 +37,7 @@ class Recorded:
         self.cancelled = 0
         self.prompt_tokens, self.cached_tokens, self.new_tokens = len(job.request.prompt), 0, 0
         self.prompt_logprobs: list[Any] = []
+        self.warnings = job.warnings
         self._texts = texts
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
@@ -254,6 +255,7 @@ def test_the_token_that_begins_a_call_is_kept_back_where_none_is_wanted(marked: 
 
 SHOWN = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.id }} {{ c.function.arguments | tojson }} {% endfor %}"
 SHOWN += "{{ m.tool_call_id }}{% endfor %}"
+TEXT = "arguments + ''"  # a template that takes texts alone
 IDENTIFIER = "call_0123456789abcdef"
 
 
@@ -270,14 +272,17 @@ def calling(arguments: Any) -> tuple[dict[str, Any], ...]:
     [
         ('{"b": 1, "a": 2}', "", '{"b": 1, "a": 2}'),
         ({"b": 1}, "", '{"b": 1}'),
-        ('{"b": 1', "", '"{\\"b\\": 1"'),  # no JSON: as the model wrote it
-        ('{"b":  1}', "{# arguments is string #}", '"{\\"b\\":  1}"'),
+        ('{"b": 1', "", '{"arguments": "{\\"b\\": 1"}'),  # no JSON: what the model wrote, within some
+        ("[1]", "", '{"arguments": [1]}'),
+        ("", "", "{}"),
+        ('{"b":  1}', TEXT, '{"b":  1}'),
+        ('{"b": 1', TEXT, '{"b": 1'),
     ],
 )
 def test_arguments_are_given_as_the_template_takes_them(
     serving: Serving, ask: Any, monkeypatch: pytest.MonkeyPatch, arguments: Any, extra: str, shown: str
 ) -> None:
-    patched(monkeypatch, serving, SHOWN + extra)
+    patched(monkeypatch, serving, SHOWN.replace("arguments | tojson", extra or "arguments | tojson"))
     messages = calling(arguments)
     job, _ = ask(ChatRequest(messages, WARM))
     text = serving.tokenizer.decode(list(job.request.prompt))
@@ -310,7 +315,10 @@ def test_nothing_is_held_to_a_grammar_that_was_not_asked_for(ask: Any) -> None:
             "there is no tool 'x' to call among those given: look_up",
         ),
         (ChatRequest((), WARM), "at least one message"),
-        (ChatRequest(ASK, WARM, schema={"type": "nothing"}), "JSON schema cannot be followed"),
+        (
+            ChatRequest(ASK, WARM, schema={"type": "nothing"}),
+            "the JSON schema of the answer: type should be one or",
+        ),
         (ChatRequest(ASK, replace(WARM, stops=("",))), "stop string is empty"),
         (ChatRequest(ASK, WARM, continue_final=True), "only a last message of the assistant"),
         (
@@ -333,8 +341,9 @@ def test_many_tools_are_looked_through_in_no_time(serving: Serving) -> None:
     assert time.perf_counter() - begun < 2  # to compare each with each takes more than a minute
 
 
-def test_a_template_without_a_place_for_tools_takes_none(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_without_a_place_for_tools_may_take_none(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     patched(monkeypatch, serving, "{{ messages[0].content }}")
+    monkeypatch.setattr(serving, "generic_tools", False)
     with pytest.raises(RequestError, match="no place for tools"):
         Chat(serving).count(ChatRequest(ASK, WARM, tools=(LOOK,)))
 
@@ -365,3 +374,48 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_numbers(serving: Serving) 
     assert job.request.max_tokens == 8
     scored = text_job(serving, [1] * 2048, replace(WARM, max_tokens=0, prompt_logprobs=0))
     assert scored.request.max_tokens == 0
+
+
+def test_tools_are_told_of_in_words_where_the_template_has_no_place_for_them(
+    serving: Serving, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patched(monkeypatch, serving, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    monkeypatch.setattr(serving, "format", FORMATS["plain"])
+    request = ChatRequest(ASK, WARM, tools=(LOOK, STOP), tool_choice=ToolChoice.REQUIRED)
+    job, deltas = ask(request, CALL)
+    prompt = serving.tokenizer.decode(list(job.request.prompt), skip_special=False)
+    assert prompt.startswith("<system>You can use these functions.")
+    assert prompt.endswith("<user>What of the tree?")
+    assert '"name": "look_up"' in prompt
+    assert follow(serving, job, CALL)
+    assert not follow(serving, job, WRONG)
+    assert not follow(serving, job, "Hello")
+    parts = joined([part for delta in deltas for part in delta.parts])
+    assert parts[0] == ToolCallBegin(0, "look_up")
+    # The same prompt where no call is wanted, and no call in what comes.
+    job, deltas = ask(replace(request, tool_choice=ToolChoice.NONE), CALL)
+    assert serving.tokenizer.decode(list(job.request.prompt), skip_special=False) == prompt
+    assert joined([part for delta in deltas for part in delta.parts]) == [Content(CALL)]
+
+
+def test_what_a_grammar_cannot_hold_is_named_in_a_warning_or_refused(serving: Serving, ask: Any) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"what": {"type": "array", "uniqueItems": True, "items": {"not": {}}}},
+    }
+    tool = Tool("look_up", None, parameters, place="tools[1].function.parameters")
+    job, _ = ask(ChatRequest(ASK, WARM, tools=(STOP, tool), tool_choice=ToolChoice.REQUIRED))
+    assert job.warnings == (
+        "the arguments of 'look_up' were not held to all of its schema; left to the client: uniqueItems, not",
+    )
+    assert ask(ChatRequest(ASK, WARM, tools=(STOP, tool)))[0].warnings == ()
+    strict = (STOP, replace(tool, strict=True))
+    for choice in (ToolChoice.AUTO, ToolChoice.REQUIRED):
+        with pytest.raises(RequestError, match=r"the strict tool 'look_up': .*uniqueItems") as refusal:
+            ask(ChatRequest(ASK, WARM, tools=strict, tool_choice=choice))
+        assert refusal.value.param == "tools[1].function.parameters"
+    with pytest.raises(RequestError, match=r"the strict tool 'x': required should be a list of names") as refusal:
+        ask(ChatRequest(ASK, WARM, tools=(Tool("x", None, {"required": 5}, True, "tools[0]"),)))
+    with pytest.raises(RequestError, match=r"the JSON schema of the answer: .*uniqueItems") as refusal:
+        ask(ChatRequest(ASK, WARM, schema=parameters, schema_place="text.format.schema"))
+    assert refusal.value.param == "text.format.schema"

@@ -58,7 +58,7 @@ def test_a_model_may_reason_before_it_follows_the_grammar(
     tokenizer: Tokenizer, choice: Callable[..., Grammar], text: str, allowed: bool
 ) -> None:
     opening = tokenizer.encode("<think>")[0]
-    grammar = AfterReasoning(choice("yes", "no"), tokenizer, "</think>", opening)
+    grammar = AfterReasoning(choice("yes", "no"), tokenizer, "</think>", opening, True)
     assert not grammar.ended
     assert follows(grammar, tokenizer, text) == allowed
 
@@ -67,11 +67,34 @@ def test_a_model_may_reason_before_it_follows_the_grammar(
 def test_reasoning_that_has_begun_is_free_until_it_is_closed(
     tokenizer: Tokenizer, choice: Callable[..., Grammar], text: str, allowed: bool
 ) -> None:
-    assert follows(AfterReasoning(choice("yes", "no"), tokenizer, "</think>", None), tokenizer, text) == allowed
+    assert follows(AfterReasoning(choice("yes", "no"), tokenizer, "</think>", None, True), tokenizer, text) == allowed
+
+
+@pytest.mark.parametrize("must_come", [True, False])
+@pytest.mark.parametrize("opens", [True, False])
+def test_reasoning_does_not_end_the_answer_where_one_must_come(
+    tokenizer: Tokenizer, choice: Callable[..., Grammar], opens: bool, must_come: bool
+) -> None:
+    opening = tokenizer.encode("<think>")[0] if opens else None
+    grammar = AfterReasoning(choice("yes"), tokenizer, "</think>", opening, must_come)
+    end = next(iter(tokenizer.eos_ids))
+    seen = []
+    for token in tokenizer.encode("<think>so</think>yes"[0 if opens else len("<think>") :]):
+        row = torch.zeros(tokenizer.vocab_size)
+        grammar.forbid(row)
+        seen.append(row[end] > -math.inf)
+        grammar.accept(token)
+    row = torch.zeros(tokenizer.vocab_size)
+    grammar.forbid(row)
+    assert row[end] == 0, "it may end when the answer is complete"
+    reasoning = seen[opens : -len(tokenizer.encode("yes"))]
+    assert len(reasoning) > 1
+    assert all(reasoning) != must_come
+    assert any(reasoning) != must_come
 
 
 def test_the_end_is_that_of_the_grammar(tokenizer: Tokenizer, choice: Callable[..., Grammar]) -> None:
-    grammar = AfterReasoning(choice("yes", "no"), tokenizer, "</think>", None)
+    grammar = AfterReasoning(choice("yes", "no"), tokenizer, "</think>", None, True)
     for token in tokenizer.encode("so</think>"):
         grammar.accept(token)
         assert not grammar.ended
@@ -117,9 +140,9 @@ def test_what_the_closing_token_holds_of_the_answer_follows_the_grammar(
     grammars = GrammarCompiler(spelled, spelled.vocab_size)
     assert ">{" in [spelled.decode([token]) for token in spelled.encode("x</think>{yes}")], "the end, and the beginning"
     either = Either(grammars.choice(["{yes}", "{yet}"])(), grammars.choice(["[no]", "\n"])())
-    assert follows(AfterReasoning(either, spelled, "</think>", None), spelled, text) == allowed
+    assert follows(AfterReasoning(either, spelled, "</think>", None, True), spelled, text) == allowed
     with pytest.raises(RequestError, match="grammar of this request failed"):
-        follows(AfterReasoning(grammars.choice(["yes"])(), spelled, "</think>", None), spelled, "x</think>{yes}")
+        follows(AfterReasoning(grammars.choice(["yes"])(), spelled, "</think>", None, True), spelled, "x</think>{yes}")
 
 
 def test_a_token_that_neither_grammar_allows_is_an_error(tokenizer: Tokenizer, choice: Callable[..., Grammar]) -> None:

@@ -1,6 +1,7 @@
 """Chat templates render what transformers renders, and can do nothing else."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from kvist.base.errors import ConfigError, RequestError
-from kvist.text import sandbox
 from kvist.text.chat import ChatTemplate
+from kvist.text.template_process import BadTemplate, TemplateProcess
 from kvist.text.training import train_bytes_bpe
 
 CHATML = """\
@@ -127,7 +128,7 @@ def test_tools_calls_and_reasoning_are_rendered_as_transformers_renders_them() -
     assert 'Finds \\"things\\" < others & ünïcödé' in rendered, "nothing is escaped but by JSON"
 
 
-# What templates may use of Jinja, and what a loop knows of itself: the sandbox's watch over loops must not change it.
+# What templates may use of Jinja, and what a loop knows of itself: the sandbox must not change it.
 JINJA = """\
 {%- macro said(message, last=false) %}<{{ message.role }}{{ '!' if last }}>{{ caller() if caller }}{% endmacro %}
 {% for message in messages if message.role != 'system' %}
@@ -233,18 +234,39 @@ def test_without_the_sandbox_it_would() -> None:
         "{% for i in range(99999) %}{{ 'x' * 100000 }}{% endfor %}",
         "{{ 'x' * 10 ** 9 }}",
         "{{ [0] * 10 ** 9 }}",
-        "{{ 9 ** (9 ** 9) }}",
+        "{% set n = 9 %}{{ n ** (n ** n) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% for i in range(10 ** 8) %}{% endfor %}",
         "{% for i in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}",
         "{% set ns = namespace(s='x') %}{% for i in range(99999) %}{% set ns.s = ns.s * 2 %}{% endfor %}",
         "{% for i in range(9999) %}{{ messages | tojson }}{{ 'x' * 2000 }}{% endfor %}",
+        "{% set n = range(9999) | list %}{% for i in n %}{{ n | reject('in', n) | list }}{% endfor %}",
+        "{% set n = range(99999) | list %}{{ n | reject('in', n) | list | length }}",
+        "{{ 'x' | center(10 ** 9) }}",
+        "{{ '%1000000000d' | format(7) }}",
+        "{{ (messages * 5000) | map(attribute='content') | join('x' * 9999999) }}",
+        "{% set ns = namespace(s='x') %}{% for i in range(99999) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        "{{ range(99999) | batch(10 ** 9, 'x') | list }}",
     ],
 )
-def test_a_template_that_does_not_end_is_ended(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
-    with pytest.raises(RequestError):
-        ours(source).render(PLAIN)
+def test_a_template_that_takes_too_much_is_ended(source: str) -> None:
+    process = TemplateProcess({"it": source, "other": "{{ messages[0].content }}"}, seconds=0.2, memory=1 << 28)
+    answer = process.render("it", {"messages": list(PLAIN)})
+    assert (answer.text, answer.kind in ("too much", "nested", "failed")) == (None, True)
+    assert process.render("other", {"messages": list(PLAIN)}).text == PLAIN[0]["content"], "and another starts"
+
+
+def test_what_compiling_takes_is_bounded_too() -> None:
+    folded = "{% if 'x' | center(10 ** 7) | list | sort | reverse | list | sort | reverse | list %}{% endif %}"
+    with pytest.raises(BadTemplate, match=r"takes longer than 0\.2 s"):
+        TemplateProcess({"it": 200 * folded}, seconds=0.2, memory=1 << 32).compile()
+
+
+def test_many_threads_render_at_once() -> None:
+    template = ours("{% for i in range(2000) %}{% endfor %}{{ messages[0].content }}")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: template.render([{"role": "user", "content": str(n)}]), range(64)))
+    assert found == [str(n) for n in range(64)]
 
 
 def test_a_checkpoints_template_is_found_where_transformers_looks(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from kvist.base.errors import RequestError
 from kvist.runtime.request import Sampling
 from kvist.runtime.sampler import Sampler
 from kvist.service.calibration import TEXT
+from kvist.text.call_grammar import CalledTool
 from kvist.text.grammar import GrammarCompiler, Make
 from kvist.text.response import FORMATS, ToolCallArguments, ToolCallBegin, ToolCallEnd
 from kvist.text.tokenizer import Tokenizer
@@ -214,13 +215,16 @@ TOOLS = [
 ]
 
 
+HELD = [CalledTool(tool["function"]["name"], tool["function"]["parameters"], True) for tool in TOOLS]
+
+
 @pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.calls is not None])
 @pytest.mark.parametrize("parallel", [False, True])
 def test_calls_that_are_required_are_read_back_and_valid(
     tokenizer: Tokenizer, grammars: GrammarCompiler, name: str, parallel: bool
 ) -> None:
     format = FORMATS[name]
-    make = grammars.tool_calls(format, TOOLS, required=True, parallel=parallel)
+    make = grammars.tool_calls(format, HELD, required=True, parallel=parallel)
     called: Counter[str] = Counter()
     several = 0
     for seed in range(12):
@@ -246,7 +250,7 @@ def test_calls_that_are_required_are_read_back_and_valid(
 
 def test_calls_within_text_are_held_to_their_schemas(tokenizer: Tokenizer, grammars: GrammarCompiler) -> None:
     format = FORMATS["hermes"]
-    make = grammars.tool_calls(format, TOOLS, required=False, parallel=True)
+    make = grammars.tool_calls(format, HELD, required=False, parallel=True)
     likely = {tokenizer.encode("<tool_call>", add_special=False)[0]: 6.0, next(iter(tokenizer.eos_ids)): 2.0}
     kinds: Counter[str] = Counter()
     for seed in range(20):
@@ -265,11 +269,24 @@ def test_calls_within_text_are_held_to_their_schemas(tokenizer: Tokenizer, gramm
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
-        ({"type": "object", "not": {"type": "string"}}, "not"),
+        ({"type": "object", "not": {"type": "string"}}, "not: no grammar holds"),
+        (
+            {"properties": {"a": {"type": "array", "uniqueItems": True}}},
+            "properties.a.uniqueItems: no grammar holds an answer to this keyword",
+        ),
         ({"type": "nothing"}, "nothing"),
         ({"$ref": "#/$defs/missing"}, "missing"),
-        ({"type": "string", "pattern": "("}, "JSON schema"),
-        ({"enum": []}, "JSON schema"),
+        ({"type": "string", "pattern": "("}, "unclosed group"),
+        ({"enum": []}, "enum should be a list of values"),
+        ({"type": "object", "properties": {"a": {"required": 5}}}, "properties.a.required should be a list of names"),
+        ({"type": "object", "properties": []}, "properties should be schemas by name"),
+        ({"items": 7}, "items should be a schema"),
+        ({"type": "string", "minLength": -1}, "minLength should be a whole number"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "no finite value"),
+        (
+            {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]},
+            "no finite value",
+        ),
     ],
 )
 def test_schemas_that_cannot_be_followed_are_refused_with_the_reason(
@@ -309,6 +326,6 @@ def test_a_grammar_is_compiled_once_and_each_sequence_has_its_own_state(
 
 def test_formats_without_calls_or_without_a_mark_say_so(grammars: GrammarCompiler) -> None:
     with pytest.raises(RequestError, match="no known way to call tools"):
-        grammars.tool_calls(FORMATS["plain"], TOOLS, required=True, parallel=False)
+        grammars.tool_calls(FORMATS["plain"], HELD, required=True, parallel=False)
     with pytest.raises(RequestError, match="not announced by a marker"):
-        grammars.tool_calls(FORMATS["llama3-json"], TOOLS, required=False, parallel=False)
+        grammars.tool_calls(FORMATS["llama3-json"], HELD, required=False, parallel=False)

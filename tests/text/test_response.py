@@ -321,3 +321,11 @@ def test_what_would_be_a_call_is_text_where_none_may_be() -> None:
         parts = parts_of(format, [answer])
         assert parts[0] == Reasoning("Hm.")
         assert all(isinstance(part, Content) for part in parts[1:])
+
+
+@pytest.mark.parametrize("cut", range(len("\n</tool_call>")))
+def test_an_answer_that_ends_within_the_mark_that_ends_a_call_has_nothing_after_it(cut: int) -> None:
+    call = '<tool_call>\n{"name": "look", "arguments": {"a": 1}}'
+    parser = FORMATS["hermes"].parser()
+    parts = joined([*parser.push(call + "\n</tool_call>"[:cut]), *parser.finish()])
+    assert parts == [ToolCallBegin(0, "look"), ToolCallArguments(0, '{"a": 1}'), ToolCallEnd(0)]

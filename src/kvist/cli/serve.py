@@ -56,6 +56,13 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help="A chat template instead of the model's own, or the name of one of its own."),
     ] = None,
+    tools: Annotated[
+        str,
+        typer.Option(
+            metavar="FORM",
+            help="Where a chat template has no place for tools: auto tells of them in words, template refuses them.",
+        ),
+    ] = "auto",
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -92,6 +99,8 @@ def serve(
     """Serve a model over the APIs of OpenAI and Anthropic. Ctrl-C ends it in an orderly way."""
     if not 0 < timeout < float("inf") or not 0 <= grace < float("inf"):
         raise KvistError(f"--timeout and --grace take a number of seconds, got {timeout:g} and {grace:g}")
+    if tools not in ("auto", "template"):
+        raise KvistError(f"--tools takes auto or template, got {tools!r}")
     given = None if kv_memory is None else size(kv_memory, "--kv-memory")
     body, keys = size(max_body, "--max-body"), api_keys(api_key or [], api_key_file)
     adapters = adapter_folders(adapter or ())
@@ -129,7 +138,9 @@ def serve(
                 )
                 budget = loaded.budget(given, max_running)
                 kept = None if keep is None else stack.enter_context(open_kept(loaded, keep))
-                serving = _serving(loaded, budget, kept, name, chat_template, settings, public_prompt or [])
+                serving = _serving(
+                    loaded, budget, kept, name, chat_template, tools == "auto", settings, public_prompt or []
+                )
             except KeyboardInterrupt:
                 note("stopped")
                 raise typer.Exit(INTERRUPTED) from None
@@ -175,6 +186,7 @@ def _serving(
     kept: "Kept | None",
     name: str | None,
     template: Path | None,
+    generic_tools: bool,
     settings: "ServerSettings",
     public: list[Path],
 ) -> "Serving":
@@ -189,6 +201,7 @@ def _serving(
         loaded.serving_engine(budget, kept=tiers, identity=identity),
         name=name,
         template=template,
+        generic_tools=generic_tools,
         max_waiting=settings.max_waiting,
         timeout=settings.timeout,
         tenants=tuple(settings.tenants.values()),

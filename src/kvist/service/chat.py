@@ -3,10 +3,6 @@
 Both wire formats stand on it, and it knows neither.
 """
 
-import contextlib
-import hashlib
-import json
-import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvist.base.errors import KvistError, PromptTooLong, RequestError, TextError
 from kvist.runtime.request import FinishReason, Grammar, Request, Sampling
+from kvist.service.called_tools import CalledTools
 from kvist.service.constraints import AfterReasoning, Either
 from kvist.service.contexts import Context
 from kvist.service.explanation import NOWHERE, Origin
@@ -24,25 +21,30 @@ from kvist.service.places import Place, find_places
 from kvist.service.session import Job, NewToken, PrefillProgress, Session
 from kvist.service.shelf import check_begins, with_context
 from kvist.text.chat import ChatTemplate
+from kvist.text.generic_tools import with_tools
 from kvist.text.response import Part, ResponseFormat, ResponseParser, ToolCallEnd
 from kvist.text.stops import StopStrings
+from kvist.text.template_messages import for_template
+from kvist.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from kvist.service.serving import Serving
 
 _NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
-_ANY: Mapping[str, Any] = MappingProxyType({"type": "object"})
+_MOST_SHOWN = 10  # characters in a warning
 _NEVER = -100.0  # the bias by which a token is as good as forbidden
 
 
 @dataclass(frozen=True)
 class Tool:
-    """What a model may call. `parameters`: a JSON schema. `strict`: its arguments must follow the schema."""
+    """What a model may call. `parameters`: a JSON schema, which stands at `place` of the request. `strict`: its
+    arguments must follow the schema."""
 
     name: str
     description: str | None
     parameters: Mapping[str, Any]
     strict: bool = False
+    place: str | None = None
 
 
 class ToolChoice(StrEnum):
@@ -83,9 +85,9 @@ class ChatRequest:
     `messages` are as chat templates take them: role, content (a text), tool_calls, tool_call_id, name,
     reasoning_content. A call's arguments are an object or its JSON text; text is better, because a template that can
     write it as it is then renders what the model wrote, token by token. `tool_name`, with REQUIRED: the tool that is
-    called. `schema`: the answer is JSON that follows it; `{}`: any JSON object. `guide`: or it is a text of that kind.
-    `continue_final`: the last message is the assistant's and is continued. `context`: of the form "chat", stands before
-    everything else.
+    called. `schema`: the answer is JSON that follows it; `{}`: any JSON object; it stands at `schema_place` of the
+    request. `guide`: or it is a text of that kind. `continue_final`: the last message is the assistant's and is
+    continued. `context`: of the form "chat", stands before everything else.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -95,6 +97,7 @@ class ChatRequest:
     tool_name: str | None = None
     parallel_tool_calls: bool = True
     schema: Mapping[str, Any] | None = None
+    schema_place: str | None = None
     guide: Guide | None = None
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     continue_final: bool = False
@@ -166,8 +169,7 @@ class Chat:
         and what `Serving.submit` raises."""
         _check_tools(request)
         prompt = self._prompt(request)
-        calling = bool(request.tools) and request.tool_choice is not ToolChoice.NONE
-        form = self._serving.format if calling else self._serving.format.without_calls()
+        form = self._format(request)
         tools = [_rendered(tool) for tool in request.tools]
         parsers = [form.parser(prompt, tools) for _ in range(request.options.choices)]
         options = replace(
@@ -175,24 +177,27 @@ class Chat:
             stops=(*request.options.stops, *self._template.stops),
             sampling=self._sampling(request),
         )
-        tokens = self._encode(prompt)
+        tokens, unspelled = encode(self._serving.tokenizer, prompt, add_special=False)
         if request.context is not None:
             check_begins(tokens, request.context)
             options = replace(options, imported=request.context.imported)
+        grammar, unheld = self._grammar(request, prompt, form)
         job = text_job(
             self._serving,
             tokens,
             options,
-            grammar=self._grammar(request, prompt, form),
+            grammar=grammar,
             keep_special=form.marked,
             origin=Origin(prompt, lambda: self._places(request, prompt), options.session),
+            warnings=(*unspelled, *unheld),
         )
         return ChatSession(self._serving.submit(job), parsers)
 
     def count(self, request: ChatRequest) -> int:
         """Tokens of the prompt that the request makes. Raises as `start` does."""
         _check_tools(request)
-        return len(self._encode(self._prompt(request)))
+        # The template has written the special tokens; the tokenizer would put those that begin a text there again.
+        return len(encode(self._serving.tokenizer, self._prompt(request), add_special=False)[0])
 
     @property
     def _template(self) -> ChatTemplate:
@@ -204,34 +209,54 @@ class Chat:
         return template
 
     def _prompt(self, request: ChatRequest) -> str:
-        template = self._template
-        if request.tools and not re.search(r"\btools\b", template.source):
-            raise RequestError("this model's chat template has no place for tools: ask without them")
-        return template.render(
-            [_for_template(message, template) for message in request.conversation],
-            [_rendered(tool) for tool in request.tools],
-            continue_final=request.continue_final,
-            variables=request.template_variables,
+        messages, tools = self._conversation(request)
+        return self._template.render(
+            messages, tools, continue_final=request.continue_final, variables=request.template_variables
         )
+
+    def _conversation(self, request: ChatRequest) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The messages and the tools as the template takes them."""
+        template, tools = self._template, [_rendered(tool) for tool in request.tools]
+        messages: Sequence[Mapping[str, Any]] = request.conversation
+        if self._generic(request):
+            messages, tools = with_tools(messages, tools, template.traits.takes_system), []
+        return for_template(messages, template), tools
+
+    def _generic(self, request: ChatRequest) -> bool:
+        """Whether tools are told of in words. Raises `RequestError` where there is no other way, and it is not
+        wanted."""
+        if not request.tools and not any(message.get("tool_calls") for message in request.messages):
+            return False
+        traits = self._template.traits
+        if traits.takes_tools or (traits.writes_calls and not request.tools):
+            return False
+        if request.tools and not self._serving.generic_tools:
+            raise RequestError(
+                "this model's chat template has no place for tools: ask without them, or serve it with --tools auto"
+            )
+        return self._serving.generic_tools
+
+    def _format(self, request: ChatRequest) -> ResponseFormat:
+        """How the answer is read."""
+        form = self._serving.format
+        if not request.tools or request.tool_choice is ToolChoice.NONE:
+            return form.without_calls()
+        return form.with_generic_calls() if self._generic(request) else form
 
     def _places(self, request: ChatRequest, prompt: str) -> tuple[Place, ...]:
         """The parts of a prompt."""
-        template = self._template
+        variables = request.template_variables
 
         def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
-            variables = request.template_variables
-            return template.render(messages, tools, continue_final=request.continue_final, variables=variables)
+            return self._template.render(messages, tools, continue_final=request.continue_final, variables=variables)
 
-        messages = [_for_template(message, template) for message in request.conversation]
-        return find_places(prompt, messages, [_rendered(tool) for tool in request.tools], render)
-
-    def _encode(self, prompt: str) -> list[int]:
-        # The template has written the special tokens; the tokenizer would put those that begin a text there again.
-        return self._serving.tokenizer.encode(prompt, add_special=False)
+        return find_places(prompt, *self._conversation(request), render)
 
     def _sampling(self, request: ChatRequest) -> Sampling:
         """As asked; where calls are not wanted, the token that begins one is as good as forbidden."""
-        sampling, calls = request.options.sampling, self._serving.format.calls
+        sampling = request.options.sampling
+        form = self._serving.format
+        calls = None if request.tools and self._generic(request) else form.calls
         if not request.tools or request.tool_choice is not ToolChoice.NONE or calls is None or calls.trigger is None:
             return sampling
         opening = self._token(calls.trigger)
@@ -249,46 +274,62 @@ class Chat:
 
     # ---- grammars
 
-    def _grammar(self, request: ChatRequest, prompt: str, form: ResponseFormat) -> Callable[[], Grammar] | None:
-        """What the answer must follow. Reasoning is free: where the prompt opens it, or the model may."""
-        grammar = self._constraint(request)
+    def _grammar(
+        self, request: ChatRequest, prompt: str, form: ResponseFormat
+    ) -> tuple[Callable[[], Grammar] | None, tuple[str, ...]]:
+        """What the answer must follow, and what of the schemas it leaves to the client. Reasoning is free: where the
+        prompt opens it, or the model may."""
+        grammar, unheld = self._constraint(request, form)
         if grammar is None or form.reasoning is None:
-            return grammar
+            return grammar, unheld
         opening, closing = form.reasoning
         tokenizer, token = self._serving.tokenizer, None
         if not form.parser(prompt).reasons:
             token = self._token(opening)
             if token is None or request.continue_final or prompt.rstrip().endswith(closing):
-                return grammar
-        return lambda: AfterReasoning(grammar(), tokenizer, closing, token)
+                return grammar, unheld
+        must_come = request.schema is not None or request.tool_choice is ToolChoice.REQUIRED
+        return lambda: AfterReasoning(grammar(), tokenizer, closing, token, must_come), unheld
 
-    def _constraint(self, request: ChatRequest) -> Callable[[], Grammar] | None:
-        """What the answer, after any reasoning, must follow."""
+    def _constraint(
+        self, request: ChatRequest, form: ResponseFormat
+    ) -> tuple[Callable[[], Grammar] | None, tuple[str, ...]]:
+        """What the answer, after any reasoning, must follow, and what it leaves to the client."""
         grammars, schema = self._serving.grammars, request.schema
         answer: Callable[[], Grammar] | None = None
         if schema is not None and request.continue_final:
             raise RequestError("an answer that continues a message cannot be held to a schema: ask for a new one")
         if schema is not None:
-            answer = grammars.json_schema(schema) if schema else grammars.json_object()
+            try:
+                answer = grammars.json_schema(schema) if schema else grammars.json_object()
+            except RequestError as error:
+                raise RequestError(f"the JSON schema of the answer: {error}", request.schema_place) from None
         elif request.guide is not None:
             answer = request.guide.grammar(grammars)
         if not request.tools or request.tool_choice is ToolChoice.NONE:
-            return answer
+            return answer, ()
         required = request.tool_choice is ToolChoice.REQUIRED
         if not required and answer is None and not any(tool.strict for tool in request.tools):
-            return None
-        named = [tool for tool in request.tools if request.tool_name in (None, tool.name)]
-        # The model decides whether to call, and of what was not to be strict only the form is held to.
-        held = named if required else [tool if tool.strict else replace(tool, parameters=_ANY) for tool in named]
-        calls: Callable[[], Grammar] = grammars.tool_calls(
-            self._serving.format,
-            [_rendered(tool) for tool in held],
-            required=required or answer is not None,
-            parallel=request.parallel_tool_calls,
-        )
+            return None, ()
+        called = CalledTools(grammars, required)
+        for tool in request.tools:
+            if request.tool_name in (None, tool.name):
+                called.add(tool.name, tool.parameters, tool.strict, tool.place)
+        calls = called.grammar(form, required or answer is not None, request.parallel_tool_calls)
         if required or answer is None:
-            return calls
-        return lambda: Either(answer(), calls())
+            return calls, called.unheld
+        return lambda: Either(answer(), calls()), called.unheld
+
+
+def encode(tokenizer: Tokenizer, text: str, *, add_special: bool) -> tuple[list[int], tuple[str, ...]]:
+    """The tokens of a prompt. What a vocabulary of characters lacks is replaced, which the warnings say. Raises
+    `TextError` for what cannot be tokenized even so."""
+    spelled, missing = tokenizer.replaced(text)
+    tokens = tokenizer.encode(spelled, add_special)
+    if not missing:
+        return tokens, ()
+    shown = " ".join(map(repr, missing[:_MOST_SHOWN])) + (" ..." if len(missing) > _MOST_SHOWN else "")
+    return tokens, (f"this model's vocabulary is {tokenizer.vocab_size} characters; others were replaced: {shown}",)
 
 
 def text_job(
@@ -298,6 +339,7 @@ def text_job(
     grammar: Callable[[], Grammar] | None = None,
     keep_special: bool = False,
     origin: Origin = NOWHERE,
+    warnings: tuple[str, ...] = (),
 ) -> Job:
     """A job that continues a prompt of token ids. More tokens than the context leaves room for are not asked for.
 
@@ -324,7 +366,7 @@ def text_job(
         imported=options.imported,
         min_tokens=options.min_tokens,
     )
-    return Job(request, options.choices, options.stops, keep_special, origin, options.progress)
+    return Job(request, options.choices, options.stops, keep_special, origin, options.progress, warnings)
 
 
 def _check_tools(request: ChatRequest) -> None:
@@ -342,31 +384,3 @@ def _rendered(tool: Tool) -> dict[str, Any]:
     """A tool as chat templates take it."""
     described = {} if tool.description is None else {"description": tool.description}
     return {"type": "function", "function": {"name": tool.name, **described, "parameters": tool.parameters}}
-
-
-def _for_template(message: Mapping[str, Any], template: ChatTemplate) -> dict[str, Any]:
-    """A message with its calls as this template takes them."""
-    result = dict(message)
-    if template.wants_short_ids and isinstance(result.get("tool_call_id"), str):
-        result["tool_call_id"] = _short(result["tool_call_id"])
-    if result.get("tool_calls"):
-        result["tool_calls"] = [_call_for_template(call, template) for call in result["tool_calls"]]
-    return result
-
-
-def _call_for_template(call: Mapping[str, Any], template: ChatTemplate) -> dict[str, Any]:
-    function = dict(call["function"])
-    if isinstance(function.get("arguments"), str) and not template.takes_argument_text:
-        with contextlib.suppress(ValueError, RecursionError):  # what is no JSON stays as the model wrote it
-            function["arguments"] = json.loads(function["arguments"])
-    result = {**call, "function": function}
-    if template.wants_short_ids and isinstance(result.get("id"), str):
-        result["id"] = _short(result["id"])
-    return result
-
-
-def _short(identifier: str) -> str:
-    """The same identifier in nine letters and digits, which is all that Mistral's templates take."""
-    if re.fullmatch("[A-Za-z0-9]{9}", identifier):
-        return identifier
-    return hashlib.sha256(identifier.encode()).hexdigest()[:9]

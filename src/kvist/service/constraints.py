@@ -1,5 +1,7 @@
 """Grammars put together: one after the reasoning, one or the other."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,11 +16,15 @@ class AfterReasoning:
 
     `opening`: a token by which the model may begin to reason as its first; None: it does so already. An answer that
     does not begin with it follows the grammar from its first token on. What stands behind `closing` in the token that
-    completes it follows the grammar already, but for whitespace before it.
+    completes it follows the grammar already, but for whitespace before it. `must_come`: what follows is not left out,
+    so no token that ends a text may come before it.
     """
 
-    def __init__(self, grammar: Grammar, tokenizer: Tokenizer, closing: str, opening: int | None) -> None:
+    def __init__(
+        self, grammar: Grammar, tokenizer: Tokenizer, closing: str, opening: int | None, must_come: bool
+    ) -> None:
         self._grammar = grammar
+        self._ends = sorted(tokenizer.eos_ids) if must_come else []
         self._tokenizer = tokenizer
         self._closing = closing
         self._opening = opening
@@ -31,6 +37,7 @@ class AfterReasoning:
     def forbid(self, logits: Tensor) -> None:
         if self._reasons:
             self._width = len(logits)
+            logits[[token for token in self._ends if token < self._width]] = -math.inf
             return
         if not self._first or self._opening is None:
             self._grammar.forbid(logits)

@@ -39,6 +39,7 @@ class LiveSession:
         self.prompt_tokens = len(job.request.prompt)
         self.cached_tokens = 0
         self.new_tokens = 0
+        self.warnings = job.warnings
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.submitted = time.perf_counter()
         self.explanation: Explanation | None = None

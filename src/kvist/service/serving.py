@@ -49,6 +49,7 @@ class Serving:
 
     `max_waiting`: requests that may wait before others are refused; `timeout`: seconds that one may take; `tenants`:
     those who have limits; `kept`: what the engine keeps on disk; `listener` hears facts on the engine's thread.
+    `generic_tools`: a model whose chat template has no place for tools is told of them in words.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Serving:
         *,
         name: str | None = None,
         template: Path | None = None,
+        generic_tools: bool = True,
         max_waiting: int = 256,
         timeout: float = math.inf,
         tenants: Sequence[Tenant] = (),
@@ -69,6 +71,7 @@ class Serving:
         self.tokenizer = loaded.tokenizer()
         self.template = ChatTemplate.load(loaded.directory, template)
         self.proposed = read_proposed(loaded.directory)  # how to sample where a request says nothing
+        self.generic_tools = generic_tools
         self.format = ResponseFormat.detect(loaded.directory, self.template)
         self.grammars = GrammarCompiler(self.tokenizer, loaded.config.vocab_size)
         self.adapters = dict(loaded.adapters)  # ids by the names that clients ask for

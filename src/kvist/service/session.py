@@ -16,7 +16,8 @@ class Job:
     `choices`: how many answers; choice `i` draws with the seed of the request + `i` (modulo 2^64), and all share the
     prompt's blocks. `stops`: stop strings. `keep_special`: special tokens (but for those that end a text) give their
     text, as whoever parses tool calls needs it. `origin`: what the prompt's tokens were made of, for explanations.
-    `progress`: how far the prompt is computed is told after each step, until its first token is drawn.
+    `progress`: how far the prompt is computed is told after each step, until its first token is drawn. `warnings`: what
+    the client should know of how its request was understood.
     """
 
     request: Request
@@ -25,6 +26,7 @@ class Job:
     keep_special: bool = False
     origin: Origin = NOWHERE
     progress: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Session(Protocol):
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int  # of all choices, so far
+    warnings: tuple[str, ...]  # see `Job`
     prompt_logprobs: list[TokenLogprobs | None]
     explanation: Explanation | None
 

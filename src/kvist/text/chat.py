@@ -2,16 +2,16 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError
-
 from kvist.base.errors import ConfigError, KvistError, RequestError
 from kvist.base.files import read_json
 from kvist.text.reading import read_text
-from kvist.text.sandbox import TooMuch, environment, pieces
+from kvist.text.template_process import BadTemplate, TemplateProcess
+from kvist.text.template_traits import Traits, traits_of
 
 NAMED_TEMPLATES = "additional_chat_templates"  # a folder
 _MOST_SOURCE = 1 << 20  # characters of a template
@@ -26,8 +26,7 @@ class ChatTemplate:
     """A checkpoint's chat template.
 
     `source` is its text (of the one for tools too, where there is one). `stops`: texts that end an answer.
-    `takes_argument_text`: it writes a call's arguments as they are when they are text, so that an earlier answer is
-    rendered as the model wrote it. `wants_short_ids`: it takes identifiers of calls only if they have nine characters.
+    `wants_short_ids`: it takes identifiers of calls only if they have nine characters. May be used from any thread.
     """
 
     def __init__(
@@ -35,21 +34,17 @@ class ChatTemplate:
     ) -> None:
         """`templates`: "default", and perhaps "tool_use" for requests that have tools. `tokens`: what they may use by
         name, as `bos_token`. Raises `ConfigError` that names `where` for a template that does not compile."""
-        made = environment()
-        self._templates: dict[str, Template] = {}
-        for name, source in templates.items():
-            if len(source) > _MOST_SOURCE:
-                raise ConfigError(f"{where}: a chat template has at most {_MOST_SOURCE:,} characters")
-            try:
-                self._templates[name] = made.from_string(source)
-            except TemplateSyntaxError as error:
-                raise ConfigError(f"{where}: the chat template, line {error.lineno}: {_one_line(error)}") from None
-            except Exception as error:  # Python compiles what Jinja writes, and has errors of its own
-                raise ConfigError(f"{where}: the chat template cannot be compiled: {_one_line(error)}") from None
+        if any(len(source) > _MOST_SOURCE for source in templates.values()):
+            raise ConfigError(f"{where}: a chat template has at most {_MOST_SOURCE:,} characters")
+        self._names = frozenset(templates)
+        self._process = TemplateProcess(templates)
+        try:
+            self._process.compile()
+        except BadTemplate as error:
+            raise ConfigError(f"{where}: the chat template cannot be compiled: {error}") from None
         self._tokens = dict(tokens)
         self.source = "\n".join(templates.values())
         self.stops = stops
-        self.takes_argument_text = re.search(r"arguments\s+is\s+string", self.source) is not None
         self.wants_short_ids = re.search(r"id\s*\|\s*length\s*(?:!=|==)\s*9\b", self.source) is not None
 
     @classmethod
@@ -74,6 +69,11 @@ class ChatTemplate:
         named = _named(config.get("chat_template"), path)
         return cls(named, tokens, str(path), stops) if named else None
 
+    @cached_property
+    def traits(self) -> Traits:
+        """What it does with tools and calls, found by trying when it is first asked."""
+        return traits_of(lambda messages, tools: self.render(messages, tools))
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -94,7 +94,6 @@ class ChatTemplate:
             raise RequestError(
                 f"a template variable cannot be called {taken[0]!r}; that is what the request itself holds"
             )
-        template = self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
         try:
             conversation = [_message(message) for message in messages]
             final = _tag_final(conversation) if continue_final else ""
@@ -106,18 +105,23 @@ class ChatTemplate:
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt and not continue_final,
             }
-            text = "".join(pieces(template, given))
-        except KvistError:
-            raise
-        except TooMuch as error:
-            raise RequestError(f"the chat template {error}") from None
-        except TemplateError as error:
-            raise RequestError(f"the chat template refuses these messages: {_one_line(error)}") from None
+            text = self._written("tool_use" if tools and "tool_use" in self._names else "default", given)
         except RecursionError:
-            raise RequestError("the messages, or the chat template's calls, are nested too deeply") from None
-        except Exception as error:  # a template is a program: it can run into any of Python's errors
-            raise RequestError(f"the chat template fails on these messages: {_one_line(error)}") from None
+            raise RequestError("the messages are nested too deeply") from None
         return _cut(text, final) if continue_final else text
+
+    def _written(self, name: str, variables: Mapping[str, Any]) -> str:
+        rendered = self._process.render(name, variables)
+        if rendered.text is not None:
+            return rendered.text
+        match rendered.kind:
+            case "too much":
+                raise RequestError(f"the chat template {rendered.message}")
+            case "refused":
+                raise RequestError(f"the chat template refuses these messages: {rendered.message}")
+            case "nested":
+                raise RequestError("the messages, or the chat template's calls, are nested too deeply")
+        raise RequestError(f"the chat template fails on these messages: {rendered.message}")
 
 
 def tokenizer_config(directory: Path) -> dict[str, Any]:
@@ -168,8 +172,10 @@ def _named(templates: Any, path: Path) -> dict[str, str]:
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy without what is None, and with its reasoning under the names that templates look for."""
-    copied = {key: value for key, value in _plain(message).items() if value is not None}
+    """A copy without what is None, but for the content beside calls, and with its reasoning under the names that
+    templates look for."""
+    kept = {"content"} if message.get("tool_calls") else set()
+    copied = {key: value for key, value in _plain(message).items() if value is not None or key in kept}
     reasoning = next((copied[key] for key in _REASONING if key in copied), None)
     return copied if reasoning is None else {"thinking": reasoning, **copied, "reasoning_content": reasoning}
 
@@ -202,7 +208,3 @@ def _cut(text: str, content: str) -> str:
     if mark < 0 or content.strip() not in text[:mark]:
         raise RequestError("the last message cannot be continued: the chat template leaves out part of its content")
     return text[:mark] if text.startswith(_TAG, mark) else text[:mark].rstrip()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

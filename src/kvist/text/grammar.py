@@ -18,15 +18,17 @@ from llguidance.gbnf_to_lark import any_to_lark, is_lark_syntax
 from torch import Tensor
 
 from kvist.base.errors import RequestError, TextError
-from kvist.text.call_grammar import CallGrammar
+from kvist.text.call_grammar import CalledTool, CallGrammar
+from kvist.text.relaxing import Relaxing, strict_schema
 from kvist.text.response import ResponseFormat
+from kvist.text.schema import check_depth, kinds, shapes
 from kvist.text.tokenizer import Tokenizer
 
-# What a model may put between the tokens of JSON. Without a bound it could do so for ever.
-_WHITESPACE = r"[ \t\n\r]{0,24}"
+# What may stand between the tokens of JSON, as people and their programs write it: nothing, a space, or a line break
+# and the indentation of what follows. Without a bound a model could go on with it for ever.
+_WHITESPACE = r"( |\r?\n( {0,64}|\t{0,16}))?"
 _MOST_TEXT = 1 << 20  # characters of a grammar
 _MOST_GBNF = 1 << 13  # characters of one, whose reader takes time as their square
-_MOST_DEPTH = 64  # of a schema
 _KEPT = 64  # compiled grammars
 _LIMITS = LLParserLimits(max_grammar_size=500_000, initial_lexer_fuel=1_000_000, verbose_errors=False)
 
@@ -85,9 +87,10 @@ class GrammarCompiler:
 
     def json_schema(self, schema: Mapping[str, Any]) -> Make:
         """JSON that the schema allows. Raises `RequestError` that says what of it is not supported."""
-        _check_depth(schema)
-        text = LLMatcher.grammar_from_json_schema(_dumped(schema), overrides={"whitespace_pattern": _WHITESPACE})
-        return self._make(text, "the JSON schema")
+        _check_size(schema)
+        held = strict_schema(schema, self._prober)
+        self._check_spelled(held)
+        return self._make(_json_grammar(held), "the JSON schema")
 
     def regex(self, pattern: str) -> Make:
         """A text that all of the pattern matches."""
@@ -111,21 +114,50 @@ class GrammarCompiler:
             raise RequestError(f"the grammar cannot be read: {_one_line(str(error))}") from None
         return self._make(LLMatcher.grammar_from_lark(text), "the grammar")
 
+    def strict(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A schema to which arguments are held to the letter. Raises `RequestError` that says what cannot be held."""
+        _check_size(schema)
+        return strict_schema(schema, self._prober)
+
+    def relaxed(self, schema: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+        """A schema that can be held and allows all that this one does, and the keywords that were given up for it."""
+        try:
+            _check_size(schema)
+        except RequestError:
+            return {"type": "object"}, ("the schema as a whole",)
+        relaxing = Relaxing(self._prober)
+        return relaxing.schema(schema), tuple(relaxing.dropped)
+
     def tool_calls(
-        self, format: ResponseFormat, tools: Sequence[Mapping[str, Any]], *, required: bool, parallel: bool
+        self, format: ResponseFormat, tools: Sequence[CalledTool], *, required: bool, parallel: bool
     ) -> Make:
-        """Calls of `tools`, as chat templates take them, in the way of `format`. `required`: the answer is one call or,
-        where `parallel`, several; otherwise it is text in which calls are held to their schemas once they begin.
+        """Calls of `tools` in the way of `format`. `required`: the answer is one call or, where `parallel`, several;
+        otherwise it is text in which calls are held to their schemas once they begin.
 
         Raises `RequestError` where the format has no calls, or cannot tell them from text.
         """
         if format.calls is None:
             raise RequestError("this model has no known way to call tools: ask for JSON of a schema instead")
-        for tool in tools:
-            _check_depth(tool)
         calls = CallGrammar(format.calls, self._special, _WHITESPACE)
-        grammar = calls.lark(tools, required, parallel)
-        return self._make(LLMatcher.grammar_from_lark(grammar), "the schema of a tool")
+        syntax = format.calls
+        for tool in tools:
+            written = syntax.first + syntax.before + tool.name + syntax.middle + syntax.after
+            self._check_spelled(tool.parameters, written + ("{}" if syntax.parameter is None else ""))
+        return self._make(LLMatcher.grammar_from_lark(calls.lark(tools, required, parallel)), "the schema of a tool")
+
+    def _check_spelled(self, schema: Mapping[str, Any], beside: str = "") -> None:
+        """Raises `RequestError` where a vocabulary of characters lacks some that JSON of this schema, or what is
+        written `beside` it, needs."""
+        missing = self._tokenizer.missing(beside + _needed(schema))
+        if missing:
+            raise RequestError(
+                f"this model cannot write JSON of this schema: its vocabulary is {self._tokenizer.vocab_size} "
+                f"characters, and {' '.join(map(repr, missing[:8]))} are not among them"
+            )
+
+    @cached_property
+    def _prober(self) -> "_Prober":
+        return _Prober()
 
     @cached_property
     def _special(self) -> dict[str, int]:
@@ -183,25 +215,68 @@ class _Vocabulary:
             return []
 
 
+class _Prober:
+    """Tries schemas alone, over single bytes. See `relaxing.Prober`."""
+
+    def __init__(self) -> None:
+        self._bytes = LLTokenizer("byte")
+
+    def refusal(self, schema: Any) -> str | None:
+        matcher = self._matcher(schema)
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        return _one_line(matcher.get_error()) if matcher.is_error() else None
+
+    def accepts(self, schema: Any, value: Any) -> bool:
+        matcher = self._matcher(schema)
+        tokens = self._bytes.tokenize_str(json.dumps(value, ensure_ascii=False))
+        if matcher.is_error() or matcher.validate_tokens(tokens) < len(tokens):
+            return False
+        return bool(matcher.consume_tokens(tokens) and matcher.is_accepting())
+
+    def goes_on(self, schema: Any, text: str) -> bool:
+        matcher = self._matcher(schema)
+        if matcher.is_error() or not matcher.consume_tokens(self._bytes.tokenize_str(text)):
+            return False
+        matcher.compute_bitmask()
+        return not matcher.is_error()
+
+    def _matcher(self, schema: Any) -> LLMatcher:
+        return LLMatcher(self._bytes, _json_grammar(schema), log_level=0, limits=_LIMITS)
+
+
+def _json_grammar(schema: Any) -> str:
+    whole = schema if isinstance(schema, Mapping) else {"allOf": [schema]}
+    return LLMatcher.grammar_from_json_schema(_dumped(whole), overrides={"whitespace_pattern": _WHITESPACE})
+
+
+def _needed(schema: Any) -> str:
+    """The characters without which no JSON of a schema can be written: of its brackets, its required keys, numbers."""
+    kind = kinds(schema, schema) or []
+    if len(kind) != 1:
+        return ""
+    if kind[0] == "string":
+        return '"'
+    if kind[0] == "array":
+        return "[]"
+    if kind[0] != "object":
+        return ""
+    properties, required = shapes(schema, schema)[0]
+    keys = "".join(json.dumps(name, ensure_ascii=False) for name in properties if name in required)
+    return "{}" + (keys + ":" + "," * (len(required) > 1) if keys else "")
+
+
+def _check_size(schema: Mapping[str, Any]) -> None:
+    check_depth(schema)
+    if len(_dumped(schema)) > _MOST_TEXT:
+        raise RequestError(f"the JSON schema is too large: at most {_MOST_TEXT:,} characters are read")
+
+
 def _dumped(schema: Mapping[str, Any]) -> str:
     try:
         return json.dumps(schema, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise RequestError(f"the JSON schema is no JSON: {error}") from None
-
-
-def _check_depth(schema: Any) -> None:
-    """Raises `RequestError` for a schema that is nested too deeply."""
-    level = [schema]
-    for _ in range(_MOST_DEPTH):
-        level = [
-            child
-            for value in level
-            for child in (value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ())
-        ]
-        if not level:
-            return
-    raise RequestError(f"the JSON schema is nested more than {_MOST_DEPTH} levels deep")
 
 
 def _one_line(error: str) -> str:

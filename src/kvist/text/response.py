@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvist.text.chat import ChatTemplate, tokenizer_config
+from kvist.text.generic_tools import NAME as GENERIC
 from kvist.text.response_calls import Tools
 from kvist.text.response_formats import KNOWN, CallSyntax
 from kvist.text.response_parser import ResponseParser
@@ -72,6 +73,13 @@ class ResponseFormat:
         """The same, but what would be a call is text."""
         fields = tuple(field for field in self.template.fields if field.kind is not Kind.CALLS)
         return replace(self, template=replace(self.template, fields=fields), calls=None)
+
+    def with_generic_calls(self) -> "ResponseFormat":
+        """The same, with calls in the form of which `generic_tools` tells a model."""
+        generic = FORMATS[GENERIC]
+        reasoning = [field for field in self.template.fields if field.kind is Kind.REASONING]
+        others = [field for field in generic.template.fields if field.kind is not Kind.REASONING]
+        return ResponseFormat("generic", replace(self.template, fields=(*reasoning, *others)), generic.calls)
 
     def begun(self, prompt: str) -> str:
         """What of the answer the prompt already holds: all after the anchor; without an anchor, the marker that opens

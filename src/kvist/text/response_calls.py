@@ -10,6 +10,7 @@ from kvist.text.json_reader import SPACE, JsonReader, Read
 from kvist.text.response_parts import Part, ToolCallArguments, ToolCallBegin, ToolCallEnd
 from kvist.text.response_template import PLACEHOLDER, Field
 from kvist.text.response_values import Unreadable, calls_in, cast, is_name
+from kvist.text.schema import property_schemas
 
 _MOST_UNNAMED = 4096  # characters of JSON without it being known which call they are
 _SAME = {"arguments", "parameters"}  # models take the one key for the other
@@ -20,20 +21,17 @@ class Tools:
     """The tools of a request: their names, and the schemas of their arguments."""
 
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
-        self._properties: dict[str, Mapping[str, Any]] = {}
-        for tool in tools:
-            function = tool.get("function", tool)
-            parameters = function.get("parameters")
-            properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-            self._properties[function["name"]] = properties if isinstance(properties, Mapping) else {}
+        functions = [tool.get("function", tool) for tool in tools]
+        self._parameters: dict[str, Any] = {function["name"]: function.get("parameters") for function in functions}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._properties
+        return name in self._parameters
 
     def cast(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The same arguments, with texts made what the tool's schema says that they are."""
-        properties = self._properties.get(name, {})
-        return {key: cast(value, properties.get(key)) for key, value in arguments.items()}
+        schema = self._parameters.get(name)
+        properties = property_schemas(schema)
+        return {key: cast(value, properties.get(key), schema) for key, value in arguments.items()}
 
 
 class Calls:

@@ -17,7 +17,8 @@ class CallSyntax:
     Calls are `first`, the calls with `between` in between, and `last`. A call is `before`, the tool's name, `middle`,
     the arguments, `after`. The arguments are a JSON object; where `parameter` has its three texts, each argument is the
     first, its key, the second, its value (a string as it is, anything else as JSON), the third. `trigger`: the text by
-    which a call is known to begin within other text; None: nothing tells, so calls are the whole answer.
+    which a call is known to begin within other text; None: nothing tells, so calls are the whole answer. `ending`: a
+    pattern of what within a string would be taken for its end, where strings stand as they are.
     """
 
     before: str
@@ -28,6 +29,7 @@ class CallSyntax:
     last: str = ""
     trigger: str | None = None
     parameter: tuple[str, str, str] | None = None
+    ending: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,14 @@ KNOWN: dict[str, KnownFormat] = {
                 "reasoning_content": _THINK,
                 "tool_calls": {
                     "open_pattern": r"(?:<tool_call>\s*)?<function=(?P<name>[^>\n]+)>",
-                    "close_pattern": r"</function>(?:\s*</tool_call>)?",
+                    # A text may hold the end of a tag or of a call: it counts only where one can be.
+                    "close_pattern": r"\n?</parameter>\s*</function>(?:\s*</tool_call>)?"
+                    r"|(?<=>)\s*</function>(?:\s*</tool_call>|(?=\s*(?:<tool_call>|<function=|\Z)))",
                     "repeats": True,
                     "content": "xml-inline",
                     "content_args": {
-                        "tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>",
+                        "tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)"
+                        r"(?:\n?</parameter>(?=\s*<parameter=|\s*\Z)|\Z)",
                     },
                     "transform": _FROM_MARKER,
                 },
@@ -72,6 +77,7 @@ KNOWN: dict[str, KnownFormat] = {
             between="\n",
             trigger="<tool_call>",
             parameter=("<parameter=", ">\n", "\n</parameter>\n"),
+            ending=r"<\/parameter>\s*(<parameter=|<\/function>)|>\s*<\/function>\s*(<\/?tool_call>|<function=)",
         ),
         (("<tool_call>", "<function=", "<parameter="),),
     ),

@@ -224,6 +224,10 @@ class ResponseParser:
         found = self._at(close, final)
         if found is None:
             return False
+        if final and close.at(self._before + self._held, len(self._before)).status is Status.PARTIAL:
+            self._consume(len(self._held))  # the answer ends within the marker
+            self._leave()
+            return True
         if found.status is not Status.FULL and self._held[0].isspace():
             self._consume(1)
             return True

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 import regex  # type: ignore[import-untyped]
 
 from kvist.text.response_template import PLACEHOLDER, Field
+from kvist.text.schema import kinds, literals, same, type_of
 
 _SECONDS = 1.0  # that a pattern may take on one region
 _STRING_OR_KEY = r'"(?:[^"\\]|\\.)*+"|(?<=[{,]\s*)(?P<key>[\w.-]+)(?=\s*:)'
@@ -32,12 +33,21 @@ def is_name(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and value != "" and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def cast(value: Any, schema: Any) -> Any:
-    """A text as what its schema says that it is; itself where it is none of that, or no text. (Whatever a model writes
-    without quotes is text at first.)"""
+def cast(value: Any, schema: Any, root: Any) -> Any:
+    """A text as what its schema within `root` says that it is; itself where it is none of that, or no text. (Whatever a
+    model writes without quotes is text at first.) It is a text only where it can be nothing else that the schema has,
+    or is one of the texts that are listed there."""
     if not isinstance(value, str):
         return value
-    for kind in _types(schema):
+    given = literals(schema, root)
+    if given is not None:
+        if value in [one for one in given if isinstance(one, str)]:
+            return value
+        for one in given:
+            if not isinstance(one, str) and any(same(one, read) for read in _casts(value, type_of(one))):
+                return one
+    possible = kinds(schema, root) or []
+    for kind in sorted(possible, key=lambda kind: kind == "string"):
         for result in _casts(value, kind):
             return result
     return value
@@ -67,17 +77,6 @@ def _casts(text: str, kind: str) -> list[Any]:
         case "array" if isinstance(value, list):
             return [value]
     return []
-
-
-def _types(schema: Any) -> list[str]:
-    if not isinstance(schema, Mapping):
-        return []
-    declared = schema.get("type")
-    types = [kind for kind in (declared if isinstance(declared, list) else [declared]) if isinstance(kind, str)]
-    for union in ("anyOf", "oneOf"):
-        choices = schema.get(union)
-        types += [kind for choice in (choices if isinstance(choices, list) else []) for kind in _types(choice)]
-    return types + ["null"] * (schema.get("nullable") is True)
 
 
 def _call(transform: Any, scope: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -1,40 +1,38 @@
-"""Chat templates as a program that is not trusted: Jinja in a sandbox, as transformers sets it up, and with bounds.
+"""Chat templates as a program that is not trusted: Jinja in a sandbox, as transformers sets it up, in a process of its
+own.
 
 What a template may use is what it may use in transformers: `tojson` that escapes nothing, `raise_exception`,
-`strftime_now`, loop controls, and `{% generation %}`, which here changes nothing. What it may take is bounded: time,
-what it writes, and the values that it multiplies. Memory in between is not; a checkpoint that is out to fill it can.
+`strftime_now`, loop controls, and `{% generation %}`, which here changes nothing. What it may take is bounded by the
+operating system, whatever it does: processor time for one rendering, and memory. `template_process.py` starts this file
+as a program and asks it; it stands alone, so that a process starts fast and holds nothing of a model.
+
+Messages either way are JSON with its length before it, eight bytes, the largest first.
 """
 
+import contextlib
 import datetime
 import json
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+import resource
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Any, BinaryIO
 
-from jinja2 import TemplateError, nodes, pass_context
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context, Macro
+from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-SECONDS = 10.0  # of this thread's processor time, for one rendering
 MOST_CHARACTERS = 1 << 24  # that one rendering may write
-_LARGEST = 1 << 24  # items of a text or list made by multiplication, and bits of a power
-_DEADLINE = "deadline of this rendering"  # no name in a template can be spelled like this
-_EACH = "each item in time"
-
-
-class TooMuch(Exception):
-    """A template that takes more than it may. The message says of what."""
 
 
 def environment() -> ImmutableSandboxedEnvironment:
     """A new environment for chat templates."""
-    made = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     made.filters["tojson"] = _to_json
-    made.filters[_EACH] = _each
     made.globals["raise_exception"] = _raise_exception
     made.globals["strftime_now"] = _strftime_now
     made.globals["dict"] = _make_dict
@@ -42,43 +40,92 @@ def environment() -> ImmutableSandboxedEnvironment:
     return made
 
 
-def pieces(template: Any, variables: Mapping[str, Any]) -> Iterator[str]:
-    """What a template of such an environment writes. Raises `TooMuch`, or whatever the template runs into."""
-    deadline, written = time.thread_time() + SECONDS, 0
-    for piece in template.generate({**variables, _DEADLINE: deadline}):
-        written += len(piece)
-        if written > MOST_CHARACTERS:
-            raise TooMuch(f"writes more than {MOST_CHARACTERS:,} characters")
-        yield piece
+def rendered(template: Template, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """What a template writes: `text`; or `kind` and `message` of what it ran into."""
+    pieces, written = [], 0
+    try:
+        for piece in template.generate(variables):
+            written += len(piece)
+            if written > MOST_CHARACTERS:
+                return _failed("too much", f"writes more than {MOST_CHARACTERS:,} characters")
+            pieces.append(piece)
+        return {"text": "".join(pieces)}
+    except MemoryError:
+        return _failed("too much", "takes more memory than it may")
+    except TemplateError as error:
+        return _failed("refused", error)
+    except RecursionError:
+        return _failed("nested", "")
+    except Exception as error:  # a template is a program: it can run into any of Python's errors
+        return _failed("failed", error)
 
 
-class _Environment(ImmutableSandboxedEnvironment):
-    """Looks at the time in each round of a loop and at each call: nothing else in a template can go on for long."""
+def compiled(sources: Mapping[str, str]) -> tuple[dict[str, Template], dict[str, Any]]:
+    """The templates, and `{}`; or what is wrong with one: `message`, perhaps with `line`."""
+    made, templates = environment(), {}
+    for name, source in sources.items():
+        try:
+            templates[name] = made.from_string(source)
+        except TemplateSyntaxError as error:
+            return {}, {"line": error.lineno, "message": _one_line(error)}
+        except Exception as error:  # Python compiles what Jinja writes, and has errors of its own
+            return {}, {"message": _one_line(error)}
+    return templates, {}
 
-    intercepted_binops = frozenset(["*", "**"])
 
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, _EACH, [], [], None, None, lineno=loop.lineno)
-        return tree
+def serve(source: BinaryIO, sink: BinaryIO) -> None:
+    """Answer what is asked: first `sources` with the bounds `seconds` and `memory`, then `name` and `variables`, until
+    nothing more comes."""
+    begin = receive(source)
+    if begin is None:
+        return
+    seconds = begin["seconds"]
+    with contextlib.suppress(OSError, ValueError):  # where the system has no such bound, time is bounded all the same
+        resource.setrlimit(resource.RLIMIT_AS, (begin["memory"], begin["memory"]))
+    _allow(seconds)
+    templates, problem = compiled(begin["sources"])
+    send(sink, problem)
+    while (asked := receive(source)) is not None:
+        _allow(seconds)
+        try:
+            answer = json.dumps(rendered(templates[asked["name"]], asked["variables"])).encode()
+        except MemoryError:
+            answer = json.dumps(_failed("too much", "takes more memory than it may")).encode()
+        _send_bytes(sink, answer)
 
-    def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:  # as Jinja calls it
-        _check_time(context)
-        return super().call(context, function, *args, **kwargs)
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Multiplication and powers, whose results may be out of all proportion to what they are made from."""
-        if operator == "**":
-            bits = left.bit_length() * abs(right) if isinstance(left, int) and isinstance(right, int) else 0
-            large = bits > _LARGEST
-        else:
-            lengths = [len(value) for value in (left, right) if isinstance(value, str | list | tuple)]
-            times = [value for value in (left, right) if isinstance(value, int)]
-            large = bool(lengths and times) and lengths[0] * times[0] > _LARGEST
-        if large:
-            raise TooMuch(f"makes a value larger than {_LARGEST:,} by {operator!r}")
-        return super().call_binop(context, operator, left, right)
+def send(sink: BinaryIO, message: Mapping[str, Any]) -> None:
+    """Write a message, all of it."""
+    _send_bytes(sink, json.dumps(message).encode())
+
+
+def receive(source: BinaryIO) -> dict[str, Any] | None:
+    """The next message; None where there is none, or not all of it."""
+    head = source.read(8)
+    length = int.from_bytes(head)
+    content = source.read(length) if len(head) == 8 else b""
+    if len(head) < 8 or len(content) < length:
+        return None
+    value: dict[str, Any] = json.loads(content)
+    return value
+
+
+def _send_bytes(sink: BinaryIO, content: bytes) -> None:
+    sink.write(len(content).to_bytes(8) + content)
+    sink.flush()
+
+
+def _allow(seconds: float) -> None:
+    """From now on so much processor time; then the system ends this process, whatever it is about."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def _failed(kind: str, error: Exception | str) -> dict[str, Any]:
+    return {"kind": kind, "message": _one_line(error)[:2000]}
+
+
+def _one_line(error: Exception | str) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class _Generation(Extension):
@@ -118,19 +165,6 @@ def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:  # as templates cal
     return dict(*args, **kwargs)
 
 
-@pass_context
-def _each(context: Context, items: Iterable[Any]) -> Iterator[Any]:
-    for item in items:
-        _check_time(context)
-        yield item
-
-
-def _check_time(context: Context) -> None:
-    deadline = context.get(_DEADLINE)
-    if deadline is not None and time.thread_time() > deadline:
-        raise TooMuch(f"takes longer than {SECONDS:g} s")
-
-
 def _to_json(
     value: Any,
     ensure_ascii: bool = False,
@@ -147,3 +181,9 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(pattern: str) -> str:
     return datetime.datetime.now().strftime(pattern)
+
+
+if __name__ == "__main__":
+    # Who started this process ends it by closing its input. A Ctrl-C at the terminal is meant for that one alone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    serve(sys.stdin.buffer, sys.stdout.buffer)

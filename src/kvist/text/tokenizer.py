@@ -38,6 +38,8 @@ class Tokenizer:
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self._added = frozenset(added)
         decoder = b"" if backend.decoder is None else backend.decoder.__getstate__()
+        is_words = isinstance(backend.model, models.WordLevel)
+        self._of_characters = is_words and all(len(token) == 1 for token in backend.get_vocab(with_added_tokens=False))
         self._falls_back = b"ByteFallback" in decoder  # to tokens that are single bytes, spelled <0xE2>
 
     @classmethod
@@ -78,6 +80,20 @@ class Tokenizer:
             return self._backend.decode(ids, skip_special_tokens=skip_special)
         except BaseException as error:
             raise TextError(f"the tokens cannot be made text: {_one_line(_failure(error))}") from error
+
+    def missing(self, text: str) -> list[str]:
+        """The characters of a text that no token spells. Only a vocabulary of characters lacks any."""
+        if not self._of_characters:
+            return []
+        return sorted(character for character in set(text) if self._backend.token_to_id(character) is None)
+
+    def replaced(self, text: str) -> tuple[str, list[str]]:
+        """A text that can be spelled, and the characters in whose place it has a question mark, or a space."""
+        missing = self.missing(text)
+        if not missing:
+            return text, []
+        instead = next((character for character in "? " if self._backend.token_to_id(character) is not None), "")
+        return text.translate(dict.fromkeys(map(ord, missing), instead)), missing
 
     def token(self, token_id: int) -> str | None:
         """The vocabulary's entry for an id, as it is spelled there; None for an id without one."""

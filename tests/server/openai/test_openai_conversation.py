@@ -134,8 +134,9 @@ def test_choices_of_tools(choice: Any, expected: tuple[ToolChoice, str | None, l
 def test_tools() -> None:
     weather, time = asked(tools=[WEATHER, TIME]).tools
     function = WEATHER["function"]
-    assert weather == Tool("weather", "Of a place.", function["parameters"], True)
-    assert time == Tool("time", None, {"type": "object", "properties": {}}, False)
+    place = "tools[{}].function.parameters"
+    assert weather == Tool("weather", "Of a place.", function["parameters"], True, place.format(0))
+    assert time == Tool("time", None, {"type": "object", "properties": {}}, False, place.format(1))
 
 
 def test_formats() -> None:

@@ -63,6 +63,7 @@ def chat_request(body: Prompt, options: Options) -> ChatRequest:
         tool_name=None if choice is None else choice.name,
         parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
         schema=None if form is None else form.schema_,
+        schema_place="output_config.format.schema",
         template_variables=_variables(body),
         continue_final=messages[-1]["role"] == "assistant",
     )
@@ -246,7 +247,7 @@ def _tools(definitions: Sequence[ToolDefinition]) -> Iterable[Tool]:
             continue
         if tool.input_schema is None:
             raise RequestError(f"tools.{index}.input_schema: a custom tool needs one")
-        yield Tool(tool.name, tool.description, tool.input_schema, bool(tool.strict))
+        yield Tool(tool.name, tool.description, tool.input_schema, bool(tool.strict), f"tools.{index}.input_schema")
 
 
 def _variables(body: Prompt) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from kvist.server.openai.replies import (
     usage_of,
 )
 from kvist.server.openai.stream import DONE, EventStream, event, raise_failure
-from kvist.service.chat import Options, text_job
+from kvist.service.chat import Options, encode, text_job
 from kvist.service.contexts import TEXT, Context
 from kvist.service.explanation import Origin
 from kvist.service.sampling import Proposed
@@ -60,7 +60,8 @@ def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> N
         try:
             for prompt in prompts:
                 origin = Origin(prompt.text, session=options.session)
-                sessions.append(serving.submit(text_job(serving, prompt.tokens, options, grammar, origin=origin)))
+                job = text_job(serving, prompt.tokens, options, grammar, origin=origin, warnings=prompt.warnings)
+                sessions.append(serving.submit(job))
                 note(request, sessions[-1], asked_of.name)
         except BaseException:
             _cancel(sessions)
@@ -91,10 +92,11 @@ def grammar_of(body: Guided, serving: Serving) -> Callable[[], Grammar] | None:
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """A prompt as it was sent (its text, where it was one) and as the model reads it."""
+    """A prompt as it was sent (its text, where it was one) and as the model reads it; `warnings` say what it cannot."""
 
     text: str | None
     tokens: list[int]
+    warnings: tuple[str, ...] = ()
 
 
 def read_prompts(
@@ -103,17 +105,15 @@ def read_prompts(
     """The prompts of a body, each behind the context where there is one. Raises `TextError` for what cannot be
     tokenized."""
     items: Sequence[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    if context is None:
-        return [
-            TextPrompt(item, tokenizer.encode(item)) if isinstance(item, str) else TextPrompt(None, item)
-            for item in items
-        ]
-    return [
-        TextPrompt(context.text + item, [*context.tokens, *tokenizer.encode(item, add_special=False)])
-        if isinstance(item, str)
-        else TextPrompt(None, [*context.tokens, *item])
-        for item in items
-    ]
+    head, begun = ("", []) if context is None else (context.text, context.tokens)
+
+    def read(item: Any) -> TextPrompt:
+        if not isinstance(item, str):
+            return TextPrompt(None, [*begun, *item])
+        tokens, warnings = encode(tokenizer, item, add_special=context is None)
+        return TextPrompt(head + item, [*begun, *tokens], warnings)
+
+    return [read(item) for item in items]
 
 
 def _options(body: CompletionBody, tokenizer: Tokenizer, tenant: str, proposed: Proposed) -> Options:

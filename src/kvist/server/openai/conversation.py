@@ -39,6 +39,7 @@ def chat_request(body: ChatBody, options: Options, template: ChatTemplate | None
         tool_name=calls.name,
         parallel_tool_calls=body.parallel_tool_calls is not False and not body.functions,
         schema=form.schema,
+        schema_place="response_format.json_schema.schema",
         guide=form.guide,
         template_variables=variables_of(body.reasoning_effort, body.chat_template_kwargs),
         continue_final=_continues(body),
@@ -73,9 +74,11 @@ def called(call_id: str, name: str, arguments: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments or "{}"}}
 
 
-def tool_of(name: str, description: str | None, parameters: Mapping[str, Any] | None, strict: bool | None) -> Tool:
-    """A tool; without `parameters` it takes none."""
-    return Tool(name, description, parameters or {"type": "object", "properties": {}}, bool(strict))
+def tool_of(
+    name: str, description: str | None, parameters: Mapping[str, Any] | None, strict: bool | None, place: str
+) -> Tool:
+    """A tool; without `parameters`, which stand at `place`, it takes none."""
+    return Tool(name, description, parameters or {"type": "object", "properties": {}}, bool(strict), place)
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,11 @@ def _calling(body: ChatBody) -> Calling:
     if body.functions and body.tools:
         raise ApiError(400, "functions: they are the older form of tools, which are given, too", param="functions")
     functions = body.functions or [tool.function for tool in body.tools or ()]
-    tools = tuple(tool_of(of.name, of.description, of.parameters, of.strict) for of in functions)
+    where = "functions[{}].parameters" if body.functions else "tools[{}].function.parameters"
+    tools = tuple(
+        tool_of(of.name, of.description, of.parameters, of.strict, where.format(index))
+        for index, of in enumerate(functions)
+    )
     choice = body.tool_choice
     if older is not None and not body.functions:
         raise ApiError(400, "function_call: it goes with functions; with tools, use tool_choice", param="function_call")

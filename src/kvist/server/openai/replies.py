@@ -46,7 +46,8 @@ class CompletionTokensDetails(TypedDict):
 
 class CacheNote(TypedDict):
     """What the cache did for an answer; `GET /v1/cache/explain/{id}` says more. `cached`: tokens by tier; `again`:
-    tokens that were computed although an earlier request had them, None where that is not known."""
+    tokens that were computed although an earlier request had them, None where that is not known. `warnings`: what of
+    the request was understood in another way, or is left to the client."""
 
     cached: dict[str, int]
     computed: int
@@ -54,6 +55,7 @@ class CacheNote(TypedDict):
     where: str | None
     again: int | None
     again_seconds: float | None
+    warnings: NotRequired[list[str]]
 
 
 class Noted(TypedDict):
@@ -65,7 +67,12 @@ class Noted(TypedDict):
 def noted_cache(sessions: Sequence[Session]) -> Noted:
     """The note of the first session that has one: empty before its answer is complete."""
     found = next((session.explanation for session in sessions if session.explanation is not None), None)
-    return {} if found is None else {"kvist": found.short()}
+    if found is None:
+        return {}
+    note: CacheNote = found.short()
+    if warnings := list(dict.fromkeys(warning for session in sessions for warning in session.warnings)):
+        note["warnings"] = warnings
+    return {"kvist": note}
 
 
 class PromptProgress(TypedDict):

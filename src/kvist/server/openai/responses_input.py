@@ -28,10 +28,11 @@ from kvist.text.chat import ChatTemplate
 
 @dataclass(frozen=True)
 class Offered:
-    """A function as the client knows it; the model knows it by one name alone."""
+    """A function as the client knows it, and its `place` in the body; the model knows it by one name alone."""
 
     namespace: str | None
     function: FunctionTool
+    place: str
 
     @property
     def name(self) -> str:
@@ -46,11 +47,14 @@ def flat_name(namespace: str | None, name: str) -> str:
 def offered_tools(body: ResponsesBody) -> list[Offered]:
     """The functions of a body, also those in namespaces."""
     offered: list[Offered] = []
-    for tool in body.tools or ():
+    for index, tool in enumerate(body.tools or ()):
+        place = f"tools[{index}]"
         if isinstance(tool, FunctionTool):
-            offered.append(Offered(None, tool))
+            offered.append(Offered(None, tool, place))
         else:
-            offered += [Offered(tool.name, inner) for inner in tool.tools]
+            offered += [
+                Offered(tool.name, inner, f"{place}.tools[{number}]") for number, inner in enumerate(tool.tools)
+            ]
     return offered
 
 
@@ -81,13 +85,14 @@ def chat_request(
         tool_name=calls.name,
         parallel_tool_calls=body.parallel_tool_calls is not False,
         schema=schema,
+        schema_place="text.format.schema",
         template_variables=variables_of(effort, body.chat_template_kwargs),
     )
 
 
 def _calling(body: ResponsesBody) -> Calling:
-    offered = [(tool.name, tool.function) for tool in offered_tools(body)]
-    tools = tuple(tool_of(name, of.description, of.parameters, of.strict) for name, of in offered)
+    offered = [(tool.name, tool.function, f"{tool.place}.parameters") for tool in offered_tools(body)]
+    tools = tuple(tool_of(name, of.description, of.parameters, of.strict, place) for name, of, place in offered)
     choice = body.tool_choice
     if isinstance(choice, NamedChoice):
         return calling(tools, "required", named=choice.name)
