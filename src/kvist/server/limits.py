@@ -1,7 +1,8 @@
 """Who may ask, how much, and for how long: pure ASGI middlewares in front of the routes, so that streams and
 disconnections pass through them untouched.
 
-`Gate` looks at the head of a request, `Intake` reads its body whole, within bounds, and from then on watches whether
+`Gate` looks at the head of a request, `Intake` reads its body whole, within bounds of bytes, time and values (for JSON
+is read on the event loop, which nothing may hold up), and from then on watches whether
 the client is still there. What is refused before its body was read is answered, and its connection closed.
 """
 
@@ -10,6 +11,7 @@ import contextlib
 import hashlib
 import hmac
 import ipaddress
+import re
 from urllib.parse import urlsplit
 
 import anyio
@@ -30,6 +32,7 @@ _LINGER = 1.0  # seconds in which a client that is still sending gets to read wh
 _MOST_DIGITS = 18  # of a length
 _LATE = 1.1  # by how much a request may pass its time: whoever works on it ends it in time, and better
 _TENANT = b"kvist tenant"
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # the last one may be open
 
 
 def tenant_of(request: Request) -> str:
@@ -135,6 +138,7 @@ class Intake:
         self._most = settings.max_body_bytes
         self._body_timeout = settings.body_timeout
         self._timeout = settings.timeout * _LATE
+        self._most_values = settings.max_values
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -146,6 +150,11 @@ class Intake:
             await _refuse(error, scope, receive, send)
             return
         if body is not None:
+            try:
+                await self._check_values(body)
+            except ApiError as error:
+                await _refuse(error, scope, receive, send)
+                return
             await _answer(self._app, body, self._timeout, scope, receive, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
@@ -170,6 +179,16 @@ class Intake:
                 408, f"the body did not arrive within {self._body_timeout:g} seconds", code="slow_body"
             ) from None
         return b"".join(pieces)
+
+    async def _check_values(self, body: bytes) -> None:
+        """Raises for a body of JSON in which so many values stand that reading it would hold up everybody."""
+        # Most bodies are settled by a count that takes texts' own commas for JSON's.
+        if body.count(b",") + body.count(b"[") + body.count(b"{") < self._most_values:
+            return
+        if await asyncio.to_thread(_has_more_values, body, self._most_values):
+            raise ApiError(
+                413, f"the body holds more than {self._most_values:,} values; send less at once", code="body_too_large"
+            )
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {format_bytes(self._most)}", code="body_too_large")
@@ -230,6 +249,21 @@ async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -
             while (await receive()).get("more_body", False):
                 pass
     await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _has_more_values(body: bytes, most: int) -> bool:
+    """Whether a JSON text has more than so many commas and brackets outside of its strings, or so many strings."""
+    count = end = 0
+    for text in _STRING.finditer(body):
+        count += 1 + _marks(body, end, text.start())
+        end = text.end()
+        if count > most:
+            return True
+    return count + _marks(body, end, len(body)) > most
+
+
+def _marks(body: bytes, start: int, end: int) -> int:
+    return sum(body.count(mark, start, end) for mark in (b",", b"[", b"{"))
 
 
 def _origins(settings: ServerSettings) -> list[str]:

@@ -8,15 +8,17 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvist.base.errors import ContextError, KvistError, RequestError, TextError
 from kvist.base.units import plural
 from kvist.runtime.request import FinishReason, Grammar, Request, Sampling
+from kvist.service.aside import LIGHT
 from kvist.service.constraints import AfterReasoning, Either
 from kvist.service.contexts import Context
 from kvist.service.explanation import NOWHERE, Origin
@@ -30,8 +32,15 @@ from kvist.text.stops import StopMatcher
 if TYPE_CHECKING:
     from kvist.service.serving import Serving
 
+T = TypeVar("T")
+
 _NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 _ANY: Mapping[str, Any] = MappingProxyType({"type": "object"})
+_FEW = 64  # messages
+_PLAIN = frozenset({"role", "content", "name"})  # what a message has that takes no work
+_PLACED_LATER = 1 << 16  # characters of a prompt of which it is told when it is asked where each part stands
+_MOST_PLACED = 1 << 20  # characters of a prompt whose parts are told at all
+_MOST_PLACED_MESSAGES = 4096
 _NEVER = -100.0  # the bias by which a token is as good as forbidden
 
 
@@ -94,6 +103,18 @@ class ChatRequest:
     context: Context | None = None
 
     @property
+    def is_light(self) -> bool:
+        """Whether it takes so little to make a prompt of it that nobody is held up: a few short messages alone."""
+        if self.tools or self.schema is not None or self.context is not None or self.template_variables:
+            return False
+        if len(self.messages) > _FEW:
+            return False
+        texts = [message.get("content") for message in self.messages]
+        plain = all(text is None or isinstance(text, str) for text in texts)
+        rest = any(message.keys() - _PLAIN for message in self.messages)
+        return plain and not rest and sum(len(text or "") for text in texts) <= LIGHT
+
+    @property
     def conversation(self) -> tuple[Mapping[str, Any], ...]:
         """The messages, with the context's text before those of the system."""
         return self.messages if self.context is None else with_context(self.messages, self.context)
@@ -135,6 +156,14 @@ class ChatSession:
         self.session.cancel()
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A job that has not been submitted, and what reads its answers."""
+
+    job: Job
+    parsers: Sequence[ResponseParser]
+
+
 class Chat:
     """Conversations with a model that is served."""
 
@@ -144,6 +173,31 @@ class Chat:
     def start(self, request: ChatRequest) -> ChatSession:
         """Ask for an answer. Raises `RequestError` for what cannot be asked, `TextError` for what cannot be tokenized,
         and what `Serving.submit` raises."""
+        return self._begin(self._prepare(request))
+
+    async def ask(self, request: ChatRequest) -> ChatSession:
+        """As `start`, on the event loop, which does not wait for what takes long."""
+        if request.is_light:
+            return self.start(request)
+        return self._begin(await self._aside(request, lambda: self._prepare(request)))
+
+    def count(self, request: ChatRequest) -> int:
+        """Tokens of the prompt that the request makes. Raises as `start` does."""
+        _check_tools(request)
+        return len(self._encode(self._prompt(request)))
+
+    async def counted(self, request: ChatRequest) -> int:
+        """As `count`, on the event loop, which does not wait for what takes long."""
+        return self.count(request) if request.is_light else await self._aside(request, lambda: self.count(request))
+
+    def _aside(self, request: ChatRequest, work: Callable[[], T]) -> Awaitable[T]:
+        return self._serving.aside.run(request.options.tenant, work)
+
+    def _begin(self, prepared: _Prepared) -> ChatSession:
+        return ChatSession(self._serving.submit(prepared.job), prepared.parsers)
+
+    def _prepare(self, request: ChatRequest) -> _Prepared:
+        """All that is made of a request before the engine has it. On any thread."""
         _check_tools(request)
         prompt = self._prompt(request)
         calling = bool(request.tools) and request.tool_choice is not ToolChoice.NONE
@@ -158,20 +212,18 @@ class Chat:
         tokens = self._encode(prompt)
         if request.context is not None:
             check_begins(tokens, request.context)
+        parts = partial(self._places, request, prompt)
+        if len(prompt) > _PLACED_LATER or len(request.messages) > _FEW:  # whoever asks for them cannot wait so long
+            parts = partial(tuple, self._places(request, prompt))
         job = text_job(
             self._serving,
             tokens,
             options,
             grammar=self._grammar(request, prompt, form),
             keep_special=form.marked,
-            origin=Origin(prompt, lambda: self._places(request, prompt), options.session),
+            origin=Origin(prompt, parts, options.session),
         )
-        return ChatSession(self._serving.submit(job), parsers)
-
-    def count(self, request: ChatRequest) -> int:
-        """Tokens of the prompt that the request makes. Raises as `start` does."""
-        _check_tools(request)
-        return len(self._encode(self._prompt(request)))
+        return _Prepared(job, parsers)
 
     @property
     def _template(self) -> ChatTemplate:
@@ -194,8 +246,10 @@ class Chat:
         )
 
     def _places(self, request: ChatRequest, prompt: str) -> tuple[Place, ...]:
-        """The parts of a prompt."""
+        """The parts of a prompt; of one that is out of all proportion, none."""
         template = self._template
+        if len(prompt) > _MOST_PLACED or len(request.messages) > _MOST_PLACED_MESSAGES:
+            return ()
 
         def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
             variables = request.template_variables
@@ -206,7 +260,7 @@ class Chat:
 
     def _encode(self, prompt: str) -> list[int]:
         # The template has written the special tokens; the tokenizer would put those that begin a text there again.
-        return self._serving.tokenizer.encode(prompt, add_special=False)
+        return encode_prompt(self._serving, prompt, add_special=False)
 
     def _sampling(self, request: ChatRequest) -> Sampling:
         """As asked; where calls are not wanted, the token that begins one is as good as forbidden."""
@@ -266,6 +320,14 @@ class Chat:
         if required or answer is None:
             return calls
         return lambda: Either(answer(), calls())
+
+
+def encode_prompt(serving: "Serving", text: str, add_special: bool = True) -> list[int]:
+    """The tokens of a prompt. Raises `ContextError`, without counting them, for one so long that it cannot fit."""
+    fewest = serving.tokenizer.fewest_tokens(text)
+    if fewest > serving.context:
+        raise ContextError(f"prompt is too long: at least {fewest} tokens > {serving.context} maximum")
+    return serving.tokenizer.encode(text, add_special)
 
 
 def text_job(

@@ -19,6 +19,7 @@ from torch import Tensor
 from kvist.base.errors import RequestError, TextError
 from kvist.text.call_grammar import CallGrammar
 from kvist.text.response import ResponseFormat
+from kvist.text.schema_cost import check_cost
 from kvist.text.tokenizer import Tokenizer
 
 # What a model may put between the tokens of JSON. Without a bound it could do so for ever.
@@ -83,7 +84,7 @@ class GrammarCompiler:
 
     def json_schema(self, schema: Mapping[str, Any]) -> Make:
         """JSON that the schema allows. Raises `RequestError` that says what of it is not supported."""
-        _check_depth(schema)
+        _check_size(schema)
         text = LLMatcher.grammar_from_json_schema(_dumped(schema), overrides={"whitespace_pattern": _WHITESPACE})
         return self._make(text, "the JSON schema")
 
@@ -112,7 +113,7 @@ class GrammarCompiler:
         if format.calls is None:
             raise RequestError("this model has no known way to call tools: ask for JSON of a schema instead")
         for tool in tools:
-            _check_depth(tool)
+            _check_size(tool)
         calls = CallGrammar(format.calls, self._special, _WHITESPACE)
         grammar = calls.lark(tools, required, parallel)
         return self._make(LLMatcher.grammar_from_lark(grammar), "the schema of a tool")
@@ -180,8 +181,9 @@ def _dumped(schema: Mapping[str, Any]) -> str:
         raise RequestError(f"the JSON schema is no JSON: {error}") from None
 
 
-def _check_depth(schema: Any) -> None:
-    """Raises `RequestError` for a schema that is nested too deeply."""
+def _check_size(schema: Any) -> None:
+    """Raises `RequestError` for a schema that is nested too deeply, or takes too long."""
+    check_cost(schema)
     level = [schema]
     for _ in range(_MOST_DEPTH):
         level = [

@@ -29,7 +29,8 @@ from kvist.server.openai.replies import (
     usage_of,
 )
 from kvist.server.openai.stream import DONE, EventStream, event, raise_failure
-from kvist.service.chat import Options, text_job
+from kvist.service.aside import LIGHT
+from kvist.service.chat import Options, encode_prompt, text_job
 from kvist.service.contexts import TEXT, Context
 from kvist.service.explanation import Origin
 from kvist.service.serving import Serving
@@ -46,7 +47,8 @@ def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> N
     async def completions(body: CompletionBody, request: Request) -> Response:
         asked_of = served(serving, body.model)
         options = replace(_options(body, serving.tokenizer, tenant_of(request)), adapter=asked_of.adapter)
-        prompts = read_prompts(body.prompt, serving.tokenizer, context_of(serving, request, body.context, TEXT))
+        context = context_of(serving, request, body.context, TEXT)
+        prompts = await read_prompts(body.prompt, serving, options.tenant, context)
         sessions: list[Session] = []
         try:
             for prompt in prompts:
@@ -78,19 +80,28 @@ class TextPrompt:
     tokens: list[int]
 
 
-def read_prompts(
-    prompt: str | list[str] | list[int] | list[list[int]], tokenizer: Tokenizer, context: Context | None = None
+async def read_prompts(
+    prompt: str | list[str] | list[int] | list[list[int]],
+    serving: Serving,
+    tenant: str,
+    context: Context | None = None,
 ) -> list[TextPrompt]:
     """The prompts of a body, each behind the context where there is one. Raises `TextError` for what cannot be
-    tokenized."""
+    tokenized, and `ContextError` for what is so long that it cannot fit."""
     items: Sequence[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    if sum(len(item) for item in items if isinstance(item, str)) <= LIGHT:
+        return _read(items, serving, context)
+    return await serving.aside.run(tenant, lambda: _read(items, serving, context))
+
+
+def _read(items: Sequence[Any], serving: Serving, context: Context | None) -> list[TextPrompt]:
     if context is None:
         return [
-            TextPrompt(item, tokenizer.encode(item)) if isinstance(item, str) else TextPrompt(None, item)
+            TextPrompt(item, encode_prompt(serving, item)) if isinstance(item, str) else TextPrompt(None, item)
             for item in items
         ]
     return [
-        TextPrompt(context.text + item, [*context.tokens, *tokenizer.encode(item, add_special=False)])
+        TextPrompt(context.text + item, [*context.tokens, *encode_prompt(serving, item, add_special=False)])
         if isinstance(item, str)
         else TextPrompt(None, [*context.tokens, *item])
         for item in items

@@ -44,7 +44,7 @@ def add_responses(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenT
         )
         options = replace(options, adapter=asked_of.adapter)
         asked = chat_request(body, options, serving.template)
-        session = chat.start(replace(asked, context=context_of(serving, request, body.context, CHAT)))
+        session = await chat.ask(replace(asked, context=context_of(serving, request, body.context, CHAT)))
         noted = note(request, session.session, asked_of.name)
         answer = Answer(session, asked_of.name, body, options.logprobs, texts)
         session.session.name(answer.id, noted.request_id)
