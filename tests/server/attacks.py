@@ -30,7 +30,7 @@ def attacks(size: int) -> list[Attack]:
     text = words * (size * 9 // 10 // len(words))
     one, ask = {"role": "user", "content": "a"}, [{"role": "user", "content": "twig"}]
     head = {"model": "tiny", "max_tokens": 1}
-    messages = [one] * min(size // 40, 15_000)
+    messages = [one] * min(size // 40, 12_000)
 
     def schema(name: str, value: Any, statuses: tuple[int, ...]) -> Attack:
         form = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": value}}
@@ -56,13 +56,13 @@ def attacks(size: int) -> list[Attack]:
         Attack("many messages", "/v1/chat/completions", {**head, "messages": messages}, (400, 429)),
         Attack("many values", "/v1/completions", {**head, "prompt": "a", "x": [{}] * (size // 3)}, (413,)),
         Attack(
-            "many mistakes", "/v1/completions", {**head, "prompt": [1, *["a"] * min(size // 6, 60_000)]}, (422, 400)
+            "many mistakes", "/v1/completions", {**head, "prompt": [1, *["a"] * min(size // 6, 50_000)]}, (422, 413)
         ),
         Attack(
             "many wrong messages",
             "/v1/chat/completions",
-            {**head, "messages": [{}] * min(size // 4, 60_000)},
-            (422, 400),
+            {**head, "messages": [{}] * min(size // 4, 50_000)},
+            (422, 413),
         ),
         schema("a schema with multipleOf", divisor, (400,)),
         schema("a schema of 5,000 properties", properties(5000), (400,)),
@@ -73,7 +73,7 @@ def attacks(size: int) -> list[Attack]:
             {**head, "messages": ask, "tools": [{"type": "function", "function": function}]},
             (*busy, 400),
         ),
-        Attack("2,048 embeddings", "/v1/embeddings", {"model": "tiny", "input": ["twig"] * 2048}, busy),
+        Attack("many embeddings", "/v1/embeddings", {"model": "tiny", "input": ["twig"] * min(size >> 11, 2048)}, busy),
         Attack(
             "long stop strings",
             "/v1/completions",

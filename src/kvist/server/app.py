@@ -5,7 +5,6 @@ From the outside in: `RequestLog`, CORS where pages of other origins may ask, `G
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 
 from fastapi import FastAPI
 from fastapi.responses import Response
@@ -50,8 +49,7 @@ def create_app(serving: Serving, settings: ServerSettings) -> FastAPI:
     app.include_router(cache.router(serving))
     app.include_router(contexts.router(serving))
     _add_own(app, serving, metrics)
-    # A prompt of token ids is one value for each, and those of the whole context must be taken.
-    guard(app, replace(settings, max_values=max(settings.max_values, 2 * serving.context)))
+    guard(app, settings)
     app.add_middleware(RequestLog, answered=metrics.answered)
     return app
 

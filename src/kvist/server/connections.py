@@ -1,8 +1,8 @@
 """How many connections there may be, and how long one may take to say what it wants.
 
 A client that connects and says nothing, or a byte now and then, holds a file descriptor. So there is a bound, beneath
-what the process may open, and whoever comes when it is reached takes the place of the one that has been silent for the
-longest: a server that is full of these still answers. Those whose request has arrived are never ended for another.
+what the process may open, and whoever comes when it is reached takes the place of one that says nothing: a server that
+is full of these still answers. Those whose request has arrived are never ended for another.
 """
 
 import asyncio
@@ -41,9 +41,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         if len(self.connections) >= self.most_open:
-            # Connections are in a set, which has no order: the time of the last byte decides.
             silent = [other for other in cast(set[Connection], self.connections) if other.waits]
-            (min(silent, key=lambda other: other.heard).transport if silent else transport).abort()
+            (min(silent, key=Connection.worth).transport if silent else transport).abort()
         super().connection_made(transport)
         self.heard = self.loop.time()
         self._time_head()
@@ -66,6 +65,11 @@ class Connection(H11Protocol):
         return not self.transport.is_closing() and (
             self.conn.their_state is h11.IDLE or (self.cycle is not None and self.cycle.more_body)
         )
+
+    def worth(self) -> tuple[bool, float]:
+        """Whoever was answered before and may ask again goes last; of the others the one that was silent for longest
+        goes first."""
+        return self.cycle is not None and self.cycle.response_complete, self.heard
 
     def _time_head(self) -> None:
         """A head has its time from when it could begin, however it trickles in."""

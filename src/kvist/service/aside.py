@@ -71,7 +71,8 @@ class Aside:
             await turn
         except asyncio.CancelledError:
             if turn.cancelled():
-                queue.remove(turn)
+                if turn in queue:
+                    queue.remove(turn)
                 self._hand_on()
             else:  # it was given at the same moment
                 self._leave(tenant)
@@ -83,6 +84,8 @@ class Aside:
     def _hand_on(self) -> None:
         """Give free places to those who wait, a tenant after the other."""
         for tenant, queue in list(self._waiting.items()):
+            while queue and queue[0].done():
+                queue.popleft()  # its client is leaving at this moment
             if queue and self._has_place(tenant):
                 self._running[tenant] += 1
                 queue.popleft().set_result(None)

@@ -205,6 +205,13 @@ def _check_json(body: Any) -> None:
             raise PydanticCustomError(
                 "too_deep", "the body is nested more than {most} levels deep", {"most": _MOST_DEPTH}
             )
+        if isinstance(value, list) and set(map(type, value)) == {int}:  # of token ids there may be very many
+            if _reason_against(min(value)) or _reason_against(max(value)):
+                place = ".".join(map(str, path))[:200]
+                raise PydanticCustomError(
+                    "bad_value", "{place}: {reason}", {"place": place, "reason": "a number does not fit 64 bits"}
+                )
+            continue
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:
             if isinstance(item, dict | list):
