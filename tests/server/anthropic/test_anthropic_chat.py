@@ -16,6 +16,7 @@ from kvist.runtime.request import FinishReason, TokenLogprobs
 from kvist.server import anthropic as api
 from kvist.server import errors
 from kvist.server.settings import ServerSettings
+from kvist.service.aside import Aside
 from kvist.service.session import Delta, Job, NewToken
 from kvist.text.chat import ChatTemplate
 from kvist.text.response import FORMATS, ResponseFormat
@@ -75,6 +76,7 @@ class Serving:
     name: str = "twig"
     format: ResponseFormat = FORMATS["hermes"]
     grammars: None = None
+    aside: Aside = field(default_factory=Aside)
     context: int = 4096
     adapters: dict[str, str] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
