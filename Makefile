@@ -28,7 +28,7 @@ test-remote: $(VENV)/.dev ## the shared cache against a real Redis or Valkey (De
 	@$(BIN)/pytest -m slow tests/cache/test_remote.py
 
 soak: $(VENV)/.dev ## twenty minutes of clients that behave badly (KVIST_SOAK_SECONDS changes how long)
-	@$(BIN)/pytest -m slow tests/server/test_soak.py
+	@$(BIN)/pytest -s -m slow tests/server/test_soak.py
 
 check: $(VENV)/.dev ## lint, format, types, layers
 	@$(BIN)/ruff check .

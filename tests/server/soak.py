@@ -17,11 +17,14 @@ from typing import Any
 
 import httpx
 import psutil
+from attacks import attacks
+from prober import probing
 
 from live import Live
 
 CLIENTS = 12
 TIMEOUT = 60.0  # seconds in which each client's affair must be over
+_SILENT = 60  # connections of one who says nothing
 _WARM = 0.4  # of the time: caches fill, memory is taken for the first time
 _FINE = range(200, 500)
 _WORDS = "a twig is the part of a branch that grows in one season; so is a cache".split()
@@ -67,9 +70,31 @@ class Report:
     seen: Counter[tuple[str, int]] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     growth: int = 0  # bytes that the process holds more at the end than it did when it was warm
+    probes: list[tuple[float, float, int]] = field(default_factory=list)  # of `/health`: start, seconds, status
+    spans: list[tuple[str, float, float]] = field(default_factory=list)  # what was under way, from when to when
 
     def count(self, kind: str) -> int:
         return sum(number for (name, _), number in self.seen.items() if name == kind)
+
+    def health(self) -> dict[str, tuple[int, float]]:
+        """By what was under way meanwhile: how many probes there were, and the seconds of the worst."""
+        found = {"anything at all": (len(self.probes), max((seconds for _, seconds, _ in self.probes), default=0.0))}
+        for name in sorted({name for name, _, _ in self.spans}):
+            spans = [(start, end) for other, start, end in self.spans if other == name]
+            met = [
+                seconds
+                for begun, seconds, _ in self.probes
+                if any(begun < end and begun + seconds > start for start, end in spans)
+            ]
+            found[name] = len(met), max(met, default=0.0)
+        return found
+
+    def table(self) -> str:
+        """What to read at the end."""
+        rows = [f"{'while there was under way':<36}{'probes':>8}{'worst /health, s':>18}"]
+        rows += [f"{name:<36}{count:>8}{worst:>18.3f}" for name, (count, worst) in self.health().items()]
+        statuses = ", ".join(f"{status}: {count}" for status, count in sorted(self.statuses().items()))
+        return "\n".join(["", *rows, f"statuses · {statuses}", f"memory · {self.growth / 2**20:+.1f} MiB since warm"])
 
     def statuses(self) -> Counter[int]:
         statuses: Counter[int] = Counter()
@@ -83,6 +108,7 @@ class Soak:
 
     def __init__(self, server: Live, seed: int, most_body: int) -> None:
         self._server = server
+        self._attacks = attacks(most_body)
         self._random = random.Random(seed)
         self._most_body = most_body
         self.report = Report()
@@ -99,6 +125,8 @@ class Soak:
             "takes the wrong way": self._takes_the_wrong_way,
             "reads slowly": self._reads_slowly,
             "sends half": self._sends_half,
+            "attacks": self._attacks_others,
+            "lies there": self._lies_there,
         }
 
     async def run(self, seconds: float) -> Report:
@@ -106,8 +134,11 @@ class Soak:
         process = psutil.Process()
         start = time.monotonic()
         async with httpx.AsyncClient(base_url=self._server.url, timeout=TIMEOUT) as self._http:
-            warm = await self._for(start + seconds * _WARM, process)
-            end = await self._for(start + seconds, process)
+            with probing(self._server.port) as self.report.probes:
+                warm = await self._for(start + seconds * _WARM, process)
+                end = await self._for(start + seconds, process)
+        wrong = [status for _, _, status in self.report.probes if status != 200]
+        self.report.failures += [f"/health: {status}" for status in wrong]
         self.report.growth = end - warm
         return self.report
 
@@ -320,6 +351,28 @@ class Soak:
                 break
         await self._close(writer)
         return int(first.split()[1])
+
+    async def _attacks_others(self) -> int:
+        attack, start = self._random.choice(self._attacks), time.monotonic()
+        response = await self._post(attack.path, attack.body)
+        self.report.spans.append((attack.name, start, time.monotonic()))
+        if response.status_code not in (*attack.statuses, 408):  # on a busy machine a body may come slowly
+            self.report.failures.append(f"{response.status_code} for {attack.name}: {response.text[:600]}")
+        return response.status_code
+
+    async def _lies_there(self) -> int:
+        start, head = time.monotonic(), b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n"
+        sent = self._random.choice([b"", b"GET /he", head])
+        opened = await asyncio.gather(
+            *(asyncio.open_connection("127.0.0.1", self._server.port) for _ in range(_SILENT)), return_exceptions=True
+        )
+        made = [writer for each in opened if not isinstance(each, BaseException) for writer in each[1:]]
+        for writer in made:
+            writer.write(sent)
+        await asyncio.sleep(self._random.choice([0.1, 1.0]))
+        await asyncio.gather(*map(self._close, made))
+        self.report.spans.append(("connections that lie there", start, time.monotonic()))
+        return 0
 
     async def _sends_half(self) -> int:
         path, request = self._request()

@@ -12,11 +12,13 @@ from soak import Soak, settle
 from kvist.runtime.request import Request
 from kvist.server.app import create_app
 from kvist.server.settings import ServerSettings
+from kvist.service.aside import THREAD_NAME
 from kvist.service.session import Job
 from live import live
 from tiny_model import open_serving
 
 MOST_BODY = 1 << 16
+LONG_BODY = 1 << 20  # of the long one
 SECONDS = 20
 LONG = float(os.environ.get("KVIST_SOAK_SECONDS", 20 * 60))
 MOST_GROWTH = 24 << 20  # bytes: the allocator's own play; what leaks grows with the time
@@ -24,20 +26,24 @@ MOST_GROWTH = 24 << 20  # bytes: the allocator's own play; what leaks grows with
 
 def own_threads() -> list[str]:
     """Threads but for those that routes borrow, which stay for a while when they are not needed."""
-    return sorted(thread.name for thread in threading.enumerate() if not thread.name.startswith("AnyIO"))
+    borrowed = ("AnyIO", THREAD_NAME)
+    return sorted(thread.name for thread in threading.enumerate() if not thread.name.startswith(borrowed))
 
 
-def soak(model: Path, seconds: float) -> None:
-    settings = ServerSettings(max_body_bytes=MOST_BODY, body_timeout=0.5, timeout=30)
-    serving = open_serving(model, blocks=96, running=4, max_waiting=4, timeout=30)
+def soak(model: Path, seconds: float, most_body: int) -> None:
+    settings = ServerSettings(
+        max_body_bytes=most_body, max_values=most_body // 16, body_timeout=0.5, timeout=50, max_connections=100
+    )
+    serving = open_serving(model, blocks=96, running=4, max_waiting=4, timeout=50)
     process = psutil.Process()
     with live(create_app(serving, settings), serving, settings) as server:
-        clients = Soak(server, seed=1, most_body=MOST_BODY)
+        clients = Soak(server, seed=1, most_body=most_body)
         files, threads = process.num_fds(), own_threads()
         report = asyncio.run(clients.run(seconds))
         assert settle(server) == []
         assert process.num_fds() <= files
         assert own_threads() == threads
+    print(report.table())
     assert report.failures == [], f"{len(report.failures)} of {sum(report.seen.values())}, first of all"
     assert report.growth < MOST_GROWTH
     # All of them came, and met what they were to meet.
@@ -47,7 +53,7 @@ def soak(model: Path, seconds: float) -> None:
 
 
 def test_clients_of_every_kind_for_a_while(tiny_model: Path) -> None:
-    soak(tiny_model, SECONDS)
+    soak(tiny_model, SECONDS, MOST_BODY)
 
 
 def test_a_defect_and_a_leak_are_found(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,4 +75,4 @@ def test_a_defect_and_a_leak_are_found(tiny_model: Path, monkeypatch: pytest.Mon
 @pytest.mark.slow
 def test_clients_of_every_kind_for_minutes(tiny_model: Path) -> None:
     """20 minutes, or as many seconds as KVIST_SOAK_SECONDS says."""
-    soak(tiny_model, LONG)
+    soak(tiny_model, LONG, LONG_BODY)

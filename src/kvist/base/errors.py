@@ -58,7 +58,7 @@ class ContextError(RequestError):
 
 
 class PromptTooLong(ContextError):
-    """A prompt of `tokens`, of which `most` leave room for an answer in a context of `context`.
+    """A prompt of `tokens`, or at least so many, of which `most` leave room for an answer in a context of `context`.
 
     Clients know it by this text, digit for digit, and go on with a shorter prompt.
     """

@@ -7,7 +7,7 @@
 | 401, 403 | no valid API key; a host or an origin that may not ask | `ApiError` |
 | 404, 405 | no such model or route; a route without that method | `ApiError`, starlette's `HTTPException` |
 | 408 | the request itself did not arrive in time | `ApiError` |
-| 413 | the body is larger than the server takes | `ApiError` |
+| 413 | the body is larger, or holds more values, than the server takes | `ApiError` |
 | 429 | the queue is full; `Retry-After` says when to come again | `Overloaded` |
 | 500 | a defect, or a model whose numbers are none: details are in the log, under the request's id | anything else |
 | 503 | the server is shutting down | `Stopping` |

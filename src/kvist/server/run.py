@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from kvist.base.errors import KvistError
+from kvist.server.connections import BACKLOG, bounded, most_connections
 from kvist.server.settings import ServerSettings
 
 Stop = Callable[[float], Awaitable[None]]
@@ -84,7 +85,8 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             loop="asyncio",
-            http="h11",
+            http=bounded(most_connections(settings.max_connections), settings.head_timeout),
+            backlog=BACKLOG,
             ws="none",
             lifespan="on",
             log_config=None,

@@ -2,12 +2,16 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
+from kvist.base.errors import RequestError
 from kvist.server.errors import RESPONSES
+from kvist.server.limits import tenant_of
 from kvist.service.serving import Serving
 
+_MOST_TEXT = 1 << 20
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -43,17 +47,27 @@ class Text(BaseModel):
 
 
 def router(serving: Serving) -> APIRouter:
-    """The two routes. They work on threads of their own, as a long text takes a while."""
+    """The two routes. They work beside the event loop, as a long text takes a while."""
     routes = APIRouter(tags=["Kvist"], responses=RESPONSES)
 
-    @routes.post("/tokenize")
-    def tokenize(body: Tokenize) -> Tokens:
+    def tokenized(body: Tokenize) -> Response:
         ids = serving.tokenizer.encode(body.prompt, body.add_special_tokens)
         spelled = [serving.tokenizer.token(index) for index in ids] if body.return_token_strs else None
-        return Tokens(count=len(ids), max_model_len=serving.context, tokens=ids, token_strs=spelled)
+        tokens = Tokens(count=len(ids), max_model_len=serving.context, tokens=ids, token_strs=spelled)
+        return Response(tokens.model_dump_json(), media_type="application/json")
+
+    @routes.post("/tokenize", response_model=Tokens)
+    async def tokenize(body: Tokenize, request: Request) -> Response:
+        if len(body.prompt) > _MOST_TEXT:
+            raise RequestError(f"prompt: a text of at most {_MOST_TEXT} characters is tokenized at once")
+        return await serving.aside.run(tenant_of(request), lambda: tokenized(body))
 
     @routes.post("/detokenize")
-    def detokenize(body: Detokenize) -> Text:
-        return Text(prompt=serving.tokenizer.decode(body.tokens, skip_special=False))
+    async def detokenize(body: Detokenize, request: Request) -> Text:
+        return Text(
+            prompt=await serving.aside.run(
+                tenant_of(request), lambda: serving.tokenizer.decode(body.tokens, skip_special=False)
+            )
+        )
 
     return routes

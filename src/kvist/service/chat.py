@@ -4,14 +4,16 @@ Both wire formats stand on it, and it knows neither.
 """
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvist.base.errors import KvistError, PromptTooLong, RequestError, TextError
 from kvist.runtime.request import FinishReason, Grammar, Request, Sampling
+from kvist.service.aside import LIGHT
 from kvist.service.called_tools import CalledTools
 from kvist.service.constraints import AfterReasoning, Either
 from kvist.service.contexts import Context
@@ -30,8 +32,15 @@ from kvist.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from kvist.service.serving import Serving
 
+T = TypeVar("T")
+
 _NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 _MOST_SHOWN = 10  # characters in a warning
+_FEW = 64  # messages
+_PLAIN = frozenset({"role", "content", "name"})  # what a message has that takes no work
+_PLACED_LATER = 1 << 16  # characters of a prompt of which it is told when it is asked where each part stands
+_MOST_PLACED = 1 << 20  # characters of a prompt whose parts are told at all
+_MOST_PLACED_MESSAGES = 4096
 _NEVER = -100.0  # the bias by which a token is as good as forbidden
 
 
@@ -104,6 +113,18 @@ class ChatRequest:
     context: Context | None = None
 
     @property
+    def is_light(self) -> bool:
+        """Whether it takes so little to make a prompt of it that nobody is held up: a few short messages alone."""
+        if self.tools or self.schema is not None or self.guide is not None or self.context is not None:
+            return False
+        if len(self.messages) > _FEW:
+            return False
+        texts = [message.get("content") for message in self.messages]
+        plain = all(text is None or isinstance(text, str) for text in texts)
+        rest = any(message.keys() - _PLAIN for message in self.messages)
+        return plain and not rest and sum(len(text or "") for text in texts) <= LIGHT
+
+    @property
     def conversation(self) -> tuple[Mapping[str, Any], ...]:
         """The messages, with the context's text before those of the system."""
         return self.messages if self.context is None else with_context(self.messages, self.context)
@@ -158,6 +179,14 @@ class ChatSession:
         self.session.cancel()
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A job that has not been submitted, and what reads its answers."""
+
+    job: Job
+    parsers: Sequence[ResponseParser]
+
+
 class Chat:
     """Conversations with a model that is served."""
 
@@ -167,6 +196,32 @@ class Chat:
     def start(self, request: ChatRequest) -> ChatSession:
         """Ask for an answer. Raises `RequestError` for what cannot be asked, `TextError` for what cannot be tokenized,
         and what `Serving.submit` raises."""
+        return self._begin(self._prepare(request))
+
+    async def ask(self, request: ChatRequest) -> ChatSession:
+        """As `start`, on the event loop, which does not wait for what takes long."""
+        if request.is_light:
+            return self.start(request)
+        return self._begin(await self._aside(request, lambda: self._prepare(request)))
+
+    def count(self, request: ChatRequest) -> int:
+        """Tokens of the prompt that the request makes. Raises as `start` does."""
+        _check_tools(request)
+        # The template has written the special tokens; the tokenizer would put those that begin a text there again.
+        return len(encode(self._serving.tokenizer, self._prompt(request), add_special=False)[0])
+
+    async def counted(self, request: ChatRequest) -> int:
+        """As `count`, on the event loop, which does not wait for what takes long."""
+        return self.count(request) if request.is_light else await self._aside(request, lambda: self.count(request))
+
+    def _aside(self, request: ChatRequest, work: Callable[[], T]) -> Awaitable[T]:
+        return self._serving.aside.run(request.options.tenant, work)
+
+    def _begin(self, prepared: _Prepared) -> ChatSession:
+        return ChatSession(self._serving.submit(prepared.job), prepared.parsers)
+
+    def _prepare(self, request: ChatRequest) -> _Prepared:
+        """All that is made of a request before the engine has it. On any thread."""
         _check_tools(request)
         prompt = self._prompt(request)
         form = self._format(request)
@@ -177,27 +232,25 @@ class Chat:
             stops=(*request.options.stops, *self._template.stops),
             sampling=self._sampling(request),
         )
+        check_length(self._serving, prompt)
         tokens, unspelled = encode(self._serving.tokenizer, prompt, add_special=False)
         if request.context is not None:
             check_begins(tokens, request.context)
             options = replace(options, imported=request.context.imported)
         grammar, unheld = self._grammar(request, prompt, form)
+        parts = partial(self._places, request, prompt)
+        if len(prompt) > _PLACED_LATER or len(request.messages) > _FEW:  # whoever asks for them cannot wait so long
+            parts = partial(tuple, self._places(request, prompt))
         job = text_job(
             self._serving,
             tokens,
             options,
             grammar=grammar,
             keep_special=form.marked,
-            origin=Origin(prompt, lambda: self._places(request, prompt), options.session),
+            origin=Origin(prompt, parts, options.session),
             warnings=(*unspelled, *unheld),
         )
-        return ChatSession(self._serving.submit(job), parsers)
-
-    def count(self, request: ChatRequest) -> int:
-        """Tokens of the prompt that the request makes. Raises as `start` does."""
-        _check_tools(request)
-        # The template has written the special tokens; the tokenizer would put those that begin a text there again.
-        return len(encode(self._serving.tokenizer, self._prompt(request), add_special=False)[0])
+        return _Prepared(job, parsers)
 
     @property
     def _template(self) -> ChatTemplate:
@@ -244,7 +297,9 @@ class Chat:
         return form.with_generic_calls() if self._generic(request) else form
 
     def _places(self, request: ChatRequest, prompt: str) -> tuple[Place, ...]:
-        """The parts of a prompt."""
+        """The parts of a prompt; of one that is out of all proportion, none."""
+        if len(prompt) > _MOST_PLACED or len(request.messages) > _MOST_PLACED_MESSAGES:
+            return ()
         variables = request.template_variables
 
         def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
@@ -330,6 +385,13 @@ def encode(tokenizer: Tokenizer, text: str, *, add_special: bool) -> tuple[list[
         return tokens, ()
     shown = " ".join(map(repr, missing[:_MOST_SHOWN])) + (" ..." if len(missing) > _MOST_SHOWN else "")
     return tokens, (f"this model's vocabulary is {tokenizer.vocab_size} characters; others were replaced: {shown}",)
+
+
+def check_length(serving: "Serving", text: str) -> None:
+    """Raises `PromptTooLong`, without counting them, for a text of more tokens than there is room for."""
+    fewest = serving.tokenizer.fewest_tokens(text)
+    if fewest > serving.context:
+        raise PromptTooLong(fewest, serving.context, serving.context)
 
 
 def text_job(

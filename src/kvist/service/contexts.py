@@ -263,13 +263,19 @@ def check_room(context: Context, most: int, disk: DiskTier) -> None:
         pinned |= _sizes(other)
     needed = _sizes(context)
     share = disk.limits.get(context.namespace, math.inf)
-    for room, namespace, whose in ((disk.budget, "", "contexts"), (share, context.namespace, "your contexts")):
-        held = sum(size for name, size in pinned.items() if name.startswith(namespace))
-        if held + sum(size for name, size in needed.items() if name not in pinned) > room:
-            raise ContextError(
-                f"the context takes {format_bytes(context.nbytes)} on disk, and of {format_bytes(room)} {whose} hold "
-                f"{format_bytes(held)} already; remove some, or have more room given"
-            )
+    new = sum(size for name, size in needed.items() if name not in pinned)
+    own = sum(size for name, size in pinned.items() if name.startswith(context.namespace))
+    # Of what others hold nothing is said: they are other tenants.
+    if own + new > min(share, disk.budget):
+        raise ContextError(
+            f"the context takes {format_bytes(context.nbytes)} on disk, and of {format_bytes(min(share, disk.budget))} "
+            f"your contexts hold {format_bytes(own)} already; remove some, or have more room given"
+        )
+    if sum(pinned.values()) + new > disk.budget:
+        raise ContextError(
+            f"the context takes {format_bytes(context.nbytes)} on disk, and so much is not left; remove some of your "
+            "contexts, or have more room given"
+        )
 
 
 def describe(

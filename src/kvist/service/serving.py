@@ -11,7 +11,7 @@ import math
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from kvist.cache.manager import CacheManager
 from kvist.runtime.engine import Drawn, Engine
 from kvist.runtime.request import FinishReason, Request
 from kvist.runtime.sequence import Sequence as Running
+from kvist.service.aside import Aside
 from kvist.service.contexts import chat_tokens
 from kvist.service.explain import Explainer
 from kvist.service.facts import Cause, ChoiceDone, FactListener, Load, Matched, RequestDone, StepDone
@@ -74,6 +75,7 @@ class Serving:
         self.generic_tools = generic_tools
         self.format = ResponseFormat.detect(loaded.directory, self.template)
         self.grammars = GrammarCompiler(self.tokenizer, loaded.config.vocab_size)
+        self.aside = Aside()
         self.adapters = dict(loaded.adapters)  # ids by the names that clients ask for
         self.created = int(time.time())
         self.listener = listener
@@ -112,6 +114,7 @@ class Serving:
         """Refuse what waits and what comes (`Stopping`), let what runs go on for at most `grace` seconds, then end it
         and the thread."""
         self._stopping = True
+        self.aside.close()
         if self._thread is None:
             return
         self._commands.put(self._refuse_waiting)
@@ -137,6 +140,12 @@ class Serving:
     def submit(self, job: Job) -> LiveSession:
         """Queue a job. Raises `RequestError` for one that can never run, `Overloaded` when too many wait,
         `Stopping`."""
+        self._check_job(job)
+        self._check_room(job.request.tenant)
+        return self._queue(job)
+
+    def _check_job(self, job: Job) -> None:
+        """Raises for a job that can never run, or no more."""
         if self._stopping or not self.alive:
             raise Stopping("the server is shutting down" if self._stopping else "the engine has failed; see the log")
         if not 1 <= job.choices <= self._engine.scheduler.most_running:
@@ -144,20 +153,24 @@ class Serving:
                 f"between 1 and {self._engine.scheduler.most_running} choices can be had at once, not {job.choices}"
             )
         self._engine.check_request(job.request)
-        tenant = job.request.tenant
-        if self._under_way[tenant] >= self._limits.get(tenant, math.inf):
+
+    def _check_room(self, tenant: str, jobs: int = 1) -> None:
+        """Raises `Overloaded` where so many more of a tenant's have no place."""
+        if self._under_way[tenant] + jobs > self._limits.get(tenant, math.inf):
             raise Overloaded(
                 f"{plural(self._under_way[tenant], 'request')} of yours are under way already, as many as may be; try "
                 "again when one has ended",
                 retry_after=1,
             )
         waiting = self._waiting
-        if waiting >= self._max_waiting:
+        if waiting + jobs > self._max_waiting:
             raise Overloaded(
                 f"{plural(waiting, 'request')} wait already, as many as this server allows; try again later",
                 retry_after=min(60, max(1, math.ceil(waiting * self._step_seconds))),
             )
-        session = LiveSession(self, job)
+
+    def _queue(self, job: Job) -> LiveSession:
+        session, tenant = LiveSession(self, job), job.request.tenant
         if math.isfinite(self._timeout):
             session.expire_after(self._timeout)
         self._submitted += 1
@@ -178,13 +191,27 @@ class Serving:
             del self._under_way[tenant]
 
     async def embed(self, prompts: Sequence[Sequence[int]], tenant: str = "", adapter: str = "") -> list[list[float]]:
-        """The mean of each prompt's last hidden states, scaled to unit length."""
-        requests = [Request(tuple(prompt), 0, pooled=True, tenant=tenant, adapter=adapter) for prompt in prompts]
-        sessions = [self.submit(Job(request)) for request in requests]
+        """The mean of each prompt's last hidden states, scaled to unit length.
+
+        All of them are let in, or none. No more have a place than can run at once; each leaves its own to the next.
+        """
+        jobs = [Job(Request(tuple(prompt), 0, pooled=True, tenant=tenant, adapter=adapter)) for prompt in prompts]
+        for job in jobs:
+            self._check_job(job)
+        width = min(len(jobs), self._engine.scheduler.most_running, self._limits.get(tenant, len(jobs)))
+        self._check_room(tenant, width)
+        vectors, under_way = list[list[float]](), deque[LiveSession]()
         try:
-            return [await self._embedding(session) for session in sessions]
+            for job in jobs:
+                if len(under_way) == width:
+                    vectors.append(await self._embedding(under_way.popleft()))
+                self._check_job(job)  # the server may be stopping by now
+                under_way.append(self._queue(job))
+            while under_way:
+                vectors.append(await self._embedding(under_way.popleft()))
+            return vectors
         finally:
-            for session in sessions:
+            for session in under_way:
                 session.cancel()
 
     async def check(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from kvist.base.errors import KvistError, RequestError
 from kvist.cache.manager import CacheManager
 from kvist.runtime.request import Request
+from kvist.service.aside import Aside
 from kvist.service.context_making import context_tokens, usable
 from kvist.service.contexts import Context, Contexts, NoSuchContext, check_name, check_room, describe, finish
 from kvist.service.keeping import Kept
@@ -25,6 +26,7 @@ class Host(Protocol):
     loaded: Loaded
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    aside: Aside
 
     @property
     def manager(self) -> CacheManager: ...
@@ -43,7 +45,9 @@ class Shelf:
         """Compute a context and keep it. Raises `KvistError` for a name, or a text, that cannot be one."""
         check_name(name)
         serving, kept, layout = self._serving, self._kept, self._serving.loaded.layout
-        tokens = context_tokens(form, text, serving.template, serving.tokenizer)
+        tokens = await serving.aside.run(
+            tenant, lambda: context_tokens(form, text, serving.template, serving.tokenizer)
+        )
         context = describe(name, tenant, form, text, tokens, (), kept.identity, layout.block_size, layout.block_bytes)
         check_room(context, serving.loaded.config.max_positions, kept.disk)
         if serving.manager.begins_public(tokens):

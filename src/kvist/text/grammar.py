@@ -22,6 +22,7 @@ from kvist.text.call_grammar import CalledTool, CallGrammar
 from kvist.text.relaxing import Relaxing, strict_schema
 from kvist.text.response import ResponseFormat
 from kvist.text.schema import check_depth, kinds, shapes
+from kvist.text.schema_cost import check_cost
 from kvist.text.tokenizer import Tokenizer
 
 # What may stand between the tokens of JSON, as people and their programs write it: nothing, a space, or a line break
@@ -268,6 +269,7 @@ def _needed(schema: Any) -> str:
 
 def _check_size(schema: Mapping[str, Any]) -> None:
     check_depth(schema)
+    check_cost(schema)
     if len(_dumped(schema)) > _MOST_TEXT:
         raise RequestError(f"the JSON schema is too large: at most {_MOST_TEXT:,} characters are read")
 

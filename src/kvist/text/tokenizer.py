@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _SHOWN_CHARACTERS = 100
 _SHOWN_REASON = 200  # characters of what the library says
 _MOST_BYTES = 256 << 20  # of tokenizer.json
+_LONG = 1 << 12  # characters of a text that is encoded without holding the interpreter
+_SHRINKS = 4  # by how much a normalizer may shorten a text: composing takes three bytes for one
 
 
 class Tokenizer:
@@ -69,9 +72,27 @@ class Tokenizer:
         Raises `TextError` for a lone surrogate, and for a character that a vocabulary of characters lacks.
         """
         try:
-            return self._backend.encode(text, add_special_tokens=add_special).ids
+            if len(text) < _LONG:
+                return self._backend.encode(text, add_special_tokens=add_special).ids
+            # A batch is encoded while other threads run; the other call holds them all up.
+            return self._backend.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
         except BaseException as error:
             raise TextError(self._refusal(text, _failure(error))) from error
+
+    def fewest_tokens(self, text: str) -> int:
+        """At least so many tokens a text has, told from its length alone; 0 where a token may stand for any length."""
+        if not self._longest:
+            return 0
+        return len(text.encode(errors="replace")) // self._longest
+
+    @cached_property
+    def _longest(self) -> int:
+        """The most bytes of a text that one token may stand for. 0: any number, as one for all that is unknown may."""
+        if not (self.byte_level or self._falls_back):
+            return 0
+        width = max(len(token if self.byte_level else token.encode()) for token in self._backend.get_vocab())
+        width = max(width, *(len(self.token_bytes(index)) for index in self._added), 1)
+        return width if self._backend.normalizer is None else width * _SHRINKS
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token nothing. Raises `TextError`

@@ -105,6 +105,12 @@ class ScriptedChat:
         self.requests.append(request)
         return self.script.prompt_tokens
 
+    async def ask(self, request: ChatRequest) -> ScriptedSession:
+        return self.start(request)
+
+    async def counted(self, request: ChatRequest) -> int:
+        return self.count(request)
+
     @property
     def request(self) -> ChatRequest:
         (request,) = self.requests

@@ -16,6 +16,7 @@ from kvist.runtime.request import FinishReason, TokenLogprobs
 from kvist.server import anthropic as api
 from kvist.server import errors
 from kvist.server.settings import ServerSettings
+from kvist.service.aside import Aside
 from kvist.service.sampling import Proposed
 from kvist.service.session import Delta, Job, NewToken
 from kvist.text.chat import ChatTemplate
@@ -76,6 +77,7 @@ class Serving:
     name: str = "twig"
     format: ResponseFormat = FORMATS["hermes"]
     grammars: None = None
+    aside: Aside = field(default_factory=Aside)
     context: int = 4096
     adapters: dict[str, str] = field(default_factory=dict)
     proposed: Proposed = field(default_factory=Proposed)

@@ -25,6 +25,7 @@ from kvist.server.openai.logprobs import TokenTexts
 from kvist.server.openai.models import add_models
 from kvist.server.openai.responses import add_responses
 from kvist.server.settings import ServerSettings
+from kvist.service.aside import Aside
 from kvist.service.chat import ChatDelta, ChatRequest
 from kvist.service.sampling import Proposed
 from kvist.service.session import Delta, Job, NewToken
@@ -113,6 +114,9 @@ class ScriptedChat:
         self.sessions.append(ScriptedSession(self.prompt_tokens, self.steps, self.cached_tokens))
         return self.sessions[-1]
 
+    async def ask(self, request: ChatRequest) -> ScriptedSession:
+        return self.start(request)
+
     @property
     def request(self) -> ChatRequest:
         (request,) = self.requests
@@ -146,6 +150,7 @@ class ScriptedServing:
     tokenizer: Tokenizer = field(default_factory=byte_tokenizer)
     jobs: list[Job] = field(default_factory=list)
     sessions: list[ScriptedSession] = field(default_factory=list)
+    aside: Aside = field(default_factory=Aside)
     embedded: list[tuple[list[list[int]], str]] = field(default_factory=list)
 
     def submit(self, job: Job) -> ScriptedSession:

@@ -309,7 +309,7 @@ def test_lone_surrogates_are_refused(fields: dict[str, Any]) -> None:
     assert "lone surrogate" in refused(**fields)[2]
 
 
-@pytest.mark.parametrize("depth", [102, sys.getrecursionlimit() - 50, 100_000])
+@pytest.mark.parametrize("depth", [102, sys.getrecursionlimit() - 50, 60_000])
 def test_what_is_nested_too_deeply_is_refused(depth: int) -> None:
     body = f'{{"messages": {json.dumps(HELLO)}, "chat_template_kwargs": {{"a": {"[" * depth}{"]" * depth}}}}}'
     response = post(application(ScriptedChat()), PATH, body.encode())

@@ -58,7 +58,7 @@ def router(serving: Serving, settings: ServerSettings) -> APIRouter:
         adapter = serving.adapters.get(body.model, "")
         name = body.model if adapter else serving.name
         asked = chat_request(body, replace(options_of(body, tenant_of(request), serving.proposed), adapter=adapter))
-        session = chat.start(replace(asked, context=context_of(serving, request, body.context, CHAT)))
+        session = await chat.ask(replace(asked, context=context_of(serving, request, body.context, CHAT)))
         noted = note(request, session.session, name)
         answer = Answer(session, name, body)
         session.session.name(answer.id, noted.request_id)
@@ -73,7 +73,7 @@ def router(serving: Serving, settings: ServerSettings) -> APIRouter:
     async def count_tokens(body: Prompt, request: Request) -> Response:
         options = Options(max_tokens=None, sampling=Sampling(), tenant=tenant_of(request))
         asked = replace(chat_request(body, options), context=context_of(serving, request, body.context, CHAT))
-        return reply({"input_tokens": chat.count(asked)})
+        return reply({"input_tokens": await chat.counted(asked)})
 
     return routes
 

@@ -11,8 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    Tag,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from kvist.base.units import plural
 from kvist.runtime.request import Sampling
@@ -57,10 +66,29 @@ Stops = Annotated[
 ]
 
 
+def _end_at_first_error(schema: Any) -> None:
+    """Of a list whose items are wrong, one complaint is made: a million would take long, and nobody reads them."""
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            if part.get("type") == "list":
+                part["fail_fast"] = True
+            waiting += part.values()
+        elif isinstance(part, list | tuple):
+            waiting += part
+
+
 class Fields(BaseModel):
     """Any object within a body."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _end_at_first_error(schema)
+        return schema
 
 
 class Body(Fields):
@@ -242,6 +270,13 @@ def _check_json(body: Any) -> None:
             raise PydanticCustomError(
                 "too_deep", "the body is nested more than {most} levels deep", {"most": _MOST_DEPTH}
             )
+        if isinstance(value, list) and set(map(type, value)) == {int}:  # of token ids there may be very many
+            if _reason_against(min(value)) or _reason_against(max(value)):
+                place = ".".join(map(str, path))[:200]
+                raise PydanticCustomError(
+                    "bad_value", "{place}: {reason}", {"place": place, "reason": "a number does not fit 64 bits"}
+                )
+            continue
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:
             if isinstance(item, dict | list):

@@ -62,7 +62,7 @@ def add_chat(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenTexts)
         )
         options = replace(options, adapter=asked_of.adapter)
         asked = chat_request(body, options, serving.template)
-        session = chat.start(replace(asked, context=context_of(serving, request, body.context, CHAT)))
+        session = await chat.ask(replace(asked, context=context_of(serving, request, body.context, CHAT)))
         noted = note(request, session.session, asked_of.name)
         choices = [Progress(index, bool(body.functions)) for index in range(options.choices)]
         answer = Answer(session, asked_of.name, choices, options.logprobs, texts)

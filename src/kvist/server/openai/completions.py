@@ -31,7 +31,8 @@ from kvist.server.openai.replies import (
     usage_of,
 )
 from kvist.server.openai.stream import DONE, EventStream, event, raise_failure
-from kvist.service.chat import Options, encode, text_job
+from kvist.service.aside import LIGHT
+from kvist.service.chat import Options, check_length, encode, text_job
 from kvist.service.contexts import TEXT, Context
 from kvist.service.explanation import Origin
 from kvist.service.sampling import Proposed
@@ -54,7 +55,7 @@ def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> N
         context = context_of(serving, request, body.context, TEXT)
         if context is not None:
             options = replace(options, imported=context.imported)
-        prompts = read_prompts(body.prompt, serving.tokenizer, context)
+        prompts = await read_prompts(body.prompt, serving, options.tenant, context)
         sessions: list[Session] = []
         grammar = grammar_of(body, serving)
         try:
@@ -99,18 +100,28 @@ class TextPrompt:
     warnings: tuple[str, ...] = ()
 
 
-def read_prompts(
-    prompt: str | list[str] | list[int] | list[list[int]], tokenizer: Tokenizer, context: Context | None = None
+async def read_prompts(
+    prompt: str | list[str] | list[int] | list[list[int]],
+    serving: Serving,
+    tenant: str,
+    context: Context | None = None,
 ) -> list[TextPrompt]:
     """The prompts of a body, each behind the context where there is one. Raises `TextError` for what cannot be
-    tokenized."""
+    tokenized, and `ContextError` for what is so long that it cannot fit."""
     items: Sequence[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    if sum(len(item) for item in items if isinstance(item, str)) <= LIGHT:
+        return _read(items, serving, context)
+    return await serving.aside.run(tenant, lambda: _read(items, serving, context))
+
+
+def _read(items: Sequence[Any], serving: Serving, context: Context | None) -> list[TextPrompt]:
     head, begun = ("", []) if context is None else (context.text, context.tokens)
 
     def read(item: Any) -> TextPrompt:
         if not isinstance(item, str):
             return TextPrompt(None, [*begun, *item])
-        tokens, warnings = encode(tokenizer, item, add_special=context is None)
+        check_length(serving, item)
+        tokens, warnings = encode(serving.tokenizer, item, add_special=context is None)
         return TextPrompt(head + item, [*begun, *tokens], warnings)
 
     return [read(item) for item in items]

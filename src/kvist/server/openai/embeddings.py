@@ -21,8 +21,9 @@ def add_embeddings(routes: APIRouter, serving: Serving) -> None:
     @routes.post("/v1/embeddings", response_model=None, responses=answers(EmbeddingList))
     async def embeddings(body: EmbeddingBody, request: Request) -> EmbeddingList:
         asked_of = served(serving, body.model)
-        prompts = [prompt.tokens for prompt in read_prompts(body.input, serving.tokenizer)]
-        vectors = await serving.embed(prompts, tenant_of(request), asked_of.adapter)
+        tenant = tenant_of(request)
+        prompts = [prompt.tokens for prompt in await read_prompts(body.input, serving, tenant)]
+        vectors = await serving.embed(prompts, tenant, asked_of.adapter)
         if body.dimensions is not None and body.dimensions != len(vectors[0]):
             text = f"dimensions: this model's vectors have {len(vectors[0]):,}, and cannot be cut"
             raise ApiError(400, text, param="dimensions")

@@ -52,7 +52,7 @@ def add_responses(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenT
         given = given_items(body, lambda item_id, place: memory.item(tenant, item_id, place))
         before = [] if body.previous_response_id is None else memory.before(tenant, body.previous_response_id)
         asked = chat_request(body, [*before, *given], options, serving.template)
-        session = chat.start(replace(asked, context=context_of(serving, request, body.context, CHAT)))
+        session = await chat.ask(replace(asked, context=context_of(serving, request, body.context, CHAT)))
         noted = note(request, session.session, asked_of.name)
 
         def remember(response: ResponseObject) -> None:
