@@ -173,6 +173,11 @@ class Chat:
         _check_tools(request)
         return len(self._encode(self._prompt(request)))
 
+    def render(self, request: ChatRequest) -> str:
+        """The prompt that the request makes. Raises as `start` does."""
+        _check_tools(request)
+        return self._prompt(request)
+
     @property
     def _template(self) -> ChatTemplate:
         template = self._serving.template

@@ -45,8 +45,9 @@ _FLUSH = 30.0  # seconds in which a shut-down writes what is not yet written of 
 class Serving:
     """A model, its text side and its engine, which runs on a thread from `start` to `stop`.
 
-    `max_waiting`: requests that may wait before others are refused; `timeout`: seconds that one may take; `tenants`:
-    those who have limits; `kept`: what the engine keeps on disk; `listener` hears facts on the engine's thread.
+    `strict_model`: no other name stands for it. `max_waiting`: requests that may wait before others are refused;
+    `timeout`: seconds that one may take; `tenants`: those who have limits; `kept`: what the engine keeps on disk;
+    `listener` hears facts on the engine's thread.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Serving:
         engine: Engine,
         *,
         name: str | None = None,
+        strict_model: bool = False,
         template: Path | None = None,
         max_waiting: int = 256,
         timeout: float = math.inf,
@@ -63,6 +65,7 @@ class Serving:
         listener: FactListener = lambda fact: None,
     ) -> None:
         self.name = name or loaded.name
+        self.strict_model = strict_model
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer()
         self.template = ChatTemplate.load(loaded.directory, template)
@@ -207,6 +210,11 @@ class Serving:
         for tokens in forms:
             self.manager.make_public(tokens)
         return shared
+
+    @property
+    def most_running(self) -> int:
+        """How many answers may be under way at once."""
+        return self._engine.scheduler.most_running
 
     @property
     def kept(self) -> KeptCache:

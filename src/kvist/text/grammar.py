@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.gbnf_to_lark import gbnf_to_lark
 from torch import Tensor
 
 from kvist.base.errors import RequestError, TextError
@@ -24,6 +25,7 @@ from kvist.text.tokenizer import Tokenizer
 # What a model may put between the tokens of JSON. Without a bound it could do so for ever.
 _WHITESPACE = r"[ \t\n\r]{0,24}"
 _MOST_TEXT = 1 << 20  # characters of a grammar
+_MOST_GBNF = 1 << 16
 _MOST_DEPTH = 64  # of a schema
 _KEPT = 64  # compiled grammars
 _LIMITS = LLParserLimits(max_grammar_size=500_000, initial_lexer_fuel=1_000_000, verbose_errors=False)
@@ -100,6 +102,16 @@ class GrammarCompiler:
     def lark(self, grammar: str) -> Make:
         """A context-free grammar in llguidance's dialect of Lark."""
         return self._make(LLMatcher.grammar_from_lark(grammar), "the grammar")
+
+    def gbnf(self, grammar: str) -> Make:
+        """A context-free grammar in llama.cpp's notation."""
+        if len(grammar) > _MOST_GBNF:
+            raise RequestError(f"the grammar is too large: at most {_MOST_GBNF:,} characters of GBNF are read")
+        try:
+            text = gbnf_to_lark(grammar)
+        except Exception as error:  # plain ones, too, and RecursionError
+            raise RequestError(f"the grammar is no GBNF that can be read: {_one_line(str(error))}") from None
+        return self.lark(text)
 
     def tool_calls(
         self, format: ResponseFormat, tools: Sequence[Mapping[str, Any]], *, required: bool, parallel: bool

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,11 +36,13 @@ from kvist.service.serving import Serving
 from kvist.service.session import Delta, Session
 from kvist.text.tokenizer import Tokenizer
 
+Route = Callable[[CompletionBody, Request], Awaitable[Response]]
+
 _MAX_TOKENS = 16  # what OpenAI has by default
 
 
-def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> None:
-    """Add the route."""
+def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> Route:
+    """Add the route, and return what answers it."""
 
     @routes.post("/v1/completions", response_model=None, responses=answers(TextCompletion, streams=True))
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -68,6 +70,8 @@ def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> N
             return reply(await answer.whole(noted))
         finally:
             _cancel(sessions)
+
+    return completions
 
 
 @dataclass(frozen=True)
