@@ -12,6 +12,7 @@ from kvist import __version__
 from kvist.base.errors import RequestError
 from kvist.runtime.request import Grammar
 from kvist.runtime.request import Sampling as Drawing
+from kvist.server.anytype import AnyType
 from kvist.server.errors import LLAMACPP_RESPONSES, ApiError, llamacpp_error
 from kvist.server.limits import tenant_of
 from kvist.server.llamacpp.replies import Completion, settings_of
@@ -35,7 +36,7 @@ _NEVER = -100.0  # the bias by which a token is as good as forbidden
 
 def router(serving: Serving) -> APIRouter:
     """The routes."""
-    routes = APIRouter(tags=["llama.cpp"], responses=LLAMACPP_RESPONSES)
+    routes = APIRouter(tags=["llama.cpp"], responses=LLAMACPP_RESPONSES, route_class=AnyType)
     chat, texts = Chat(serving), TokenTexts(serving.tokenizer)
 
     @routes.post("/completion", response_model=None)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from kvist.server.llamacpp.sampling import Sampler
 from kvist.server.openai.body import MOST_LOGPROBS, Body, Integer, TokenId
@@ -22,8 +22,14 @@ Prompt = Annotated[
     | Annotated[list[TokenId | str], Field(min_length=1, max_length=_MOST_PIECES), Tag("pieces")],
     Discriminator(prompt_kind),
 ]
+
+
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 # A token, or a text whose tokens are meant; and what is added to the logit, or False: never.
-Bias = tuple[TokenId | str, float | Literal[False]]
+Bias = Annotated[tuple[TokenId | str, float | Literal[False]], BeforeValidator(_pair)]
 
 
 class CompletionBody(Body, Sampler):

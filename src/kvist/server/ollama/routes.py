@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from kvist import __version__
+from kvist.server.anytype import AnyType
 from kvist.server.clock import Clock
 from kvist.server.errors import OLLAMA_RESPONSES, ApiError, ollama_error
 from kvist.server.limits import tenant_of
@@ -36,7 +37,7 @@ _NANO = 1_000_000_000
 
 def router(serving: Serving) -> APIRouter:
     """The routes."""
-    routes = APIRouter(tags=["Ollama"], responses=OLLAMA_RESPONSES)
+    routes = APIRouter(tags=["Ollama"], responses=OLLAMA_RESPONSES, route_class=AnyType)
     door = _Door(serving)
 
     @routes.post("/api/chat", response_model=None)
