@@ -4,7 +4,8 @@ a plain request. `docs/clients.md` says which there are. `make test-clients` ins
 import json
 
 import pytest
-from conftest import Program, Script
+
+from conftest import Script
 
 pytestmark = pytest.mark.slow
 
