@@ -35,9 +35,10 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def roomy_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The same with a long context."""
+    """The same with a long context, and answers that end soon: a random model would not end them itself."""
     settings = ServerSettings()
     model = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", ROOM)
+    (model / "generation_config.json").write_text(json.dumps({"stop_strings": list(" aeionrst")}))
     serving = open_serving(model, blocks=ROOM // 64)
     with live(create_app(serving, settings), serving, settings) as server:
         yield server.url

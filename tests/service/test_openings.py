@@ -26,9 +26,9 @@ def test_how_a_model_was_opened_lies_beside_its_blocks(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(model.parent)
-    loaded = open_model("./my-model", kv="int8")
+    loaded = open_model("./my-model", kv="bf16")
     assert loaded.name == "my-model"
-    assert loaded.opening == Opening(str(model), kv="int8")
+    assert loaded.opening == Opening(str(model), kv="bf16")
     settings = KeepSettings(tmp_path, 1 << 28)
     with open_kept(loaded, settings) as kept:
         made = make_context(loaded, kept, "book", "text", WORDS, ())

@@ -73,6 +73,7 @@ class Serving:
     text: str
     width: int = 3
     name: str = "twig"
+    strict_model: bool = False
     format: ResponseFormat = FORMATS["hermes"]
     grammars: None = None
     context: int = 4096
