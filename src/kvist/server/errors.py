@@ -229,6 +229,7 @@ def _responses(schema: Mapping[str, Any]) -> dict[int | str, dict[str, Any]]:
 # What a route may answer beside what it declares itself: `responses=` of a FastAPI router.
 RESPONSES = _responses(_OPENAI_SCHEMA)
 ANTHROPIC_RESPONSES = _responses(_ANTHROPIC_SCHEMA)
+BOTH_RESPONSES = _responses({"anyOf": [_OPENAI_SCHEMA, _ANTHROPIC_SCHEMA]})  # the shape that a header asks for
 OLLAMA_RESPONSES = _responses(_OLLAMA_SCHEMA)
 LLAMACPP_RESPONSES = _responses(_LLAMACPP_SCHEMA)
 

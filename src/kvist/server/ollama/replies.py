@@ -118,7 +118,9 @@ class Answer:
                     self._calls[index][1].append(text)
                 case ToolCallEnd(index):
                     name, pieces = self._calls.pop(index)
-                    function = {"index": index, "name": name, "arguments": json.loads("".join(pieces))}
+                    # JSON has no NaN, though Python reads it: it is passed on as its name.
+                    arguments = json.loads("".join(pieces), parse_constant=str)
+                    function = {"index": index, "name": name, "arguments": arguments}
                     said.calls.append({"function": function})
         return said
 

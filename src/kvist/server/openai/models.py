@@ -2,14 +2,14 @@
 that clients send stand for. Clients of Anthropic, told by their header, get the list in the shape of theirs."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response
 
 from kvist.base.units import utc_time
-from kvist.server.errors import ApiError, anthropic_error, problem_of
-from kvist.server.openai.replies import Model, ModelList, answers, reply
+from kvist.server.errors import BOTH_RESPONSES, ApiError, anthropic_error, problem_of
+from kvist.server.openai.replies import Model, ModelInfo, ModelList, ModelPage, answers, reply
 from kvist.service.serving import Serving
 
 _SHOWN = 100  # characters of a name that is not known
@@ -32,16 +32,18 @@ class Served:
 def add_models(routes: APIRouter, serving: Serving) -> None:
     """Add the routes."""
 
-    @routes.get("/v1/models", response_model=None, responses=answers(ModelList))
+    @routes.get("/v1/models", response_model=None, responses=answers(ModelList | ModelPage))
     async def models(
         version: Version = None, after_id: Cursor = None, before_id: Cursor = None, limit: Limit = _PAGE
-    ) -> ModelList | dict[str, Any]:
+    ) -> ModelList | ModelPage:
         if version is not None:
             return _page(serving, after_id, before_id, limit)
         return {"object": "list", "data": [_model(serving, name) for name in names(serving)]}
 
     # The name may have slashes, as names on a model hub have.
-    @routes.get("/v1/models/{name:path}", response_model=None, responses=answers(Model))
+    @routes.get(
+        "/v1/models/{name:path}", response_model=None, responses={**BOTH_RESPONSES, **answers(Model | ModelInfo)}
+    )
     async def model(request: Request, name: str, version: Version = None) -> Response:
         known = name in names(serving)
         if version is None:
@@ -87,12 +89,11 @@ def _model(serving: Serving, name: str) -> Model:
     }
 
 
-def _info(serving: Serving, name: str) -> dict[str, Any]:
-    """A model as Anthropic describes it."""
+def _info(serving: Serving, name: str) -> ModelInfo:
     return {"type": "model", "id": name, "display_name": name, "created_at": utc_time(serving.created)}
 
 
-def _page(serving: Serving, after: str | None, before: str | None, limit: int) -> dict[str, Any]:
+def _page(serving: Serving, after: str | None, before: str | None, limit: int) -> ModelPage:
     """The models behind `after`, or the last ones before `before`; a cursor that is no model's gives none."""
     known = names(serving)
     if before is not None:
@@ -101,5 +102,5 @@ def _page(serving: Serving, after: str | None, before: str | None, limit: int) -
     else:
         start = 0 if after is None else known.index(after) + 1 if after in known else len(known)
         page, more = known[start : start + limit], len(known) > start + limit
-    ends = {"first_id": page[0], "last_id": page[-1]} if page else {"first_id": None, "last_id": None}
-    return {"data": [_info(serving, name) for name in page], "has_more": more, **ends}
+    first, last = (page[0], page[-1]) if page else (None, None)
+    return {"data": [_info(serving, name) for name in page], "has_more": more, "first_id": first, "last_id": last}
