@@ -74,16 +74,18 @@ def script(url: str) -> Script:
 
 @pytest.fixture
 def program(tmp_path: Path) -> Program:
-    """Runs a program of npm's in an empty home and an empty folder, and gives what it prints."""
+    """Runs a program of npm's in a new `work`, its home beside it as `home`, and gives what it prints."""
 
     def run(*command: str, files: dict[str, str] | None = None, **environment: str) -> str:
         found = INSTALLED / "npm" / "node_modules" / ".bin" / command[0]
         if not found.exists():
             pytest.skip(f"make test-clients installs {command[0]}, with npm")
+        for folder in ("home", "work"):
+            (tmp_path / folder).mkdir()
         for name, text in (files or {}).items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text)
-        done = _run([str(found), *command[1:]], {"HOME": str(tmp_path), **environment}, tmp_path)
+        done = _run([str(found), *command[1:]], {"HOME": str(tmp_path / "home"), **environment}, tmp_path / "work")
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"[-3000:]
         return done.stdout
 
