@@ -17,7 +17,8 @@ from kvist.server.openai.replies import EmbeddingUsage, answers, new_id
 from kvist.service.serving import Serving
 
 _MOST_DOCUMENTS = 1024
-_PATHS = ("/v1/rerank", "/rerank", "/v2/rerank")
+_PATH = "/v1/rerank"
+_ALIASES = ("/rerank", "/v2/rerank")
 
 
 class Document(Fields):
@@ -82,8 +83,9 @@ def add_rerank(routes: APIRouter, serving: Serving) -> None:
         usage: EmbeddingUsage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"id": new_id("rerank-"), "object": "list", "model": asked_of.name, "results": results, "usage": usage}
 
-    for path in _PATHS:
-        routes.post(path, response_model=None, responses=answers(Ranking))(rerank)
+    for path in (_PATH, *_ALIASES):
+        described = path == _PATH
+        routes.post(path, response_model=None, responses=answers(Ranking), include_in_schema=described)(rerank)
 
 
 def _dot(one: Sequence[float], other: Sequence[float]) -> float:
