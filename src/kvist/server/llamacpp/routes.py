@@ -31,6 +31,8 @@ from kvist.service.serving import Serving
 from kvist.text.grammar import GrammarCompiler
 from kvist.text.tokenizer import Tokenizer
 
+_SHOWN = {"text/event-stream": {"schema": {"description": "Server-sent events, where stream is true."}}}
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": _SHOWN}}
 _NEVER = -100.0  # the bias by which a token is as good as forbidden
 
 
@@ -39,7 +41,7 @@ def router(serving: Serving) -> APIRouter:
     routes = APIRouter(tags=["llama.cpp"], responses=LLAMACPP_RESPONSES, route_class=AnyType)
     chat, texts = Chat(serving), TokenTexts(serving.tokenizer)
 
-    @routes.post("/completion", response_model=None)
+    @routes.post("/completion", response_model=None, responses=_STREAM)
     async def completion(body: CompletionBody, request: Request) -> Response:
         """Continue a text, or token ids."""
         asked_of = served(serving, body.model)

@@ -3,6 +3,7 @@ is refused by name. Streams are lines of JSON; in a silence none is sent, for cl
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -33,6 +34,8 @@ from kvist.text.response import FORMATS
 _FOLLOWED = "0.12.11"  # the version of Ollama whose API this is: clients ask, and want a late one
 _REFUSED = ("pull", "push", "create", "copy", "delete", "blobs/{digest}")
 _NANO = 1_000_000_000
+_SHOWN = {LINES.media_type: {"schema": {"description": "Objects, one a line, unless stream is false."}}}
+_LINES: dict[int | str, dict[str, Any]] = {200: {"content": _SHOWN}}
 
 
 def router(serving: Serving) -> APIRouter:
@@ -40,7 +43,7 @@ def router(serving: Serving) -> APIRouter:
     routes = APIRouter(tags=["Ollama"], responses=OLLAMA_RESPONSES, route_class=AnyType)
     door = _Door(serving)
 
-    @routes.post("/api/chat", response_model=None)
+    @routes.post("/api/chat", response_model=None, responses=_LINES)
     async def chat(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         asked_of = named(serving, body.model)
@@ -48,7 +51,7 @@ def router(serving: Serving) -> APIRouter:
             return reply(loaded(asked_of.name, as_message))
         return await door.chat(chat_of(body), body, as_message, asked_of, request)
 
-    @routes.post("/api/generate", response_model=None)
+    @routes.post("/api/generate", response_model=None, responses=_LINES)
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Answer a prompt; or continue it as it is, where it is raw or the model does not chat."""
         asked_of = named(serving, body.model)
