@@ -39,7 +39,7 @@ TEMPLATE = """
 {% endif %}"""
 
 
-def write_tiny_model(directory: Path) -> Path:
+def write_tiny_model(directory: Path, context: int = CONTEXT) -> Path:
     """A random Llama of two layers over a byte-level vocabulary, with a ChatML template that knows tools."""
     directory.mkdir(parents=True)
     tokenizer = train_bytes_bpe(TEXT.read_text("utf-8"), 400)
@@ -53,7 +53,7 @@ def write_tiny_model(directory: Path) -> Path:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": CONTEXT,
+        "max_position_embeddings": context,
         "tie_word_embeddings": True,
     }
     (directory / "config.json").write_text(json.dumps(config))

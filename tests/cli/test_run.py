@@ -21,7 +21,7 @@ def as_json(outcome: Outcome) -> dict:
 
 def test_json_counts_what_was_done(kvist: Kvist, model: Path) -> None:
     answer = as_json(kvist("run", model, "-p", "hello", "--max-tokens", 70, "--seed", 4, "--json"))
-    assert answer["model"] == str(model)
+    assert answer["model"] == model.name
     assert answer["prompt_tokens"] == 5
     assert len(answer["tokens"]) == len(answer["text"]) == 70
     assert answer["finish_reason"] == "length"
@@ -207,3 +207,19 @@ assert "torch" not in sys.modules, "torch was imported"
     ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
     assert "kvist" in ended.stdout.lower() or "continue a prompt" in ended.stdout.lower()
+
+
+def test_a_context_opens_the_model_that_made_it(kvist: Kvist, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("the cat sat on the mat and looked at the moon " * 2)
+    kept = ("--cache-dir", tmp_path / "kept")
+    made = kvist("context", "create", "book", tmp_path / "book.txt", "--model", model, "--kv", "bf16", *kept)
+    assert made.code == 0, made.err
+    asked = ("--context", "book", *kept, "-p", " so", "--max-tokens", 4, "--temperature", 0, "--json")
+    named = as_json(kvist("run", model, "--kv", "bf16", *asked))
+    found = as_json(kvist("run", *asked))
+    assert (found["model"], found["kv"]["codec"]) == (model.name, "bf16")
+    assert (found["tokens"], found["cached"]) == (named["tokens"], named["cached"])
+    assert sum(found["cached"].values()) >= 64
+    # Whoever names a model, or how it is opened, means that.
+    refused(kvist("run", model, *asked), "'book'", "another", "kv")
+    refused(kvist("run", "--kv", "bf16", *asked), "'book'", "another", "weights")

@@ -119,7 +119,7 @@ def test_it_answers_and_says_so(tiny_model: Path) -> None:
         assert "kvist:num_requests_running 0.0" in client.get("/metrics").text
         paths = client.get("/openapi.json").json()["paths"]
         assert paths.keys() >= {"/v1/chat/completions", "/v1/messages", "/health", "/metrics", "/tokenize"}
-        assert client.get("/docs").status_code == 404
+        assert client.get("/redoc").status_code == 404
         answer = client.post("/v1/chat/completions", json=body(7)).json()
         assert answer["usage"]["completion_tokens"] == 7
         metrics = client.get("/metrics").text
@@ -139,11 +139,11 @@ def test_texts_to_tokens_and_back(live_server: Live) -> None:
     assert tokens["count"] == len(tokens["tokens"])
     assert tokens["max_model_len"] == 2048
     assert tokens["tokens"] == live_server.serving.tokenizer.encode(text)
-    assert ask("/detokenize", tokens=tokens["tokens"]) == {"prompt": text}
+    assert ask("/detokenize", tokens=tokens["tokens"]) == {"prompt": text, "content": text}
     spelled = ask("/tokenize", prompt="abc", model="tiny", return_token_strs=True)
     assert "".join(spelled["token_strs"]) == "abc"
     assert ask("/tokenize", prompt="\ud800") == 400
-    assert ask("/detokenize", tokens=[10**6]) == {"prompt": ""}
+    assert ask("/detokenize", tokens=[10**6]) == {"prompt": "", "content": ""}
     for wrong in ([-1], [2**32], ["a"], None):
         assert ask("/detokenize", tokens=wrong) == 400
 

@@ -1,4 +1,6 @@
-"""Numbers as people read them."""
+"""Numbers and times as people, and clients, read them."""
+
+from datetime import UTC, datetime
 
 
 def format_bytes(count: float) -> str:
@@ -17,6 +19,11 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def utc_time(seconds: float) -> str:
+    """Seconds of the epoch as RFC 3339 has them: `2026-11-30T12:00:00.250000Z`."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def plural(count: int, noun: str) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kvist.runtime.request import Sampling
     from kvist.service.contexts import Context
     from kvist.service.generation import Opened, Result
-    from kvist.service.loaded import Loaded
+    from kvist.service.loaded import Loaded, Opening
 
 INTERRUPTED = 130
 _TEMPERATURE = 0.8  # where neither the user nor the model says one
@@ -53,7 +53,7 @@ def run(
     activations: Activations = None,
     adapter: Merged = None,
     context: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Begin with this context, of kvist context create.")
+        str | None, typer.Option(metavar="NAME", help="Begin with this context, in the model that made it.")
     ] = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
@@ -72,7 +72,13 @@ def run(
     seed = secrets.randbits(32) if seed is None else seed
     stated.sampling(seed)  # refused before anything large is read
     found = None if context is None else _find_context(context, cache_dir)
-    loaded = open_model(model, dtype=dtype, kv=kv, weights=weights, activations=activations, adapter=adapter)
+    opening = None
+    if found is not None and all(each is None for each in (model, dtype, kv, weights, activations, adapter)):
+        opening = _opening_of(found, cache_dir)
+    if opening is not None:
+        loaded = opening.open()
+    else:
+        loaded = open_model(model, dtype=dtype, kv=kv, weights=weights, activations=activations, adapter=adapter)
     proposed = read_proposed(loaded.directory)
     sampling = stated.over(proposed).over(Proposed(_TEMPERATURE)).sampling(seed)
     if str(proposed) and not as_json:
@@ -100,6 +106,14 @@ def _find_context(name: str, folder: Path | None) -> "Context":
     if found.form != TEXT:
         raise KvistError(f"the context {name!r} was made for chats; kvist serve answers with it")
     return found
+
+
+def _opening_of(context: "Context", folder: Path | None) -> "Opening | None":
+    """How the model was opened that made the context."""
+    from kvist.service.keeping import KeepSettings
+    from kvist.service.openings import find_opening
+
+    return find_opening(KeepSettings(folder).path, context.identity)
 
 
 def _open_context(stack: ExitStack, loaded: "Loaded", context: "Context", folder: Path | None) -> "Opened":

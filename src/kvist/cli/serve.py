@@ -1,4 +1,4 @@
-"""`kvist serve`: a model behind the APIs of OpenAI and Anthropic."""
+"""`kvist serve`: a model behind the APIs of OpenAI, Anthropic, Ollama and llama.cpp."""
 
 import contextlib
 import math
@@ -51,7 +51,12 @@ def serve(
             metavar="NAME=DIR", help="A LoRA adapter that clients have as model NAME; may be given several times."
         ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="The model's name for clients; by default as it was given.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The model's name for clients; by default that of its folder or file.")
+    ] = None,
+    strict_model: Annotated[
+        bool, typer.Option("--strict-model", help="Refuse requests for a model of another name.")
+    ] = False,
     chat_template: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A chat template instead of the model's own, or the name of one of its own."),
@@ -96,7 +101,7 @@ def serve(
         bool, typer.Option("--log-json", help="Log in JSON; the default where stderr is no terminal.")
     ] = False,
 ) -> None:
-    """Serve a model over the APIs of OpenAI and Anthropic. Ctrl-C ends it in an orderly way."""
+    """Serve a model over the APIs of OpenAI, Anthropic, Ollama and llama.cpp. Ctrl-C ends it in an orderly way."""
     if not 0 < timeout < float("inf") or not 0 <= grace < float("inf"):
         raise KvistError(f"--timeout and --grace take a number of seconds, got {timeout:g} and {grace:g}")
     if tools not in ("auto", "template"):
@@ -139,7 +144,15 @@ def serve(
                 budget = loaded.budget(given, max_running)
                 kept = None if keep is None else stack.enter_context(open_kept(loaded, keep))
                 serving = _serving(
-                    loaded, budget, kept, name, chat_template, tools == "auto", settings, public_prompt or []
+                    loaded,
+                    budget,
+                    kept,
+                    name,
+                    strict_model,
+                    chat_template,
+                    tools == "auto",
+                    settings,
+                    public_prompt or [],
                 )
             except KeyboardInterrupt:
                 note("stopped")
@@ -185,6 +198,7 @@ def _serving(
     budget: "KvBudget",
     kept: "Kept | None",
     name: str | None,
+    strict_model: bool,
     template: Path | None,
     generic_tools: bool,
     settings: "ServerSettings",
@@ -200,6 +214,7 @@ def _serving(
         loaded,
         loaded.serving_engine(budget, kept=tiers, identity=identity),
         name=name,
+        strict_model=strict_model,
         template=template,
         generic_tools=generic_tools,
         max_waiting=settings.max_waiting,

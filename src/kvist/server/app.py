@@ -1,4 +1,4 @@
-"""The application: the routes of both APIs and a few of its own, behind the middlewares that guard them.
+"""The application: the routes of four APIs and a few of its own, behind the middlewares that guard them.
 
 From the outside in: `RequestLog`, CORS where pages of other origins may ask, `Gate`, `Intake`, the routes.
 """
@@ -10,11 +10,12 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 
 from kvist import __version__
-from kvist.server import anthropic, cache, contexts, openai
+from kvist.server import anthropic, cache, contexts, llamacpp, ollama, openai
 from kvist.server.errors import ApiError, install
 from kvist.server.limits import guard
 from kvist.server.logs import RequestLog
 from kvist.server.metrics import Metrics
+from kvist.server.pages import add_pages
 from kvist.server.settings import ServerSettings
 from kvist.server.tokens import router as tokens
 from kvist.service.serving import Serving
@@ -23,7 +24,7 @@ from kvist.service.serving import Serving
 def create_app(serving: Serving, settings: ServerSettings) -> FastAPI:
     """An ASGI application that starts `serving` when it is started itself, and stops it when it ends.
 
-    `/openapi.json` describes it; there are no pages that show that, as they would load their scripts from elsewhere.
+    `/openapi.json` describes it, and `/docs` shows that; FastAPI's own pages would load their scripts from elsewhere.
     """
 
     @asynccontextmanager
@@ -45,10 +46,13 @@ def create_app(serving: Serving, settings: ServerSettings) -> FastAPI:
     install(app)
     app.include_router(openai.router(serving, settings))
     app.include_router(anthropic.router(serving, settings))
+    app.include_router(ollama.router(serving))
+    app.include_router(llamacpp.router(serving))
     app.include_router(tokens(serving))
     app.include_router(cache.router(serving))
     app.include_router(contexts.router(serving))
     _add_own(app, serving, metrics)
+    add_pages(app, serving.name)
     guard(app, settings)
     app.add_middleware(RequestLog, answered=metrics.answered)
     return app

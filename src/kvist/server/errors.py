@@ -1,4 +1,4 @@
-"""What goes wrong, as a client is told it: one mapping from errors to statuses, and the two shapes of their bodies.
+"""What goes wrong, as a client is told it: one mapping from errors to statuses, and the shapes of their bodies.
 
 | status | what it means | raised as |
 |---|---|---|
@@ -13,7 +13,7 @@
 | 503 | the server is shutting down | `Stopping` |
 | 504 | the request took longer than it may | `TimedOut` |
 
-Nothing is a 422: both APIs answer 400 to a body that does not fit, and clients look for that.
+Nothing is a 422: every API answers 400 to a body that does not fit, and clients look for that.
 """
 
 import http
@@ -44,6 +44,8 @@ from kvist.base.errors import (
 log = logging.getLogger("kvist.server")
 
 ANTHROPIC_PATH = "/v1/messages"
+OLLAMA_PATH = "/api"
+LLAMACPP_PATHS = ("/completion", "/apply-template", "/props", "/slots")
 _MOST_MESSAGE = 1000  # characters of a message, which may quote the client's own words
 _MOST_PARAM = 200
 _NO_RETRY = {"x-should-retry": "false"}  # the official clients would ask the same again, at once
@@ -145,15 +147,43 @@ def anthropic_error(problem: Problem, request_id: str | None = None) -> dict[str
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
+def ollama_error(problem: Problem) -> dict[str, Any]:
+    """The body in Ollama's shape; in a stream, a line of its own."""
+    return {"error": _shown(problem)}
+
+
+_LLAMACPP_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "unavailable_error",
+    503: "unavailable_error",
+}
+
+
+def llamacpp_error(problem: Problem) -> dict[str, Any]:
+    """The body in the shape of llama.cpp's server; in a stream, the data of an event."""
+    kind = _LLAMACPP_TYPES.get(problem.status, "server_error" if problem.status >= 500 else "invalid_request_error")
+    return {"error": {"code": problem.status, "message": _shown(problem), "type": kind}}
+
+
 def error_response(problem: Problem, path: str, request_id: str | None = None) -> Response:
     """The response in the shape that clients of `path` read."""
-    if path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"):
+    if _is_under(path, ANTHROPIC_PATH):
         body = anthropic_error(problem, request_id)
+    elif _is_under(path, OLLAMA_PATH):
+        body = ollama_error(problem)
+    elif any(_is_under(path, own) for own in LLAMACPP_PATHS):
+        body = llamacpp_error(problem)
     else:
         body = openai_error(problem)
     # ASCII only: a client's own words may hold lone surrogates, which no UTF-8 can carry.
     content = json.dumps(body, ensure_ascii=True).encode()
     return Response(content, problem.status, dict(problem.headers), "application/json")
+
+
+def _is_under(path: str, root: str) -> bool:
+    return path == root or path.startswith(f"{root}/")
 
 
 _OPENAI_SCHEMA = {
@@ -185,6 +215,18 @@ _ANTHROPIC_SCHEMA = {
         "request_id": {"type": ["string", "null"]},
     },
 }
+_OLLAMA_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+_LLAMACPP_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["code", "message", "type"],
+            "properties": {"code": {"type": "integer"}, "message": {"type": "string"}, "type": {"type": "string"}},
+        }
+    },
+}
 _STATUSES = (400, 401, 403, 404, 405, 408, 413, 429, 500, 503, 504)
 
 
@@ -200,6 +242,9 @@ def _responses(schema: Mapping[str, Any]) -> dict[int | str, dict[str, Any]]:
 # What a route may answer beside what it declares itself: `responses=` of a FastAPI router.
 RESPONSES = _responses(_OPENAI_SCHEMA)
 ANTHROPIC_RESPONSES = _responses(_ANTHROPIC_SCHEMA)
+BOTH_RESPONSES = _responses({"anyOf": [_OPENAI_SCHEMA, _ANTHROPIC_SCHEMA]})  # the shape that a header asks for
+OLLAMA_RESPONSES = _responses(_OLLAMA_SCHEMA)
+LLAMACPP_RESPONSES = _responses(_LLAMACPP_SCHEMA)
 
 
 def install(app: FastAPI) -> None:

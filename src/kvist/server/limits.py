@@ -28,7 +28,8 @@ from kvist.server.logs import note_of
 from kvist.server.settings import ServerSettings
 
 OPEN = frozenset({"/health"})  # for load balancers: they have no key, and ask by any name
-OPERATORS = frozenset({"/metrics"})  # where there are several tenants
+OPERATORS = frozenset({"/metrics", "/slots"})  # where there are several tenants
+_KEYS = ("x-api-key", "api-key")  # headers that hold one: Anthropic's and Azure's
 _LINGER = 1.0  # seconds in which a client that is still sending gets to read why it was refused
 _MOST_DIGITS = 18  # of a length
 _LATE = 1.1  # by how much a request may pass its time: whoever works on it ends it in time, and better
@@ -114,7 +115,7 @@ class Gate:
         if not self._keys:
             return ""
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        sent = [headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else ""]
+        sent = [*(headers.get(name, "") for name in _KEYS), bearer.strip() if scheme.lower() == "bearer" else ""]
         found = ""
         for digest in [_digest(key.encode("latin-1")) for key in sent if key]:
             for known, tenant in self._keys:
@@ -124,7 +125,7 @@ class Gate:
             said = "this API key is not known here" if any(sent) else "an API key is needed"
             raise ApiError(
                 401,
-                f"{said}; send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'",
+                f"{said}; send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY' or 'api-key: KEY'",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )

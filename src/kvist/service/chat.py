@@ -252,6 +252,11 @@ class Chat:
         )
         return _Prepared(job, parsers)
 
+    def render(self, request: ChatRequest) -> str:
+        """The prompt that the request makes. Raises as `start` does."""
+        _check_tools(request)
+        return self._prompt(request)
+
     @property
     def _template(self) -> ChatTemplate:
         template = self._serving.template

@@ -21,6 +21,7 @@ from kvist.runtime.request import ADAPTER
 from kvist.service.contexts import pin_all
 from kvist.service.identity import Identity, identify
 from kvist.service.loaded import Loaded
+from kvist.service.openings import note_opening
 from kvist.service.tenants import Tenant
 
 log = logging.getLogger("kvist.cache")
@@ -111,6 +112,8 @@ def open_kept(loaded: Loaded, settings: KeepSettings) -> Iterator[Kept]:
     disk.lost = lambda block, expired: cache.losses.add(block, Loss.EXPIRED if expired else Loss.EVICTED)
     cache.rivals = _rivals(settings.path, identity)
     _note(settings.path, identity)
+    if loaded.opening is not None:
+        note_opening(settings.path, identity, loaded.opening)
     pin_all(disk)
     try:
         yield Kept(cache, disk, identity)

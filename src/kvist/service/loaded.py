@@ -44,12 +44,36 @@ _KV_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
+class Opening:
+    """What `open_model` is given, so that a model can be opened again the same way: from anywhere, as paths are whole.
+    `model`: None for the bundled one."""
+
+    model: str | None
+    dtype: str | None = None
+    kv: str | None = None
+    weights: str | None = None
+    activations: str | None = None
+    adapter: str | None = None
+
+    def open(self) -> "Loaded":
+        """Raises as `open_model` does."""
+        return open_model(
+            self.model,
+            dtype=self.dtype,
+            kv=self.kv,
+            weights=self.weights,
+            activations=self.activations,
+            adapter=None if self.adapter is None else Path(self.adapter),
+        )
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A decoder, its cache's layout and the operators that it runs on; any number of engines may share it. `directory`:
     of its config and tokenizer; `files`: the folder, or the file, of its weights; `stamp`: of these files, as they were
     when they were read, empty where a later change might not show in it. Neither where the weights are of no file.
     `adapter`: the id of one that is merged into the weights; `adapters`: ids of those that requests may ask for, by
-    name."""
+    name. `opening`: how it was opened, where it was."""
 
     name: str
     config: ModelConfig
@@ -61,6 +85,7 @@ class Loaded:
     stamp: Stamp = ()
     adapter: str = ""
     adapters: Mapping[str, str] = field(default_factory=dict)
+    opening: Opening | None = None
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer beside the weights, read afresh. Raises `TextError` when there is none."""
@@ -152,6 +177,7 @@ def open_model(
     origin = _find(name)
     config, checkpoint = origin.config, origin.checkpoint
     compute = DTYPES[dtype or weights] if dtype or weights in DTYPES else stored_dtype(checkpoint)
+    opening = Opening(None if name is None else _lasting(name), dtype, kv, weights, activations, _absolute(adapter))
     kv = kv or _KV_OF[compute]
     if kv != AUTO:  # before anything large is read, so that a choice that cannot be is refused at once
         plan_layout(config.layer_specs(), parse_choice(kv), full=_FULL[compute])
@@ -201,7 +227,7 @@ def open_model(
 
         warn(model, origin.directory, layout, weights_digest())
     return Loaded(
-        name or "kvist-shakespeare",
+        "kvist-shakespeare" if name is None else plain_name(name),
         config,
         model,
         layout,
@@ -211,7 +237,27 @@ def open_model(
         known,
         merged_id,
         {called: one.id for called, one in offered.items()},
+        opening,
     )
+
+
+def plain_name(name: str) -> str:
+    """What people call the model: the name of its folder, or of its file without .gguf; a hub id as it is."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return name.removesuffix(".gguf")
+    path = path.resolve() if path.name in ("", "..") else path
+    return (path.stem if path.suffix == ".gguf" else path.name) or name
+
+
+def _lasting(name: str) -> str:
+    """A name that means the same wherever it is read; a hub id is one."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.expanduser().absolute())
 
 
 def _read_adapters(adapters: Mapping[str, Path]) -> dict[str, Adapter]:

@@ -48,9 +48,10 @@ _FLUSH = 30.0  # seconds in which a shut-down writes what is not yet written of 
 class Serving:
     """A model, its text side and its engine, which runs on a thread from `start` to `stop`.
 
-    `max_waiting`: requests that may wait before others are refused; `timeout`: seconds that one may take; `tenants`:
-    those who have limits; `kept`: what the engine keeps on disk; `listener` hears facts on the engine's thread.
-    `generic_tools`: a model whose chat template has no place for tools is told of them in words.
+    `strict_model`: no other name stands for it. `generic_tools`: a model whose chat template has no place for tools is
+    told of them in words. `max_waiting`: requests that may wait before others are refused; `timeout`: seconds that one
+    may take; `tenants`: those who have limits; `kept`: what the engine keeps on disk; `listener` hears facts on the
+    engine's thread.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Serving:
         engine: Engine,
         *,
         name: str | None = None,
+        strict_model: bool = False,
         template: Path | None = None,
         generic_tools: bool = True,
         max_waiting: int = 256,
@@ -68,6 +70,7 @@ class Serving:
         listener: FactListener = lambda fact: None,
     ) -> None:
         self.name = name or loaded.name
+        self.strict_model = strict_model
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer()
         self.template = ChatTemplate.load(loaded.directory, template)
@@ -246,6 +249,11 @@ class Serving:
         for tokens in forms:
             self.manager.make_public(tokens)
         return shared
+
+    @property
+    def most_running(self) -> int:
+        """How many answers may be under way at once."""
+        return self._engine.scheduler.most_running
 
     @property
     def kept(self) -> KeptCache:

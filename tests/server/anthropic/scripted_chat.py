@@ -34,6 +34,7 @@ class Serving:
     """What the routes themselves read."""
 
     name: str = MODEL
+    strict_model: bool = False
     adapters: dict[str, str] = field(default_factory=dict)
     proposed: Proposed = field(default_factory=Proposed)
 

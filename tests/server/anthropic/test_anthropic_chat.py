@@ -75,6 +75,7 @@ class Serving:
     text: str
     width: int = 3
     name: str = "twig"
+    strict_model: bool = False
     format: ResponseFormat = FORMATS["hermes"]
     grammars: None = None
     aside: Aside = field(default_factory=Aside)

@@ -142,6 +142,7 @@ class ScriptedServing:
     refusal: KvistError | None = None
     cached_tokens: int = 0
     name: str = MODEL
+    strict_model: bool = False
     context: int = 1000
     created: int = 1_700_000_000
     adapters: dict[str, str] = field(default_factory=dict)

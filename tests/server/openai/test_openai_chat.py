@@ -192,8 +192,9 @@ def test_models() -> None:
         ("embeddings", {"input": "a"}),
     ],
 )
-def test_another_model_is_not_found(path: str, body: dict[str, Any]) -> None:
-    response = post(application(), f"/v1/{path}", {"model": "gpt-5", **body})
+def test_a_strict_server_does_not_find_another_model(path: str, body: dict[str, Any]) -> None:
+    app = application(serving=ScriptedServing(strict_model=True))
+    response = post(app, f"/v1/{path}", {"model": "gpt-5", **body})
     assert response.status_code == 404
     error = response.json()["error"]
     assert (error["type"], error["param"], error["code"]) == ("not_found_error", "model", "model_not_found")

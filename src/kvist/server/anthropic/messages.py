@@ -29,6 +29,7 @@ from kvist.server.contexts import context_of
 from kvist.server.errors import ANTHROPIC_RESPONSES, anthropic_error, problem_of
 from kvist.server.limits import tenant_of
 from kvist.server.logs import Note, note
+from kvist.server.openai.models import served
 from kvist.server.openai.replies import answers, left_in_cache, new_id, noted_cache, reply
 from kvist.server.openai.stream import raise_failure
 from kvist.server.settings import ServerSettings
@@ -47,20 +48,21 @@ _PING = encoded({"type": "ping"})
 def router(serving: Serving, settings: ServerSettings) -> APIRouter:
     """`POST /v1/messages` and `POST /v1/messages/count_tokens`.
 
-    Any name of a model is taken, and stands for the one that there is unless it is that of an adapter; answers say
-    which. Nothing of `settings` matters here: who may ask is settled before, and for how long below.
+    Any name of a model is taken, and stands for the one that there is unless it is an adapter's, or the server strict;
+    answers say which. Nothing of `settings` matters here: who may ask is settled before, and for how long below.
     """
     routes = APIRouter(tags=["Anthropic"], responses=ANTHROPIC_RESPONSES)
     chat = Chat(serving)
 
     @routes.post("/v1/messages", response_model=None, responses=answers(MessageReply, streams=True))
     async def messages(body: MessagesRequest, request: Request) -> Response:
-        adapter = serving.adapters.get(body.model, "")
-        name = body.model if adapter else serving.name
-        asked = chat_request(body, replace(options_of(body, tenant_of(request), serving.proposed), adapter=adapter))
+        known = serving.strict_model or body.model in serving.adapters
+        asked_of = served(serving, body.model if known else None)
+        options = options_of(body, tenant_of(request), serving.proposed)
+        asked = chat_request(body, replace(options, adapter=asked_of.adapter))
         session = await chat.ask(replace(asked, context=context_of(serving, request, body.context, CHAT)))
-        noted = note(request, session.session, name)
-        answer = Answer(session, name, body)
+        noted = note(request, session.session, asked_of.name)
+        answer = Answer(session, asked_of.name, body)
         session.session.name(answer.id, noted.request_id)
         if body.stream:
             return _Stream(answer, noted)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,11 +41,12 @@ from kvist.service.contexts import CHAT
 from kvist.service.serving import Serving
 from kvist.text.response import Content, Part, Reasoning, ToolCallArguments, ToolCallBegin, ToolCallEnd, joined
 
+Route = Callable[[ChatBody, Request], Awaitable[Response]]
 Fields = dict[str, Any]  # of a message, or what is added to them
 
 
-def add_chat(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenTexts) -> None:
-    """Add the route."""
+def add_chat(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenTexts) -> Route:
+    """Add the route, and return what answers it."""
 
     @routes.post("/v1/chat/completions", response_model=None, responses=answers(ChatCompletion, streams=True))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
@@ -75,6 +76,8 @@ def add_chat(routes: APIRouter, serving: Serving, chat: Chat, texts: TokenTexts)
             return reply(await answer.whole(noted))
         finally:
             session.cancel()
+
+    return chat_completions
 
 
 @dataclass

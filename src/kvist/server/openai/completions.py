@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from kvist.server.errors import ApiError, openai_error
 from kvist.server.limits import tenant_of
 from kvist.server.logs import Note, note, note_of
 from kvist.server.openai.completions_schema import CompletionBody
-from kvist.server.openai.guided import Guided
+from kvist.server.openai.guided import Form
 from kvist.server.openai.logprobs import LegacyWriter, TokenTexts
 from kvist.server.openai.models import served
 from kvist.server.openai.replies import (
@@ -40,11 +40,13 @@ from kvist.service.serving import Serving
 from kvist.service.session import Delta, Session
 from kvist.text.tokenizer import Tokenizer
 
+Route = Callable[[CompletionBody, Request], Awaitable[Response]]
+
 _MAX_TOKENS = 16  # what OpenAI has by default
 
 
-def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> None:
-    """Add the route."""
+def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> Route:
+    """Add the route, and return what answers it."""
 
     @routes.post("/v1/completions", response_model=None, responses=answers(TextCompletion, streams=True))
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -57,7 +59,10 @@ def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> N
             options = replace(options, imported=context.imported)
         prompts = await read_prompts(body.prompt, serving, options.tenant, context)
         sessions: list[Session] = []
-        grammar = grammar_of(body, serving)
+        form = body.form()
+        grammar = None
+        if form != Form():
+            grammar = await serving.aside.run(options.tenant, lambda: grammar_of(form, serving))
         try:
             for prompt in prompts:
                 origin = Origin(prompt.text, session=options.session)
@@ -80,10 +85,11 @@ def add_completions(routes: APIRouter, serving: Serving, texts: TokenTexts) -> N
         finally:
             _cancel(sessions)
 
+    return completions
 
-def grammar_of(body: Guided, serving: Serving) -> Callable[[], Grammar] | None:
+
+def grammar_of(form: Form, serving: Serving) -> Callable[[], Grammar] | None:
     """What the texts must follow, if anything. Raises `RequestError` for what cannot be followed."""
-    form = body.form()
     if form.guide is not None:
         return form.guide.grammar(serving.grammars)
     if form.schema is None:

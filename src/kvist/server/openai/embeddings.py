@@ -3,6 +3,7 @@
 import base64
 import sys
 from array import array
+from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter, Request
 
@@ -14,9 +15,11 @@ from kvist.server.openai.models import served
 from kvist.server.openai.replies import Embedding, EmbeddingList, EmbeddingUsage, answers
 from kvist.service.serving import Serving
 
+Route = Callable[[EmbeddingBody, Request], Awaitable[EmbeddingList]]
 
-def add_embeddings(routes: APIRouter, serving: Serving) -> None:
-    """Add the route."""
+
+def add_embeddings(routes: APIRouter, serving: Serving) -> Route:
+    """Add the route, and return what answers it."""
 
     @routes.post("/v1/embeddings", response_model=None, responses=answers(EmbeddingList))
     async def embeddings(body: EmbeddingBody, request: Request) -> EmbeddingList:
@@ -34,6 +37,8 @@ def add_embeddings(routes: APIRouter, serving: Serving) -> None:
         tokens = sum(map(len, prompts))
         usage: EmbeddingUsage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": data, "model": asked_of.name, "usage": usage}
+
+    return embeddings
 
 
 def _encoded(vector: list[float], as_base64: bool) -> list[float] | str:

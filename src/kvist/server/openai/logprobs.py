@@ -44,7 +44,7 @@ class TokenTexts:
 
     def _entry(self, token: int, logprob: float) -> TopLogprob:
         text, raw = self(token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": raw}
+        return {"token": text, "logprob": finite(logprob), "bytes": raw}
 
 
 class LegacyWriter:
@@ -93,8 +93,8 @@ class LegacyWriter:
             return
         top: dict[str, float] = {}
         for other, logprob in (*logprobs.top[: self._most], (token, logprobs.logprob)):
-            top.setdefault(self._texts(other)[0], _finite(logprob))  # tokens may be spelled alike: the likeliest stays
-        entries["token_logprobs"].append(_finite(logprobs.logprob))
+            top.setdefault(self._texts(other)[0], finite(logprob))  # tokens may be spelled alike: the likeliest stays
+        entries["token_logprobs"].append(finite(logprobs.logprob))
         entries["top_logprobs"].append(top)
 
     @staticmethod
@@ -102,5 +102,6 @@ class LegacyWriter:
         return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
+    """A number that JSON has."""
     return max(logprob, _LOWEST)

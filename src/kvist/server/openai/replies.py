@@ -220,6 +220,24 @@ class ModelList(TypedDict):
     data: list[Model]
 
 
+class ModelInfo(TypedDict):
+    """A model as Anthropic describes it."""
+
+    type: Literal["model"]
+    id: str
+    display_name: str
+    created_at: str
+
+
+class ModelPage(TypedDict):
+    """A list of models as Anthropic has it."""
+
+    data: list[ModelInfo]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
 class Embedding(TypedDict):
     object: Literal["embedding"]
     index: int

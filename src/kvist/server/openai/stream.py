@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -18,7 +19,19 @@ log = logging.getLogger("kvist.server")
 
 SILENCE = 10.0  # seconds without an event after which a comment is sent: clients and proxies give up on a mute server
 DONE = b"data: [DONE]\n\n"
-_COMMENT = b": still at work\n\n"
+
+
+@dataclass(frozen=True)
+class StreamForm:
+    """How events are told from each other. `comment`: what may be sent in a silence; empty where clients would take it
+    for an event."""
+
+    media_type: str
+    comment: bytes
+
+
+EVENTS = StreamForm("text/event-stream", b": still at work\n\n")
+LINES = StreamForm("application/x-ndjson", b"")
 
 
 def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
@@ -48,16 +61,18 @@ class EventStream(StreamingResponse):
         close: Callable[[], None],
         failed: Callable[[Problem], bytes],
         noted: Note,
+        form: StreamForm = EVENTS,
     ) -> None:
         super().__init__(
             _guarded(events, failed, noted),
-            media_type="text/event-stream",
+            media_type=form.media_type,
             headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
         )
         self._close = close
+        self._comment = form.comment
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        voice = _Voice(send)
+        voice = _Voice(send, self._comment)
         speaking = asyncio.create_task(voice.speak())
         try:
             await super().__call__(scope, receive, voice.send)
@@ -69,8 +84,9 @@ class EventStream(StreamingResponse):
 class _Voice:
     """Sends on what is sent; `speak` fills the silences between the first message and the last."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, comment: bytes) -> None:
         self._send = send
+        self._comment = comment
         self._quiet_since: float | None = None  # None: something is being sent, or may not be
 
     async def send(self, message: Message) -> None:
@@ -81,11 +97,11 @@ class _Voice:
 
     async def speak(self) -> None:
         """Send a comment for each silence, until cancelled."""
-        while True:
+        while self._comment:
             since, now = self._quiet_since, asyncio.get_running_loop().time()
             await asyncio.sleep(SILENCE if since is None else since + SILENCE - now)
             if since is not None and since == self._quiet_since:
-                await self.send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
+                await self.send({"type": "http.response.body", "body": self._comment, "more_body": True})
 
 
 async def _guarded(
