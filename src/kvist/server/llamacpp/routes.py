@@ -138,8 +138,7 @@ def _props(serving: Serving) -> dict[str, Any]:
     return {
         "default_generation_settings": {
             "n_ctx": serving.context,
-            "params": settings_of(Generation().options(tokenizer, "", max_tokens=None, proposed=serving.proposed))
-            | {"seed": -1},
+            "params": settings_of(usual) | {"seed": -1},
         },
         "total_slots": serving.most_running,
         "model_alias": serving.name,
