@@ -82,7 +82,7 @@ class PrefixMachine(RuleBasedStateMachine):
         if count < 1:
             running.tokens.append(one % 2)
             count = 1
-        cost, available, state = self.manager.cost(lease, count), self.manager.available, self._state()
+        cost, available, state = self.manager.cost(lease, count)[0], self.manager.available, self._state()
         try:
             copies = self.manager.reserve(lease, count)
         except OutOfBlocks:
@@ -90,7 +90,7 @@ class PrefixMachine(RuleBasedStateMachine):
             assert cost > available or self.open_pool is not None
             self.seen.append("refused")
             return
-        assert self.manager.available == available - cost + self._let_go(lease, state)
+        assert self.manager.available == available - cost
         for copy in copies:
             memory = self.open_memory if copy.open else self.memory
             memory[copy.target] = memory[copy.source].copy()
@@ -183,14 +183,6 @@ class PrefixMachine(RuleBasedStateMachine):
             assert lease.length < len(running.tokens)
             assert self.events[-1] == Adopted(lease.id, found, lease.length)
             self.seen.append("adopted part of a block" if lease.length % SIZE else "adopted")
-
-    def _let_go(self, lease: Lease, before: object) -> int:
-        """Blocks that became idle because the lease took a copy of its own."""
-        assert isinstance(before, tuple)
-        tables: dict[int, list[int]] = before[0]
-        gone = set(tables[lease.id]) - set(lease.table)
-        tree = {node.block for node in self.manager.tree.nodes()}
-        return sum(block in tree and self.pool.count(block) == 1 for block in gone)
 
     def _state(self) -> object:
         leases = {running.lease.id: running.lease.table.copy() for running in self.sequences}
