@@ -88,13 +88,13 @@ def test_a_prompt_alone_is_computed_and_nothing_shown(server_url: str) -> None:
         ({"mirostat": 1}, "mirostat"),
         ({"samplers": ["temperature"]}, "samplers"),
         ({"xtc_probability": 0.5}, "xtc_probability"),
-        ({"grammar": "root"}, "no GBNF"),
-        ({"grammar": "root ::= " + "(" * 5000}, "no GBNF"),
-        ({"grammar": "x" * 70_000}, "too large"),
+        ({"grammar": "root"}, "cannot be read: Expected"),
+        ({"grammar": "root ::= " + "(" * 5000}, "nested too deeply"),
+        ({"grammar": "x" * 70_000}, "at most 8,192 characters"),
         ({"grammar": 'root ::= "a"', "json_schema": {}}, "one of them"),
         ({"lora": [{"id": 0, "scale": 1}]}, "lora"),
         ({"prompt": [999_999]}, "vocabulary"),
-        ({"prompt": "Hm. " * 5000}, "2,048|2048"),
+        ({"prompt": "Hm. " * 5000}, "> 2047 maximum"),
         ({"prompt": []}, "prompt"),
     ],
 )
@@ -129,7 +129,7 @@ def test_tokens_in_both_forms(server_url: str) -> None:
     assert ask(server_url, "/detokenize", {"tokens": tokens}).json() == {"prompt": "Hé", "content": "Hé"}
     for wrong in ({}, {"prompt": "a", "content": "a"}):
         response = ask(server_url, "/tokenize", wrong)
-        assert response.status_code in (400, 422)
+        assert response.status_code == 400
         assert "prompt or as content" in response.text
     info = ask(server_url, "/tokenizer_info").json()
     assert (info["eos_token"], info["vocab_size"], info["tokenizer_class"]) == (

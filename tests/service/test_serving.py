@@ -308,7 +308,7 @@ async def test_a_defect_on_the_way_to_a_reader_ends_that_answer_alone(
 ) -> None:
     async with started(tiny) as serving:
         good, bad = Job(Request((1, 2, 3), 5)), Job(Request((1, 2, 4), 5), stops=("never",))
-        monkeypatch.setattr("kvist.text.stops.StopMatcher.push", lambda self, text: 1 / 0 if self._stops else text)
+        monkeypatch.setattr("kvist.text.stops.StopMatcher.push", lambda self, text: 1 / 0 if self._patterns else text)
         answers = await asyncio.gather(*(read(serving.submit(job)) for job in (good, bad)))
         assert tokens(answers[0]) == alone(serving, good).result().tokens
         assert (answers[1][-1].finish_reason, text(answers[1])) == (FinishReason.FAILED, "")

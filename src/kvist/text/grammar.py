@@ -111,6 +111,8 @@ class GrammarCompiler:
             )
         try:
             text = any_to_lark(grammar)
+        except RecursionError:
+            raise RequestError("the grammar cannot be read: it is nested too deeply") from None
         except Exception as error:  # whatever a reader of grammars may raise
             raise RequestError(f"the grammar cannot be read: {_one_line(str(error))}") from None
         return self._make(LLMatcher.grammar_from_lark(text), "the grammar")

@@ -16,7 +16,7 @@ from kvist.server.errors import LLAMACPP_RESPONSES, ApiError, llamacpp_error
 from kvist.server.limits import tenant_of
 from kvist.server.llamacpp.replies import Completion, settings_of
 from kvist.server.llamacpp.sampling import translated
-from kvist.server.llamacpp.schema import ApplyTemplateBody, Bias, CompletionBody
+from kvist.server.llamacpp.schema import ApplyTemplateBody, Bias, LlamaCompletionBody
 from kvist.server.logs import note
 from kvist.server.openai.body import Generation
 from kvist.server.openai.conversation import chat_request
@@ -41,7 +41,7 @@ def router(serving: Serving) -> APIRouter:
     chat, texts = Chat(serving), TokenTexts(serving.tokenizer)
 
     @routes.post("/completion", response_model=None, responses=_STREAM)
-    async def completion(body: CompletionBody, request: Request) -> Response:
+    async def completion(body: LlamaCompletionBody, request: Request) -> Response:
         """Continue a text, or token ids."""
         asked_of = served(serving, body.model)
         tenant = tenant_of(request)
@@ -100,7 +100,7 @@ def prompt_tokens(prompt: str | list[int | str], serving: Serving) -> list[int]:
     return tokens
 
 
-def grammar_of(body: CompletionBody, grammars: GrammarCompiler) -> Callable[[], Grammar] | None:
+def grammar_of(body: LlamaCompletionBody, grammars: GrammarCompiler) -> Callable[[], Grammar] | None:
     """What the answer must follow. Raises `RequestError` for what no answer can."""
     if body.grammar and body.json_schema is not None:
         raise RequestError("grammar and json_schema are both given; one of them will do")
@@ -109,7 +109,7 @@ def grammar_of(body: CompletionBody, grammars: GrammarCompiler) -> Callable[[], 
     return grammars.lark(body.grammar) if body.grammar else None
 
 
-def _options(body: CompletionBody, serving: Serving, tenant: str) -> Options:
+def _options(body: LlamaCompletionBody, serving: Serving, tenant: str) -> Options:
     tokenizer = serving.tokenizer
     limited = body.n_predict is not None and body.n_predict >= 0
     bias = {str(token): value for entry in body.logit_bias or () for token, value in _biases(entry, tokenizer).items()}

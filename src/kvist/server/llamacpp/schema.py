@@ -32,7 +32,7 @@ def _pair(value: Any) -> Any:
 Bias = Annotated[tuple[TokenId | str, float | Literal[False]], BeforeValidator(_pair)]
 
 
-class CompletionBody(Body, Sampler):
+class LlamaCompletionBody(Body, Sampler):
     """The body of `/completion`. `n_predict`: -1, or none: as many as the context leaves. `cache_prompt` is accepted:
     prompts are always read from the cache where they can be, which changes no bit of an answer; and so are the fields
     that say how llama.cpp divides its work (`id_slot`, `n_keep`, `t_max_predict_ms` excepted)."""

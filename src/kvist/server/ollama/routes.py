@@ -16,7 +16,7 @@ from kvist.server.llamacpp.sampling import translated
 from kvist.server.logs import note
 from kvist.server.ollama import facts
 from kvist.server.ollama.replies import Answer, Shape, as_message, as_response, line, loaded
-from kvist.server.ollama.schema import ChatBody, EmbedBody, GenerateBody, Generating, OldEmbedBody, ShowBody
+from kvist.server.ollama.schema import EmbedBody, GenerateBody, Generating, OldEmbedBody, OllamaChatBody, ShowBody
 from kvist.server.ollama.translation import chat_of, chat_of_prompt, check_thinks, most_tokens, named, schema_of
 from kvist.server.openai import chat_schema
 from kvist.server.openai.body import Generation
@@ -44,7 +44,7 @@ def router(serving: Serving) -> APIRouter:
     door = _Door(serving)
 
     @routes.post("/api/chat", response_model=None, responses=_LINES)
-    async def chat(body: ChatBody, request: Request) -> Response:
+    async def chat(body: OllamaChatBody, request: Request) -> Response:
         """Answer a conversation."""
         asked_of = named(serving, body.model)
         if not body.messages:

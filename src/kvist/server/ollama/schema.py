@@ -75,7 +75,7 @@ class Message(Fields):
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
 
 
-class ChatBody(Generating):
+class OllamaChatBody(Generating):
     messages: Annotated[list[Message], Field(max_length=MOST_MESSAGES)] = Field(default_factory=list)
     tools: Annotated[list[dict[str, Any]], Field(max_length=MOST_TOOLS)] | None = None
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from kvist.server.errors import ApiError
 from kvist.server.llamacpp.sampling import translated
-from kvist.server.ollama.schema import ChatBody, Format, GenerateBody, Generating, Message, Options, Think
+from kvist.server.ollama.schema import Format, GenerateBody, Generating, Message, OllamaChatBody, Options, Think
 from kvist.server.openai import chat_schema
 from kvist.server.openai.models import Served, served
 from kvist.service.serving import Serving
@@ -21,7 +21,7 @@ def named(serving: Serving, name: str | None) -> Served:
     return served(serving, name)
 
 
-def chat_of(body: ChatBody) -> chat_schema.ChatBody:
+def chat_of(body: OllamaChatBody) -> chat_schema.ChatBody:
     """The body of a chat."""
     return _conversation(body, _messages(body.messages), body.tools)
 
