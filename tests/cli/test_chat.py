@@ -300,7 +300,7 @@ def test_a_model_in_this_process(kvist: Kvist, tiny: Path) -> None:
     outcome = kvist(*options, "--json")
     assert outcome.code == 0, outcome.err
     answer = json.loads(outcome.out)
-    assert (answer["model"], answer["new_tokens"], answer["finish_reason"]) == (str(tiny), 12, "length")
+    assert (answer["model"], answer["new_tokens"], answer["finish_reason"]) == ("tiny", 12, "length")
     assert answer["cached_tokens"] == 0
     assert answer["text"]
     assert kvist(*options).out == answer["text"] + "\n"

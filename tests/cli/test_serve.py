@@ -162,7 +162,10 @@ def ask(url: str, tokens: int, stream: bool = False) -> dict[str, Any]:
 def test_it_says_what_it_serves_and_ends_well(tiny: Path) -> None:
     with served(tiny, "--kv-memory", "4MiB", "--api-key", "secret") as serving:
         said = "\n".join(line["message"] for line in serving.lines)
-        assert said.startswith("tiny · context of 2,048 tokens\nKV fp32: ")
+        assert said.startswith(
+            "tiny · context of 2,048 tokens\nsampled with temperature 1 where a request says nothing"
+        )
+        assert "\nKV fp32: " in said
         assert "sessions of tokens: " in said
         assert (
             serving.lines[-1]["message"]

@@ -126,7 +126,7 @@ NORM, WQ = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
     [
         (lambda t: t.pop(WQ), f"tensor '{WQ}' is missing"),
         (lambda t: [t.pop(WQ), t.pop(NORM)], f"tensor '{WQ}' and 1 more is missing"),
-        (lambda t: t.clear(), "and 29 more is missing"),
+        (lambda t: t.clear(), r"says \d layers, and the weight files hold 0 tensors"),
         (lambda t: t.update({"x": torch.zeros(1)}), "hold 'x', which a llama model .* has no place for"),
         (lambda t: t.update({"a": torch.zeros(1), "b": torch.zeros(1)}), "hold 'a' and 1 more"),
         (lambda t: t.update({NORM: torch.zeros(1, 64)}), rf"'{NORM}' has shape \[1, 64\], config.json says \[64\]"),

@@ -160,7 +160,8 @@ def test_a_factor_alone_divides_all_frequencies(scaling: dict[str, Any], factor:
         ({"type": "dynamic", "factor": 2.0}, "RoPE scaling 'dynamic' is not supported"),
         ({"type": "linear", "factor": 2.0, "attn_factor": 1.5}, "attn_factor = 1.5 is not supported"),
         ({"type": "none", "alpha": 2.0}, "rope.scaling.alpha may change the mathematics"),
-        ({"type": "yarn", "factor": float("nan")}, "factor must be positive"),
+        ({"type": "yarn", "factor": float("nan")}, "factor must be finite"),
+        ({"type": "yarn", "factor": -1.0}, "factor must be positive"),
     ],
 )
 def test_rope_keys_that_would_change_the_mathematics(scaling: dict[str, Any], reason: str, tmp_path: Path) -> None:
