@@ -23,8 +23,9 @@ constexpr nanoseconds kBetweenJobs = microseconds(100);
 constexpr nanoseconds kForHelpers = microseconds(200);
 // Both, beside others: what is over sooner needs no sleep.
 constexpr nanoseconds kBeside = microseconds(2);
-// When quiet is looked for again: first and most; and how long it must hold for the first to count again.
-constexpr nanoseconds kFirstRetry = milliseconds(20), kLastRetry = milliseconds(1000), kQuiet = milliseconds(2000);
+// When quiet is looked for again: first and most. Twice as late as the last time where it held for less than that, or
+// less than a few time slices, which is how long a core is kept beside somebody who always wants it.
+constexpr nanoseconds kFirstRetry = milliseconds(10), kLastRetry = milliseconds(1000), kSlices = milliseconds(20);
 
 constexpr uint64_t kTurn = uint64_t{1} << 32;
 constexpr uint64_t inside(uint64_t door) { return door & (kTurn - 1); }
@@ -152,7 +153,7 @@ nanoseconds Team::patience(nanoseconds quiet) const { return busy_.load(std::mem
 void Team::note_lost() {
   const Clock::time_point now = Clock::now();
   lost_.fetch_add(1, std::memory_order_relaxed);
-  retry_ = now - since_ < kQuiet ? std::min(retry_ * 2, kLastRetry) : kFirstRetry;
+  retry_ = now - since_ < std::max(kSlices, retry_) ? std::min(retry_ * 2, kLastRetry) : kFirstRetry;
   until_ = now + retry_;
   busy_.store(true, std::memory_order_relaxed);
 }
