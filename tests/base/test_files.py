@@ -9,7 +9,15 @@ import pytest
 
 from kvist.base import files
 from kvist.base.errors import KvistError
-from kvist.base.files import atomic_file, atomic_folder, cache_folder, read_json
+from kvist.base.files import (
+    atomic_file,
+    atomic_folder,
+    cache_folder,
+    check_own_file,
+    make_folders,
+    own_folder,
+    read_json,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -181,3 +189,59 @@ def test_the_cache_folder_is_chosen_by_the_environment(tmp_path: Path, monkeypat
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder() == tmp_path / "home" / ".cache" / "kvist"
     assert names(tmp_path) == [], "asking for it creates nothing"
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to others")
+
+
+@needs_root
+def test_what_another_user_could_have_written_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    assert own_folder(folder / "kvist" / "ops") == folder / "kvist" / "ops"
+    os.chown(folder, 65534, 65534)
+    monkeypatch.setenv("KVIST_CACHE", str(folder / "kvist"))
+    with pytest.raises(KvistError, match="belongs to another user"):
+        cache_folder()
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    with pytest.raises(KvistError, match="belongs to another user"):
+        own_folder(link / "kvist")
+
+
+@needs_root
+def test_a_file_of_another_user_is_not_used(tmp_path: Path) -> None:
+    file = tmp_path / "planted.so"
+    file.write_bytes(b"")
+    check_own_file(file)
+    link = tmp_path / "link.so"
+    link.symlink_to(file)
+    with pytest.raises(KvistError, match="is not a file"):
+        check_own_file(link)
+    os.chown(file, 65534, 65534)
+    with pytest.raises(KvistError, match="belongs to another user"):
+        check_own_file(file)
+
+
+def test_what_everybody_may_write_is_not_used_unless_it_is_sticky(tmp_path: Path) -> None:
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(KvistError, match="may be written by every user"):
+        own_folder(folder / "kvist")
+    folder.chmod(0o1777)
+    assert own_folder(folder / "kvist") == folder / "kvist"
+    file = folder / "kernels.so"
+    file.write_bytes(b"")
+    file.chmod(0o666)
+    with pytest.raises(KvistError, match="may be written by every user"):
+        check_own_file(file)
+
+
+def test_new_folders_are_their_owners_alone_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        make_folders(tmp_path / "a" / "b")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "a/b")] == [0o700, 0o700]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from paged import BACKENDS
 
-from kvist.base.errors import BackendError
+from kvist.base.errors import BackendError, KvistError
 from kvist.ops import build
 from kvist.ops.backend import explain, select
 
@@ -89,10 +89,97 @@ def test_a_compiler_that_fails_leaves_its_messages_and_no_library(tmp_path):
     compiler.chmod(0o755)
     result = select_elsewhere(CXX=str(compiler), KVIST_CACHE=str(tmp_path / "cache"))
     assert result.stdout.startswith("reference")
-    [line] = result.stderr.splitlines()
+    begun, line = result.stderr.splitlines()
+    assert "compiling the CPU kernels" in begun
     log = Path(line.split()[-1])
     assert "no such luck" in log.read_text()
-    assert sorted(path.name for path in log.parent.iterdir()) == ["kvist_cpu.log", "lock"]
+    assert sorted(path.name for path in log.parent.iterdir()) == ["kvist_cpu.failed.json", "kvist_cpu.log", "lock"]
+
+
+def failing(monkeypatch, tmp_path, messages: str) -> list[str]:
+    """Has the compiler, any that is there, end with `messages`; returns what grows with each time that it runs."""
+    monkeypatch.setenv("KVIST_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "true")
+    runs: list[str] = []
+
+    def run_compiler(namespace: str, flags: list[str], folder: str) -> None:
+        runs.append(folder)
+        raise RuntimeError(messages)
+
+    monkeypatch.setattr(build, "_run_compiler", run_compiler)
+    return runs
+
+
+def test_a_compilation_that_failed_is_not_tried_again_at_once(tmp_path, monkeypatch):
+    runs = failing(monkeypatch, tmp_path, "kernels.cpp:1: error: no such luck")
+    said = []
+    for _ in range(2):
+        with pytest.raises(BackendError) as caught:
+            build._library("kvist_cpu", build.Variant.NATIVE)
+        said.append(str(caught.value))
+    assert len(runs) == 1
+    assert "the compiler's messages are in" in said[0]
+    assert said[1].startswith(said[0])
+    assert "tried again after a day" in said[1]
+    monkeypatch.setenv("CXX", "false")  # another compiler
+    with pytest.raises(BackendError):
+        build._library("kvist_cpu", build.Variant.NATIVE)
+    [failed] = tmp_path.rglob("*.failed.json")
+    os.utime(failed, (time.time() - 90_000,) * 2)
+    with pytest.raises(BackendError):
+        build._library("kvist_cpu", build.Variant.NATIVE)
+    assert len(runs) == 3
+
+
+@pytest.mark.parametrize(
+    ("messages", "cause"),
+    [
+        ("fatal error: No space left on device", "the disk is full"),
+        ("g++: fatal error: Killed signal", "memory is short"),
+    ],
+)
+def test_what_may_have_passed_is_named_and_tried_again(tmp_path, monkeypatch, messages, cause):
+    runs = failing(monkeypatch, tmp_path, messages)
+    for _ in range(2):
+        with pytest.raises(BackendError, match=cause):
+            build._library("kvist_cpu", build.Variant.NATIVE)
+    assert len(runs) == 2
+
+
+def test_on_a_full_disk_nothing_is_compiled(tmp_path, monkeypatch):
+    runs = failing(monkeypatch, tmp_path, "not reached")
+    usage = build.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    with pytest.raises(BackendError, match=r"the disk is full: .*where 1\.0 MiB are free"):
+        build._library("kvist_cpu", build.Variant.NATIVE)
+    assert runs == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to others")
+def test_a_library_that_another_user_put_there_is_not_loaded(tmp_path, monkeypatch):
+    runs = failing(monkeypatch, tmp_path, "not reached")
+    with pytest.raises(BackendError):
+        build._library("kvist_cpu", build.Variant.NATIVE)
+    [lock] = tmp_path.rglob("lock")
+    library = lock.with_name("kvist_cpu.so")
+    library.write_bytes(b"planted")
+    assert build._library("kvist_cpu", build.Variant.NATIVE) == library
+    os.chown(library, 65534, 65534)
+    with pytest.raises(KvistError, match="belongs to another user"):
+        build._library("kvist_cpu", build.Variant.NATIVE)
+    assert "belongs to another user" in build.load_kernels.__wrapped__("kvist_cpu", build.Variant.NATIVE)
+    os.chown(lock.parent, 65534, 65534)
+    with pytest.raises(KvistError, match="belongs to another user"):
+        build._library("kvist_cpu", build.Variant.NATIVE)
+    assert len(runs) == 1
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError), build._locked(tmp_path):
+        pass
+    assert (tmp_path / "precious").read_text() == "kept"
 
 
 def test_processes_that_start_together_build_once(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from kvist.cache.disk import DiskTier
 from kvist.server.app import create_app
 from kvist.server.settings import ServerSettings
 from kvist.service.calibration import TEXT as WORDS
@@ -133,6 +134,15 @@ def test_another_server_reads_what_the_first_has_left(tiny_model: Path, tmp_path
         assert again["kvist"]["cached"].get("disk") is None
         metrics = ask(second, "GET", "/v1/contexts").json()["data"]
         assert metrics[0]["usable"]
+
+
+def test_a_context_without_room_is_a_507_that_tells_no_figures(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DiskTier, "put", lambda tier, block, record, until: False)  # all of it is held for others
+    found = ask(url, "POST", "/v1/contexts", {"name": "late", "text": f"Late. {TEXT}"})
+    assert found.status_code == 507
+    assert found.json()["error"]["code"] == "no_room"
+    assert found.json()["error"]["message"] == "there is no room on the server's disk for this context; try again later"
+    assert ask(url, "GET", "/v1/contexts/late").status_code == 404
 
 
 def test_a_server_without_a_disk_says_so(tiny_model: Path) -> None:

@@ -53,6 +53,10 @@ class RequestError(KvistError):
         self.param = param
 
 
+class NoRoom(KvistError):
+    """What should be kept has no room on disk. What was computed for it is lost, and nothing else."""
+
+
 class ContextError(RequestError):
     """A request whose tokens are more than the context, or the cache, can ever hold."""
 

@@ -1,11 +1,14 @@
 """Files that are either whole or absent, and the folder for what can be made again."""
 
 import contextlib
+import grp
 import json
 import os
+import pwd
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,10 +18,71 @@ MAX_JSON_BYTES = 64 << 20
 
 
 def cache_folder() -> Path:
-    """`$KVIST_CACHE`, else `$XDG_CACHE_HOME/kvist`, else `~/.cache/kvist`. Created when something is put there."""
+    """`$KVIST_CACHE`, else `$XDG_CACHE_HOME/kvist`, else `~/.cache/kvist`: links resolved. Created when
+    something is put there.
+
+    What lies here is believed, and some of it is run. Raises `KvistError` when another user could have written it.
+    """
     if chosen := os.environ.get("KVIST_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvist"
+        return own_folder(Path(chosen))
+    return own_folder(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvist")
+
+
+def own_folder(path: Path) -> Path:
+    """The folder with every link resolved, so that what is checked is what is used; it need not be there yet.
+
+    Raises `KvistError` when another user but root could write it or take its place.
+    """
+    try:
+        found = path.resolve()
+        for part in [*reversed(found.parents), found]:
+            if part.exists() and (reason := _strangers(part.lstat(), stat.S_ISDIR, "a folder")):
+                raise KvistError(f"the folder {path} cannot be used: {part} {reason}; name another (KVIST_CACHE)")
+    except (OSError, RuntimeError) as error:  # `RuntimeError`: links that lead in a circle
+        said = error.strerror if isinstance(error, OSError) else error
+        raise KvistError(f"the folder {path} cannot be used: {said}; name another (KVIST_CACHE)") from None
+    return found
+
+
+def make_folders(path: Path) -> None:
+    """The folder and those above it; what is made is its owner's alone. Raises `OSError`."""
+    for part in [*reversed(path.parents), path]:
+        if not part.is_dir():
+            part.mkdir(mode=0o700, exist_ok=True)
+
+
+def check_own_file(path: Path) -> None:
+    """Raises `KvistError` unless `path` is a file, no link, that no other user but root could have written."""
+    try:
+        reason = _strangers(path.lstat(), stat.S_ISREG, "a file")
+    except OSError as error:
+        raise KvistError(f"cannot read {path}: {error.strerror or error}") from None
+    if reason:
+        raise KvistError(f"{path} is not used, as it {reason}; delete it, or name another folder in KVIST_CACHE")
+
+
+def _strangers(found: os.stat_result, is_kind: Callable[[int], bool], kind: str) -> str | None:
+    """Why another user may have had a hand in what was found, or None."""
+    if not is_kind(found.st_mode):
+        return f"is not {kind}"
+    if found.st_uid not in (0, os.geteuid()):
+        return "belongs to another user"
+    if found.st_mode & stat.S_ISVTX and stat.S_ISDIR(found.st_mode):
+        return None  # whoever writes there takes nobody's place
+    if found.st_mode & stat.S_IWOTH:
+        return "may be written by every user"
+    if found.st_mode & stat.S_IWGRP and found.st_gid != 0 and not _is_private(found.st_gid):
+        return "may be written by its group"
+    return None
+
+
+def _is_private(group: int) -> bool:
+    """Whether a group is this user's own, as many systems make one for each user."""
+    try:
+        found, user = grp.getgrgid(group), pwd.getpwuid(os.geteuid())
+    except KeyError:
+        return False
+    return found.gr_name == user.pw_name and set(found.gr_mem) <= {user.pw_name}
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -47,7 +111,7 @@ def atomic_file(path: Path, mode: int = 0o644) -> Iterator[Path]:
     """
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(descriptor)
         temporary = Path(name)
@@ -72,7 +136,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     temporary = retired = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         yield temporary
         for file in temporary.rglob("*"):

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvist.base.errors import ConfigError
+from kvist.base.errors import ConfigError, KvistError
+from kvist.base.files import make_folders, own_folder
 from kvist.cache.tier import Buffer, TierError
 
 _NAME = re.compile(r"[0-9a-f]{32}/[0-9a-f]{64}")
@@ -47,7 +48,7 @@ class DiskTier:
     their names) no more than `limits` says. Blocks that were not used for `max_age` seconds are deleted. `lost(name,
     expired)` is told of every block that had to go.
 
-    Raises `ConfigError` when the folder is none and cannot be made.
+    Raises `ConfigError` when the folder is none and cannot be made, or another user could write it.
     """
 
     name = "disk"
@@ -72,10 +73,13 @@ class DiskTier:
         self._used = 0
         self._used_of: Counter[str] = Counter()  # by namespace
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            own = own_folder(folder)
+            make_folders(own)
+            self._root = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise ConfigError(f"the cache folder {folder} cannot be used: {error.strerror or error}") from None
+        except KvistError as error:
+            raise ConfigError(str(error)) from None
         self._scanned = -math.inf
         self._scan()
 

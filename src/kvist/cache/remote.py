@@ -54,7 +54,7 @@ class RemoteTier:
             )
         except (ValueError, redis.RedisError) as error:
             raise ConfigError(f"--cache-remote: {shown!r} cannot be used: {type(error).__name__}") from None
-        self._shown = shown
+        self.shown = shown
 
     def contains(self, block: str) -> bool | None:
         """Not known without asking around."""
@@ -92,7 +92,7 @@ class RemoteTier:
         return max(_KEPT, math.ceil(min(until - self._clock(), 10 * _KEPT)))
 
     def _failing(self, act: str) -> AbstractContextManager[None]:
-        return _as_tier_error(f"cannot {act} {self._shown}", self._error)
+        return _as_tier_error(f"cannot {act} {self.shown}", self._error)
 
 
 @contextmanager

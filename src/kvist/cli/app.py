@@ -5,6 +5,7 @@ import typer
 from kvist import __version__
 from kvist.cli import (
     bench,
+    cache,
     calibrate,
     chat,
     context,
@@ -56,6 +57,7 @@ app.command("trace")(trace.trace)
 app.command("train")(train.train)
 app.command("convert")(convert.convert)
 app.add_typer(context.app, name="context")
+app.add_typer(cache.app, name="cache")
 app.add_typer(bench.app, name="bench")
 evals.app.command("codecs")(eval_codecs.codecs)
 app.add_typer(evals.app, name="eval")

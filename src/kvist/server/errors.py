@@ -12,6 +12,7 @@
 | 500 | a defect, or a model whose numbers are none: details are in the log, under the request's id | anything else |
 | 503 | the server is shutting down | `Stopping` |
 | 504 | the request took longer than it may | `TimedOut` |
+| 507 | a context has no room on disk | `ApiError` |
 
 Nothing is a 422: every API answers 400 to a body that does not fit, and clients look for that.
 """
@@ -227,7 +228,7 @@ _LLAMACPP_SCHEMA = {
         }
     },
 }
-_STATUSES = (400, 401, 403, 404, 405, 408, 413, 429, 500, 503, 504)
+_STATUSES = (400, 401, 403, 404, 405, 408, 413, 429, 500, 503, 504, 507)
 
 
 def _responses(schema: Mapping[str, Any]) -> dict[int | str, dict[str, Any]]:

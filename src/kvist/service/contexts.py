@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvist.base.errors import ContextError, KvistError, RequestError
+from kvist.base.errors import ContextError, KvistError, NoRoom, RequestError
 from kvist.base.files import atomic_file
 from kvist.base.units import format_bytes, plural
 from kvist.cache.disk import DiskTier
@@ -291,12 +291,12 @@ def describe(
 
 
 def finish(context: Context, contexts: Contexts, disk: DiskTier) -> None:
-    """Keep a context whose blocks have been written, in the place of one that had its name. Raises `KvistError` when
+    """Keep a context whose blocks have been written, in the place of one that had its name. Raises `NoRoom` when
     some of them are not there."""
     blocks = [block.name for block in context.blocks]
     missing = sum(not disk.contains(block) for block in blocks)
     if missing:
-        raise KvistError(f"{missing:,} of its {len(blocks):,} blocks could not be written; is the disk full?")
+        raise NoRoom(f"{missing:,} of its {len(blocks):,} blocks could not be written; is the disk full?")
     replaced = contexts.blocks(context.name)
     disk.pin(blocks, math.inf)
     try:

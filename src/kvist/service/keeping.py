@@ -52,7 +52,7 @@ class KeepSettings:
         path = self.path / _BUDGET
         try:
             if self.disk is not None:
-                with atomic_file(path) as target:
+                with atomic_file(path, 0o600) as target:
                     target.write_text(json.dumps({"disk": self.disk}))
                 return self.disk
             found = read_json(path, 4096).get("disk") if path.exists() else None
@@ -64,11 +64,13 @@ class KeepSettings:
 
 @dataclass(frozen=True)
 class Kept:
-    """What `open_kept` opened. `identity` is that of the model."""
+    """What `open_kept` opened. `identity` is that of the model. `remote`: the store that machines share, without its
+    password."""
 
     cache: KeptCache
     disk: DiskTier
     identity: Identity
+    remote: str | None = None
 
     def limit(self, tenants: Iterable[Tenant], manager: CacheManager, adapters: Iterable[str] = ()) -> None:
         """Hold tenants to their own shares of the disk: what each of their namespaces may take there, those of
@@ -83,9 +85,11 @@ class Kept:
     def describe(self) -> str:
         """One line."""
         block = self.cache.payload
+        shared = "" if self.remote is None else f"; shared in {self.remote}"
         return (
             f"kept in {self.disk.folder}: {len(self.disk):,} blocks, {format_bytes(self.disk.used)} of "
             f"{format_bytes(self.disk.budget)}, {format_bytes(block)} each; identity {self.identity.digest.hex()[:12]}"
+            f"{shared}"
         )
 
 
@@ -104,10 +108,13 @@ def open_kept(loaded: Loaded, settings: KeepSettings) -> Iterator[Kept]:
         )
     disk = DiskTier(settings.path, budget, settings.max_age)
     tiers: list[Tier] = [disk]
+    remote = None
     if settings.remote is not None:
         from kvist.cache.remote import RemoteTier
 
-        tiers.append(RemoteTier(settings.remote))
+        store = RemoteTier(settings.remote)
+        tiers.append(store)
+        remote = store.shown
     cache = KeptCache(tiers, payload)
     disk.lost = lambda block, expired: cache.losses.add(block, Loss.EXPIRED if expired else Loss.EVICTED)
     cache.rivals = _rivals(settings.path, identity)
@@ -116,7 +123,7 @@ def open_kept(loaded: Loaded, settings: KeepSettings) -> Iterator[Kept]:
         note_opening(settings.path, identity, loaded.opening)
     pin_all(disk)
     try:
-        yield Kept(cache, disk, identity)
+        yield Kept(cache, disk, identity, remote)
     finally:
         cache.close()
         disk.close()
@@ -150,7 +157,7 @@ def _note(folder: Path, identity: Identity) -> None:
         if path.exists():
             os.utime(path)
         else:
-            with atomic_file(path) as target:
+            with atomic_file(path, 0o600) as target:
                 target.write_text(json.dumps(identity.to_json(), indent=1))
     except (KvistError, OSError) as error:
         log.warning("%s", error)
