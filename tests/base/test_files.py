@@ -17,6 +17,7 @@ from kvist.base.files import (
     make_folders,
     own_folder,
     read_json,
+    writable_cache_folder,
 )
 
 
@@ -245,3 +246,18 @@ def test_new_folders_are_their_owners_alone_whatever_the_umask(tmp_path: Path) -
     finally:
         os.umask(before)
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "a/b")] == [0o700, 0o700]
+
+
+def test_a_cache_folder_that_cannot_be_had_is_one_of_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KVIST_CACHE", str(tmp_path / "file" / "within"))
+    folder = writable_cache_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert writable_cache_folder() == folder
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "made anew at each start" in said
+    monkeypatch.setenv("KVIST_CACHE", str(tmp_path / "mine"))
+    assert writable_cache_folder() == tmp_path / "mine"

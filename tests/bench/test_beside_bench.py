@@ -182,7 +182,7 @@ def test_the_same_random_weights_in_both_formats(monkeypatch: pytest.MonkeyPatch
     for module in ("models", "gguf_models"):
         monkeypatch.setattr(f"kvist.bench.{module}.shape_named", lambda name: tiny)
     for module in ("kvist.bench.models", "kvist.service.gguf", "kvist.service.packing"):
-        monkeypatch.setattr(f"{module}.cache_folder", lambda: tmp_path)
+        monkeypatch.setattr(f"{module}.writable_cache_folder", lambda: tmp_path)
     monkeypatch.setattr("kvist.bench.models.write_tokenizer", lambda directory, vocab: None)
     monkeypatch.setattr("kvist.service.gguf._vocabulary", lambda header: pytest.fail("it has a made-up one"))
     path = random_gguf("tiny", "bf16")

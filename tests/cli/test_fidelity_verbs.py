@@ -22,7 +22,7 @@ SHORT = ("--tokens", 160)
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Calibrations are kept here; kernels where they always are."""
-    monkeypatch.setattr(calibration_module, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(calibration_module, "writable_cache_folder", lambda: tmp_path / "cache")
     return tmp_path / "cache"
 
 

@@ -48,7 +48,7 @@ SMALL = ModelConfig(
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Calibrations are kept here; kernels where they always are."""
-    monkeypatch.setattr(calibration_module, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(calibration_module, "writable_cache_folder", lambda: tmp_path)
     return tmp_path
 
 

@@ -158,7 +158,7 @@ def test_a_packed_model_is_not_written_as_a_checkpoint() -> None:
 
 def test_kept_on_disk_and_made_anew(written: Callable[[str], Written], tmp_path, monkeypatch) -> None:
     """The second time the file is read; one that is damaged, or of other weights, is not."""
-    monkeypatch.setattr("kvist.service.packing.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("kvist.service.packing.writable_cache_folder", lambda: tmp_path)
     directory = written("qwen2-64").directory
     first = open_model(str(directory), weights="int8")
     path = packed_path(directory, first.config, "int8", stamp_of(directory))

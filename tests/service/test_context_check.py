@@ -50,7 +50,7 @@ KINDS = {"fp32": SMALL, "bf16": SMALL, "turbo4": SMALL, "windows": replace(SMALL
 @pytest.fixture(params=list(KINDS))
 def loaded(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loaded:
     torch.set_num_threads(1)
-    monkeypatch.setattr(calibration_module, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(calibration_module, "writable_cache_folder", lambda: tmp_path / "cache")
     config, dtype = KINDS[request.param], torch.bfloat16 if request.param == "bf16" else torch.float32
     backend = select_backend(config, dtype)
     model = randomize(build(config, backend, dtype), seed=3, std=0.1)

@@ -37,7 +37,7 @@ SLOW, FAST = (30, 31, 62, 63), (3, 35)  # channels that hardly turn with positio
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (calibration_module, fitness):
-        monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
+        monkeypatch.setattr(module, "writable_cache_folder", lambda: tmp_path)
 
 
 def biased(channels: tuple[int, ...]) -> Loaded:

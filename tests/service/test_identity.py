@@ -36,7 +36,7 @@ def model(pristine: Path, tmp_path: Path) -> Path:
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The digests that are remembered, without the compiled operators' folder being another."""
     folder = tmp_path / "cache"
-    monkeypatch.setattr(module, "cache_folder", lambda: folder)
+    monkeypatch.setattr(module, "writable_cache_folder", lambda: folder)
     return folder
 
 

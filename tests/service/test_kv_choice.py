@@ -33,7 +33,7 @@ SMALL = ModelConfig(
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_module, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(calibration_module, "writable_cache_folder", lambda: tmp_path)
 
 
 def made() -> Loaded:

@@ -118,7 +118,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("gguf", "packing"):
-        monkeypatch.setattr(f"kvist.service.{module}.cache_folder", lambda: tmp_path / "cache")
+        monkeypatch.setattr(f"kvist.service.{module}.writable_cache_folder", lambda: tmp_path / "cache")
 
 
 def both(folder: Path, case: str, kind: Kind) -> tuple[Path, Path]:

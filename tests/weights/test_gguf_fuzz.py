@@ -65,7 +65,7 @@ def fuzz(folder: Path, inputs: int, seed: int) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvist.service.gguf.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("kvist.service.gguf.writable_cache_folder", lambda: tmp_path / "cache")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

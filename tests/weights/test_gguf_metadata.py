@@ -30,7 +30,7 @@ USER = [{"role": "user", "content": "hi"}]
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("gguf", "packing"):
-        monkeypatch.setattr(f"kvist.service.{module}.cache_folder", lambda: tmp_path / "cache")
+        monkeypatch.setattr(f"kvist.service.{module}.writable_cache_folder", lambda: tmp_path / "cache")
 
 
 def file_of(folder: Path, kind: str = "gpt2", without: tuple[str, ...] = (), **changed: Any) -> Path:

@@ -63,7 +63,7 @@ K_TYPES = CONFIG | {"model_type": "llama", "hidden_size": 256, "intermediate_siz
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("gguf", "packing"):
-        monkeypatch.setattr(f"kvist.service.{module}.cache_folder", lambda: tmp_path / "cache")
+        monkeypatch.setattr(f"kvist.service.{module}.writable_cache_folder", lambda: tmp_path / "cache")
 
 
 def both(folder: Path, config: dict[str, Any], kinds: Any = Kind.F32, **more: Any) -> tuple[Path, Path]:

@@ -42,7 +42,7 @@ HEAD, NORM = "output.weight", "output_norm.weight"
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("gguf", "packing"):
-        monkeypatch.setattr(f"kvist.service.{module}.cache_folder", lambda: tmp_path / "cache")
+        monkeypatch.setattr(f"kvist.service.{module}.writable_cache_folder", lambda: tmp_path / "cache")
 
 
 @pytest.fixture

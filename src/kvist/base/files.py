@@ -1,12 +1,15 @@
 """Files that are either whole or absent, and the folder for what can be made again."""
 
+import atexit
 import contextlib
+import functools
 import grp
 import json
 import os
 import pwd
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +29,30 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("KVIST_CACHE"):
         return own_folder(Path(chosen))
     return own_folder(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvist")
+
+
+def writable_cache_folder() -> Path:
+    """`cache_folder()`, for what can be made again; where that cannot be written, or another user could have, a folder
+    of this process alone, which is gone when it ends. One line on stderr says so."""
+    try:
+        folder = cache_folder()
+        make_folders(folder)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+        reason = f"the folder {folder} cannot be written"
+    except KvistError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"the folder {error.filename} cannot be made: {error.strerror}"
+    return _passing_folder(reason)
+
+
+@functools.cache
+def _passing_folder(reason: str) -> Path:
+    folder = tempfile.mkdtemp(prefix="kvist-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    print(f"kvist: {reason}; what would be kept there is made anew at each start", file=sys.stderr)
+    return Path(folder)
 
 
 def own_folder(path: Path) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from kvist.base.files import atomic_folder, cache_folder
+from kvist.base.files import atomic_folder, writable_cache_folder
 from kvist.bench.shapes import Shape, shape_named
 from kvist.bench.vocabulary import write_tokenizer
 from kvist.models.families import read_config
@@ -37,7 +37,7 @@ def random_model(name: str, dtype: str, kv: str | None = None, weights: str | No
     Raises `ConfigError` listing the shapes when there is none of that name.
     """
     config = NANOGPT if name == "nanogpt-0.2m" else _config(shape_named(name))
-    directory = cache_folder() / "shapes" / f"{name}-{dtype}-{SEED}"
+    directory = writable_cache_folder() / "shapes" / f"{name}-{dtype}-{SEED}"
     if not (directory / SINGLE_FILE).exists():
         _make(directory, config, DTYPES[dtype])
     if not (directory / "chat_template.jinja").exists() and name != "nanogpt-0.2m":

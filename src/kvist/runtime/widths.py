@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvist.base.errors import BackendError, KvistError
-from kvist.base.files import atomic_file, cache_folder
+from kvist.base.files import atomic_file, writable_cache_folder
 
 # The head's products are the widest by far, so fewer and narrower widths are tried for them.
 HEAD_LADDER = (4, 8, 16, 32, 64)
@@ -63,7 +63,7 @@ class _Shape:
 
 def widths_folder() -> Path:
     """Where every process of this user keeps what it found."""
-    return cache_folder() / "widths"
+    return writable_cache_folder() / "widths"
 
 
 def probe(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvist.base.errors import ConfigError, TextError
-from kvist.base.files import cache_folder
+from kvist.base.files import writable_cache_folder
 from kvist.cache.calibration import Calibration, StreamStatistics, load_calibration, save_calibration, statistics
 from kvist.cache.choice import parse_choice
 from kvist.cache.codecs import DenseCodec
@@ -105,7 +105,7 @@ def observe(model: Decoder, tokens: list[int], see: Callable[[int, Vectors], Non
 
 def calibration_path(digest: str) -> Path:
     """Where the calibration of the model of that digest lies."""
-    return cache_folder() / "calibration" / f"{digest[:32]}.safetensors"
+    return writable_cache_folder() / "calibration" / f"{digest[:32]}.safetensors"
 
 
 def planned(model: Decoder, directory: Path, kv: str, full: DenseCodec, weights: Callable[[], str]) -> Layout:

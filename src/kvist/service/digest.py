@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from kvist.base.errors import KvistError
-from kvist.base.files import atomic_file, cache_folder, read_json
+from kvist.base.files import atomic_file, read_json, writable_cache_folder
 from kvist.models.decoder import Decoder
 from kvist.models.linear import tensors_of, weights_of
 from kvist.weights.checkpoint import Stamp, stamp_of
@@ -64,4 +64,4 @@ def _place(model: Decoder, files: Path, stamp: Stamp, adapter: str) -> tuple[Pat
     types = [f"{name} {tensor.dtype}" for name, tensor in tensors_of(model).items()]
     facts = [_VERSION, str(files.resolve()), stamp, adapter, repr(model.config), forms, types]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return cache_folder() / "weights" / f"{key[:32]}.json", key
+    return writable_cache_folder() / "weights" / f"{key[:32]}.json", key

@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 
 from kvist.base.errors import KvistError
-from kvist.base.files import atomic_file, cache_folder, read_json
+from kvist.base.files import atomic_file, read_json, writable_cache_folder
 from kvist.cache.layout import Layout
 from kvist.models.decoder import Decoder
 from kvist.service.calibration import Vectors, calibration_text, observe
@@ -67,7 +67,7 @@ def correlations(model: Decoder, layout: Layout, tokens: list[int]) -> dict[int,
 def _known(model: Decoder, directory: Path, layout: Layout, weights: str) -> dict[int, float]:
     """The correlations, measured once and kept beside the calibrations."""
     facts = f"{model_digest(model, weights)} {layout.fingerprint}"
-    path = cache_folder() / "calibration" / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.json"
+    path = writable_cache_folder() / "calibration" / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(KvistError, KeyError, AttributeError, TypeError, ValueError):  # damaged: measured again
         if path.exists() and (known := read_json(path, _MOST_BYTES)).get("facts") == facts:
             return {int(layer): float(kept) for layer, kept in known["kept"].items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvist.base.errors import TextError, WeightsError
-from kvist.base.files import atomic_folder, cache_folder
+from kvist.base.files import atomic_folder, writable_cache_folder
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Slot
 from kvist.models.families import load_config
@@ -66,7 +66,7 @@ def open_gguf(path: Path) -> GgufModel:
     stamp, lasting = settled_stamp(path)
     header = read_header(path)
     key = hashlib.sha256(json.dumps([_VERSION, str(path.resolve()), stamp]).encode()).hexdigest()[:32]
-    directory = cache_folder() / "gguf" / key / path.stem
+    directory = writable_cache_folder() / "gguf" / key / path.stem
     if not lasting or not (directory / _CONFIG).is_file():
         with atomic_folder(directory) as folder:
             _write(header, folder)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from kvist.base.errors import ConfigError, KvistError
-from kvist.base.files import cache_folder
+from kvist.base.files import writable_cache_folder
 from kvist.base.units import format_bytes
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Decoder
@@ -59,7 +59,11 @@ def open_packed(model: Decoder, checkpoint: Source, how: str, stamp: Stamp, tell
 def packed_path(source: Path, config: ModelConfig, how: str, stamp: Stamp) -> Path:
     """Where the packed weights of a checkpoint lie."""
     facts = [_VERSION, str(source.resolve()), repr(config), how, stamp]
-    return cache_folder() / "packed" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
+    return (
+        writable_cache_folder()
+        / "packed"
+        / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
+    )
 
 
 @dataclass(frozen=True)
