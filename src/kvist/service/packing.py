@@ -59,11 +59,8 @@ def open_packed(model: Decoder, checkpoint: Source, how: str, stamp: Stamp, tell
 def packed_path(source: Path, config: ModelConfig, how: str, stamp: Stamp) -> Path:
     """Where the packed weights of a checkpoint lie."""
     facts = [_VERSION, str(source.resolve()), repr(config), how, stamp]
-    return (
-        writable_cache_folder()
-        / "packed"
-        / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
-    )
+    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    return writable_cache_folder() / "packed" / f"{name}.safetensors"
 
 
 @dataclass(frozen=True)
