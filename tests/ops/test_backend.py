@@ -236,3 +236,11 @@ def test_each_build_has_its_own_place(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch, "__version__", "0.0")
     assert usual != build._digest(["-O3"])
+
+
+def test_the_cause_of_a_failure_has_the_compilers_first_error(tmp_path):
+    said = "ninja: build stopped\n  x.cpp:3:1: error: 'y' was not declared  \nz.cpp:1:1: error: another"
+    cause, lasts = build._cause(said, tmp_path / "log")
+    assert lasts
+    assert cause.startswith("the C++ kernels did not compile: x.cpp:3:1: error: 'y' was not declared; the compiler's")
+    assert "did not compile; the" in build._cause("no such luck", tmp_path / "log")[0]

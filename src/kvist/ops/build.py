@@ -158,7 +158,8 @@ def _cause(messages: str, log: Path) -> tuple[str, bool]:
         return f"the C++ kernels did not compile: the disk is full; make room for {log.parent} and start again", False
     if "Killed" in messages or "terminated signal" in messages:
         return "the C++ kernels did not compile: the compiler was killed, as happens where memory is short", False
-    return f"the C++ kernels did not compile; the compiler's messages are in {log}", True
+    first = next((f": {line.strip()[:200]}" for line in messages.splitlines() if "error:" in line), "")
+    return f"the C++ kernels did not compile{first}; the compiler's messages are in {log}", True
 
 
 def _remembered(failed: Path, compiler: str) -> str | None:
