@@ -57,6 +57,10 @@ class ContextError(RequestError):
     """A request whose tokens are more than the context, or the cache, can ever hold."""
 
 
+class NoRoom(KvistError):
+    """Something to keep for which its owner's room is full: it has to remove some of what it keeps first."""
+
+
 class PromptTooLong(ContextError):
     """A prompt of `tokens`, or at least so many, of which `most` leave room for an answer in a context of `context`.
 

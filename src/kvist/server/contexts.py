@@ -7,7 +7,16 @@ from fastapi import APIRouter, Request
 from fastapi import Path as PathParameter
 from pydantic import BaseModel, Field
 
-from kvist.base.errors import KvistError, NumericsError, Overloaded, RequestError, Stopping, TextError, TimedOut
+from kvist.base.errors import (
+    KvistError,
+    NoRoom,
+    NumericsError,
+    Overloaded,
+    RequestError,
+    Stopping,
+    TextError,
+    TimedOut,
+)
 from kvist.server.errors import RESPONSES, ApiError
 from kvist.server.limits import tenant_of
 from kvist.service.contexts import CHAT, TEXT, Context, NoSuchContext
@@ -57,8 +66,8 @@ def router(serving: Serving) -> APIRouter:
         form = body.form or (TEXT if serving.template is None else CHAT)
         try:
             made = await shelf.make(tenant_of(request), body.name, form, body.text)
-        except (RequestError, TextError, NumericsError, Overloaded, Stopping, TimedOut):  # which have their own answers
-            raise
+        except (RequestError, TextError, NumericsError, NoRoom, Overloaded, Stopping, TimedOut):
+            raise  # they have their own answers
         except KvistError as error:  # it may say where things lie on this machine
             log.error("the context %s of tenant %r could not be kept: %s", body.name, tenant_of(request), error)
             raise ApiError(500, "the context could not be kept; the server's log says why", code="not_kept") from None
