@@ -26,6 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from kvist.base.errors import ConfigError
 from kvist.cache.disk import DiskTier, _Entry
 from kvist.cache.record import BadRecord, header, read_payload, record_bytes
+from kvist.cache.shares import Share
 from kvist.cache.tier import TierError
 
 RECORD = record_bytes(SIZE, PAYLOAD)
@@ -614,7 +615,7 @@ def test_a_namespace_keeps_to_its_own_share(tmp_path: Path) -> None:
     clock = Clock()
     disk = DiskTier(tmp_path, 20 * RECORD, clock=clock)
     mine, other = block_of(0)[0].name[:32], "f" * 32
-    disk.limits = {other: 3 * RECORD}
+    disk.shares = {other: Share(frozenset({other}), limit=3 * RECORD)}
     for number in range(10):
         clock.now += 1
         put(disk, number, clock.now)

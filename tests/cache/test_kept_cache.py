@@ -49,6 +49,9 @@ class MemoryTier:
     def contains(self, block: str) -> bool | None:
         return block in self.records if self.knows else None
 
+    def probe(self, block: str) -> bool:
+        return bool(self.contains(block)) or (not self.knows and block in self.records)
+
     def get(self, block: str, size: int) -> Buffer | None:
         self.asked += 1
         self.order.append(block)
@@ -113,7 +116,7 @@ def test_a_fetch_ends_where_a_block_is_missing_and_says_why(kept: KeptCache) -> 
     for block in (blocks[0], blocks[2]):
         kept.save(block, planes(block), 0.0)
     assert kept.flush(10)
-    kept.losses.add(blocks[1].name, Loss.EXPIRED)
+    kept.losses.add(blocks[1].name, Loss.EXPIRED, "memory-tier")
     fetch = kept.fetch(blocks, 0)
     assert [block for block, _, _ in finish(kept, fetch)] == blocks[:1]
     assert fetch.loss is Loss.EXPIRED
@@ -144,7 +147,7 @@ def test_a_tier_that_lies_is_found_out(seed: int, caplog: pytest.LogCaptureFixtu
         assert finish(kept, fetch) == [(block, bytes(planes(block)), tier.name) for block in blocks[:victim]]
     expected = (Loss.CORRUPT, Loss.TRUNCATED, Loss.FOREIGN, Loss.VERSION)
     assert fetch.loss in expected
-    assert sum(kept.counters.losses[loss.value] for loss in expected) == 1
+    assert sum(kept.counters.losses["memory-tier", loss] for loss in expected) == 1
     assert "a block is not used: " in caplog.text
     assert blocks[victim].name not in tier.records
     kept.close()
@@ -274,9 +277,39 @@ def test_the_farther_tier_serves_and_the_nearer_gets_a_copy() -> None:
         far.records[block.name] = header(block, planes(block)) + planes(block)
     near.records[blocks[1].name] = b"damaged"
     assert [tier for _, _, tier in finish(kept, kept.fetch(blocks, 0))] == ["far"] * 3
-    assert kept.counters.losses[Loss.TRUNCATED.value] == 1
+    assert kept.counters.losses == {("near", Loss.TRUNCATED): 1}
     assert kept.flush(10)
     assert near.records == far.records
+    kept.close()
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_what_the_nearer_tier_had_is_pushed_to_the_farther_that_lacks_it_and_only_then(knows: bool) -> None:
+    near, far = MemoryTier("near"), MemoryTier("far")
+    far.knows = knows  # a store that machines share knows nothing without asking
+    kept = KeptCache([near, far], PAYLOAD)
+    blocks = chain(4)
+    for block in blocks:
+        near.records[block.name] = header(block, planes(block)) + planes(block)
+    far.records[blocks[2].name] = near.records[blocks[2].name]
+    for _ in range(2):
+        assert [tier for _, _, tier in finish(kept, kept.fetch(blocks, 0))] == ["near"] * 4
+        assert kept.flush(10)
+        assert far.records == near.records
+        assert kept.counters.written == {"far": 3}
+    kept.close()
+
+
+def test_a_farther_tier_that_fails_loses_nothing_of_what_the_nearer_has() -> None:
+    near, far = MemoryTier("near"), MemoryTier("far")
+    kept = KeptCache([near, far], PAYLOAD)
+    blocks = chain(4)
+    for block in blocks:
+        near.records[block.name] = header(block, planes(block)) + planes(block)
+    kept._writers[1]._write_health.failed(TierError("it is gone"))
+    assert [tier for _, _, tier in finish(kept, kept.fetch(blocks, 0))] == ["near"] * 4
+    assert kept.flush(10)
+    assert not kept.counters.losses
     kept.close()
 
 
@@ -364,7 +397,7 @@ def test_whatever_a_tier_raises_while_it_is_written_is_counted_and_told(
             kept.save(block, planes(block), 0.0)
         assert kept.flush(10)
     assert kept.counters.failures[tier.name, "write"] == 1  # and then it is left alone
-    assert kept.counters.losses["unwritten"] == 3
+    assert kept.counters.losses["memory-tier", Loss.UNWRITTEN] == 3
     assert all(kept.losses.of(block.name) is Loss.UNWRITTEN for block in blocks)
     assert len(caplog.records) == 1
     assert str(failure) in caplog.text
@@ -381,7 +414,7 @@ def test_why_a_block_is_of_no_use_is_told_even_where_it_cannot_be_removed(kept: 
     fetch = kept.fetch([block], 0)
     assert finish(kept, fetch) == []
     assert fetch.loss is Loss.CORRUPT
-    assert kept.counters.losses == {"corrupt": 1}
+    assert kept.counters.losses == {("memory-tier", Loss.CORRUPT): 1}
     assert not kept.counters.failures
 
 
@@ -492,8 +525,10 @@ def test_over_tiers_with_whims_all_is_accounted_for_and_right(
         assert kept.flush(10)
         counted, new = kept.counters, [set(tier.records) - old for tier, old in zip(tiers, before, strict=True)]
         assert sum(counted.written.values()) >= sum(map(len, new))
-        # Saved twice while it waits, it is written once; what the far tier gave is written to the near one as well.
-        assert counted.losses["unwritten"] <= len(tiers) * saved + sum(counted.hits.values())
+        # Saved twice while it waits, it is written once; what one tier gave is written to the other as well.
+        assert sum(counted.losses[tier.name, Loss.UNWRITTEN] for tier in tiers) <= len(tiers) * saved + sum(
+            counted.hits.values()
+        )
         hits, losses = hits + sum(counted.hits.values()), losses + sum(counted.losses.values())
         failures += sum(counted.failures.values())
         kept.close()

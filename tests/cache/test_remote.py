@@ -15,7 +15,7 @@ import pytest
 from kvist.base.errors import ConfigError
 from kvist.cache.kept import Fetch, KeptCache
 from kvist.cache.keys import root_key
-from kvist.cache.record import BlockId, header, record_bytes
+from kvist.cache.record import BlockId, Loss, header, record_bytes
 from kvist.cache.remote import PREFIX, RemoteTier
 from kvist.cache.tier import TierError
 
@@ -194,7 +194,9 @@ def test_a_real_store(real: str) -> None:
     block, planes = block_of(1)
     record = header(block, planes) + planes
     assert tier.get(block.name, RECORD) is None
+    assert not tier.probe(block.name)
     assert tier.put(block.name, (header(block, planes), planes), 0.0)
+    assert tier.probe(block.name)
     assert tier.get(block.name, RECORD) == record
     assert tier.get(block.name, 10) == record[:11]  # one byte too many tells that it is longer
     week = 7 * 86_400
@@ -223,7 +225,7 @@ def test_two_caches_share_a_real_store_and_survive_its_end(real: str) -> None:
     # Somebody writes into it what is none of ours.
     RemoteTier(real)._client.set(PREFIX + ids[10].name, b"not a block")
     assert fetched(two, ids)[1] == ids[:10]
-    assert two.counters.losses["truncated"] == 1
+    assert two.counters.losses["remote", Loss.TRUNCATED] == 1
     # It is full: what cannot be written is counted, and nothing else happens.
     for number in range(100, 2000):
         while not one.has_room:

@@ -140,7 +140,7 @@ class EngineMachine(RuleBasedStateMachine):
     def lose(self, one: int) -> None:
         name = list(self.kept.records)[one % len(self.kept.records)]
         del self.kept.records[name]
-        self.kept.losses.add(name, Loss.EVICTED)
+        self.kept.losses.add(name, Loss.EVICTED, "disk")
 
     @rule(written=st.booleans())
     def forget_what_nobody_reads(self, written: bool) -> None:

@@ -194,7 +194,7 @@ def test_what_other_weights_made_is_not_found_and_told(left_behind: tuple[Path, 
     asked = other.ask(PROMPT)
     assert asked.cached.tiers["disk"] == 0
     assert asked.loss is Loss.NAMESPACE
-    assert other.kept.counters.losses["namespace"] == 1
+    assert other.kept.counters.losses["disk", Loss.NAMESPACE] == 1
     assert asked.new_tokens == left_behind[1].new_tokens
     other.end()
     back = Kept(copy)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from test_kept import Kept
 
+from kvist.cache.kept import KeptCache
 from kvist.cache.keys import root_key
 from kvist.cache.record import BlockId, Loss, header, record_bytes
 from kvist.cache.tier import Buffer
@@ -88,9 +89,21 @@ def left(quick: Path) -> Left:
     return Left(quick / "left", cold, len(list((quick / "left").rglob("*.kv"))))
 
 
+def by_reason(kept: KeptCache) -> Counter[str]:
+    """How many blocks were lost, whichever tier had them."""
+    counts = Counter[str]()
+    for (_, reason), count in kept.counters.losses.items():
+        counts[reason.value] += count
+    return counts
+
+
 def told_losses(kept: Kept) -> None:
     """As a server does it: what the disk gave up is known as lost."""
-    kept.disk.lost = lambda block, expired: kept.kept.losses.add(block, Loss.EXPIRED if expired else Loss.EVICTED)
+
+    def lost(block: str, expired: bool) -> None:
+        kept.kept.losses.add(block, Loss.EXPIRED if expired else Loss.EVICTED, "disk")
+
+    kept.disk.lost = lost
 
 
 def end(kept: Kept) -> None:
@@ -162,7 +175,7 @@ def test_each_kind_of_damage_is_told_by_its_name(kind: str, left: Left, caplog: 
         assert warm.new_tokens == left.cold[0]
         assert counters.hits == Counter(disk=victim)
         assert warm.loss is reason
-        assert counters.losses[reason.value] == 1
+        assert counters.losses["disk", reason] == 1
         assert counters.failures["disk", "read"] == (reason is Loss.UNREADABLE)
         assert bool(caplog.records) == (kind != "gone")
         end(kept)
@@ -271,7 +284,7 @@ def test_whatever_becomes_of_the_folder_the_engine_goes_on(
                 assert kept.ask(PROMPTS[number], NEW).new_tokens == left.cold[number]
                 kept.engine.runner.manager.tree.clear()
             assert kept.engine.keeper.flush(30)
-        losses = kept.kept.counters.losses
+        losses = by_reason(kept.kept)
         assert kept.kept.counters.hits["disk"] >= 5  # before
         assert losses["evicted"]
         if fate != "emptied":  # which can be filled again
@@ -304,7 +317,7 @@ def test_a_disk_that_is_full_and_then_read_only(small_disk: Path, left: Left, ca
             assert kept.ask(PROMPTS[number], NEW).new_tokens == left.cold[number]
             assert kept.engine.keeper.flush(30)
             kept.engine.runner.manager.tree.clear()
-    assert kept.kept.counters.losses["evicted"] > 5  # the old have made room for the new
+    assert kept.kept.counters.losses["disk", Loss.EVICTED] > 5  # the old have made room for the new
     assert kept.kept.counters.hits["disk"] > 5
     kept.disk.check()
     assert not list(small_disk.rglob(".tmp-*"))
@@ -353,7 +366,7 @@ def test_two_engines_on_a_folder_that_is_too_small_and_damaged(left: Left) -> No
     engines = [Kept(folder, budget=9 * size) for _ in range(2)]
 
     def count(kept: Kept) -> None:
-        seen.update(kept.kept.counters.hits + kept.kept.counters.losses + Counter(evicted=kept.disk.evicted))
+        seen.update(kept.kept.counters.hits + by_reason(kept.kept) + Counter(evicted=kept.disk.evicted))
         end(kept)
 
     for step in range(300):
@@ -412,7 +425,7 @@ def test_loads_that_are_cancelled_or_put_off_over_damaged_files(part: int, left:
             assert sequence.new_tokens == cold or sequence.finish_reason is FinishReason.CANCELLED
             seen["cancelled"] += sequence.finish_reason is FinishReason.CANCELLED
             seen["put off"] += sequence.preempted
-        seen += kept.kept.counters.hits + kept.kept.counters.losses
+        seen += kept.kept.counters.hits + by_reason(kept.kept)
         end(kept)
     assert seen["disk"] > 100
     assert seen["corrupt"] > 5

@@ -53,12 +53,12 @@ class RequestError(KvistError):
         self.param = param
 
 
-class NoRoom(KvistError):
-    """What should be kept has no room on disk. What was computed for it is lost, and nothing else."""
-
-
 class ContextError(RequestError):
     """A request whose tokens are more than the context, or the cache, can ever hold."""
+
+
+class NoRoom(KvistError):
+    """Something to keep for which its owner's room is full: it has to remove some of what it keeps first."""
 
 
 class PromptTooLong(ContextError):

@@ -7,6 +7,7 @@ import grp
 import json
 import os
 import pwd
+import secrets
 import shutil
 import stat
 import sys
@@ -18,6 +19,7 @@ from typing import Any, cast
 from kvist.base.errors import KvistError
 
 MAX_JSON_BYTES = 64 << 20
+_PROBE = ".modes"
 
 
 def cache_folder() -> Path:
@@ -129,22 +131,37 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return cast(dict[str, Any], value)
 
 
+def private_folder(path: Path) -> None:
+    """Make a folder that its owner alone may list, with what is missing above it; one of ours that others may enter is
+    closed to them. Raises `KvistError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and found.st_mode & 0o077:
+            path.chmod(0o700)
+    except OSError as error:
+        raise KvistError(f"cannot use the folder {path}: {error.strerror or error}") from None
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path, mode: int = 0o644) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is synced and renamed over `path`, else removed. `mode`: of
-    the file; until then it is its owner's alone.
+    the file, less what the umask denies.
 
     Order: write, fsync the file, rename, fsync the folder: a reader sees the old file or the new one, whole.
     """
     temporary = None
     try:
         make_folders(path.parent)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        name = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        temporary = name
+        allowed = stat.S_IMODE(os.fstat(descriptor).st_mode)
         os.close(descriptor)
-        temporary = Path(name)
         yield temporary
         _sync(temporary)
-        os.chmod(temporary, mode)
+        os.chmod(temporary, allowed)  # whoever wrote it may have put another file there
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
@@ -165,12 +182,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         make_folders(path.parent)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        (temporary / _PROBE).mkdir(0o755)
+        allowed = stat.S_IMODE((temporary / _PROBE).stat().st_mode)  # what the umask leaves
+        (temporary / _PROBE).rmdir()
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync(file)
-                os.chmod(file, 0o644)
-        os.chmod(temporary, 0o755)
+                os.chmod(file, 0o644 & allowed)
+        os.chmod(temporary, allowed)
         if path.is_dir():
             retired = temporary.with_name(temporary.name + ".old")
             os.replace(path, retired)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from kvist.base.errors import ConfigError, KvistError
 from kvist.base.files import make_folders, own_folder
+from kvist.cache.shares import Share
 from kvist.cache.tier import Buffer, TierError
 
 _NAME = re.compile(r"[0-9a-f]{32}/[0-9a-f]{64}")
@@ -44,9 +45,9 @@ class _Entry:
 
 
 class DiskTier:
-    """The folder `folder`, of which blocks may take `budget` bytes, and those of some namespaces (by the first half of
-    their names) no more than `limits` says. Blocks that were not used for `max_age` seconds are deleted. `lost(name,
-    expired)` is told of every block that had to go.
+    """The folder `folder`, of which blocks may take `budget` bytes. `shares`, by namespace (the first half of blocks'
+    names): what of that is whose. Blocks that were not used for `max_age` seconds are deleted. `lost(name, expired)` is
+    told of every block that had to go.
 
     Raises `ConfigError` when the folder is none and cannot be made, or another user could write it.
     """
@@ -63,8 +64,8 @@ class DiskTier:
     ) -> None:
         self.folder = folder
         self.budget = budget
-        self.limits: dict[str, int] = {}
-        self.evicted = self.expired = 0
+        self.shares: dict[str, Share] = {}
+        self.evicted = self.expired = self.refused = 0  # blocks; refused: those there was no room for
         self._max_age = max_age
         self.lost = lost
         self._clock = clock
@@ -110,6 +111,10 @@ class DiskTier:
                     return False
             return entry is not None
 
+    def probe(self, block: str) -> bool:
+        """See `Tier.probe`."""
+        return self.contains(block)
+
     def get(self, block: str, size: int) -> Buffer | None:
         """See `Tier.get`."""
         if not self.contains(block):
@@ -138,6 +143,7 @@ class DiskTier:
         if self._used + size > self.budget and not 0 <= self._clock() - self._scanned <= _RESCAN:
             self._scan()
         if not self._make_room(block, size, until):
+            self.refused += 1
             return False
         try:
             self._write(block, record, until)
@@ -197,35 +203,61 @@ class DiskTier:
     def _make_room(self, block: str, size: int, until: float, full: bool = False) -> bool:
         """Whether `size` more bytes fit the budgets, others that are older than `until` being given up for them.
         `full`: the disk is, so as much has to go, whatever the budgets."""
-        namespace = block[:32]
-        limit = self.limits.get(namespace, math.inf)
+        share = self.shares.get(block[:32])
         with self._lock:
             known = self._entries.get(block)
             size -= 0 if known is None or full else known.size  # which it replaces
             others = [name for name in self._entries if name != block]
-            if (excess := self._used_of[namespace] + size - limit) > 0:
-                own = [name for name in others if name[:32] == namespace]
-                self._give_up(own, max(excess, limit // _SLACK), until)
+            if share is not None and (excess := self._held(share) + size - share.limit) > 0:
+                own = [name for name in others if self.shares.get(name[:32]) is share]
+                self._give_up(own, excess, max(excess, share.limit // _SLACK), until, share, size)
             freed = 0
             if (excess := size if full else self._used + size - self.budget) > 0:
-                slack = 0 if full else self.budget // _SLACK
-                freed = self._give_up([name for name in others if name in self._entries], max(excess, slack), until)
+                wanted = excess if full else max(excess, self.budget // _SLACK)
+                others = [name for name in others if name in self._entries]
+                freed = self._give_up(others, excess, wanted, until, share, size)
             if full:
                 return freed >= size
-            return self._used + size <= self.budget and self._used_of[namespace] + size <= limit
+            fits = share is None or self._held(share) + size <= share.limit
+            return fits and self._used + size <= self.budget
 
-    def _give_up(self, blocks: list[str], excess: float, until: float) -> int:
-        """Delete of these blocks the oldest, none that is younger than `until`, until `excess` bytes are free; returns
-        how many are."""
+    def _give_up(
+        self, blocks: list[str], needed: float, wanted: float, until: float, share: Share | None, size: int
+    ) -> int:
+        """Delete of these blocks for `size` bytes of `share`, until `wanted` bytes are free; returns how many are.
+
+        Each time the oldest, of these: first what is nobody's part, for whatever is younger, and for a tenant within
+        its own part whatever its age, of no known tenant's the older ones before the others. Then, no more than
+        `needed`, what is within a part, for younger blocks of its tenant and of those who are within theirs. A pinned
+        one never goes."""
+        is_within = share is not None and self._held(share) + size <= share.part
+        ordered = sorted(blocks, key=lambda name: self._age(self._entries[name]))
         freed = 0
-        for block in sorted(blocks, key=lambda name: self._age(self._entries[name])):
-            entry = self._entries[block]
-            possible, time = self._age(entry)
-            if freed >= excess or (possible and time > until) or math.isinf(time):
-                break
-            freed += entry.size
-            self._drop(block, expired=self._is_expired(entry))
+        for stage, enough in enumerate((wanted, needed, needed)):
+            for block in ordered:
+                if freed >= enough:
+                    return freed
+                if (entry := self._entries.get(block)) is None or math.isinf(entry.until):
+                    continue
+                possible, time = self._age(entry)
+                is_older = not possible or time <= until
+                holder = self.shares.get(block[:32])
+                if holder is share:
+                    may = is_older and stage == (2 if is_within else 0)
+                elif holder is None:
+                    may = is_older if stage == 0 else is_within and stage == 1
+                elif self._held(holder) > holder.part:
+                    may = stage == 0 and (is_older or is_within)
+                else:
+                    may = stage == 2 and is_older and (is_within or share is None)
+                if may:
+                    freed += entry.size
+                    self._drop(block, expired=self._is_expired(entry))
         return freed
+
+    def _held(self, share: Share) -> int:
+        """Bytes that its namespaces take."""
+        return sum(self._used_of[namespace] for namespace in share.namespaces)
 
     def _age(self, entry: _Entry) -> tuple[bool, float]:
         """The least goes first. What no clock that is right can have asked for was written while the clock was wrong:

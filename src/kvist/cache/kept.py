@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvist.cache.record import BadRecord, BlockId, Loss, header, read_payload, record_bytes
-from kvist.cache.tier import Buffer, Tier, TierError
+from kvist.cache.tier import MEMORY, Buffer, Tier, TierError
 
 _log = logging.getLogger("kvist.cache")
 
@@ -60,14 +60,14 @@ class Fetch:
 
 @dataclass
 class KeptCounters:
-    """What was done since the start: of blocks. `hits` by tier, `failures` by tier and act, `losses` by
+    """What was done since the start: of blocks. `hits` by tier, `failures` by tier and act, `losses` by tier and
     reason. Each is added to by one thread."""
 
     written: Counter[str] = field(default_factory=Counter)
     written_bytes: Counter[str] = field(default_factory=Counter)
     hits: Counter[str] = field(default_factory=Counter)
     failures: Counter[tuple[str, str]] = field(default_factory=Counter)
-    losses: Counter[str] = field(default_factory=Counter)
+    losses: Counter[tuple[str, Loss]] = field(default_factory=Counter)
 
 
 class Losses:
@@ -78,9 +78,10 @@ class Losses:
         self._lock = threading.Lock()
         self._found: OrderedDict[str, Loss] = OrderedDict()
 
-    def add(self, block: str, loss: Loss) -> None:
+    def add(self, block: str, loss: Loss, tier: str) -> None:
+        """`tier`: which one lost it, or the memory."""
         with self._lock:
-            self._counters.losses[loss.value] += 1
+            self._counters.losses[tier, loss] += 1
             self._found[block] = loss
             self._found.move_to_end(block)
             while len(self._found) > _REMEMBERED:
@@ -113,6 +114,7 @@ class KeptCache:
         self._wake = threading.Condition()
         self._closed = False
         self._reading = 0.0  # since when the reader is reading a block; 0 while it is not
+        self._reading_from = MEMORY  # the tier that was asked last
         self._writers = [_Writer(self, tier, self._health[tier.name], staging) for tier in tiers]
         self._reader = threading.Thread(target=self._read_all, name="kvist-read", daemon=True)
         if tiers:
@@ -169,6 +171,10 @@ class KeptCache:
             fetch.cancelled = True
             fetch.ready.clear()
             self._wake.notify_all()
+
+    def stalled(self, block: BlockId) -> None:
+        """A block has not come in time: told as lost by the tier that is at work."""
+        self.losses.add(block.name, Loss.UNREADABLE, self._reading_from)
 
     def wait(self, fetches: Sequence[Fetch], seconds: float) -> None:
         """Until one of them has something to take or has ended, but no longer than `seconds`."""
@@ -236,21 +242,22 @@ class KeptCache:
             health = self._health[tier.name]
             if not health.is_well:
                 continue
+            self._reading_from = tier.name
             try:
                 payload = self._read_from(tier, block, size)
             except BadRecord as error:
                 health.complain(f"a block is not used: {error}")
-                self.losses.add(block.name, error.loss)
+                self.losses.add(block.name, error.loss, tier.name)
                 continue
             except Exception as error:  # whatever a tier does, what it has is computed again
                 health.failed(error)
-                self.losses.add(block.name, Loss.UNREADABLE)
+                self.losses.add(block.name, Loss.UNREADABLE, tier.name)
                 continue
             if payload is None:
                 continue
             self.counters.hits[tier.name] += 1
-            for writer in self._writers[:place]:  # nearer tiers get it, too
-                if writer.has_room:
+            for other, writer in enumerate(self._writers):  # the other tiers get it, too, if they lack it
+                if other != place and writer.has_time:
                     writer.add(block, payload, time.time())
             return Fetched(block, payload, tier.name)
         return None
@@ -320,6 +327,11 @@ class _Writer:
     def has_room(self) -> bool:
         return len(self._queue) < self._most
 
+    @property
+    def has_time(self) -> bool:
+        """Whether copies of what another tier has may be handed over, too."""
+        return self.has_room and self._write_health.is_well
+
     def is_queued(self, block: BlockId) -> bool:
         return block.name in self._queue
 
@@ -366,7 +378,7 @@ class _Writer:
             except Exception as error:  # whatever a tier does, the others go on
                 self._write_health.failed(error)
                 if todo is not None:
-                    self._kept.losses.add(todo[0].name, Loss.UNWRITTEN)
+                    self._kept.losses.add(todo[0].name, Loss.UNWRITTEN, self._tier.name)
             with self._wake:
                 self._busy = False
                 if todo is not None and self._queue.get(todo[0].name) is todo:
@@ -376,9 +388,9 @@ class _Writer:
     def _write(self, block: BlockId, payload: Buffer, until: float) -> None:
         counters, name = self._kept.counters, self._tier.name
         if not self._write_health.is_well:
-            self._kept.losses.add(block.name, Loss.UNWRITTEN)
+            self._kept.losses.add(block.name, Loss.UNWRITTEN, name)
             return
-        if self._tier.contains(block.name):
+        if self._tier.probe(block.name):
             self._tier.pin([block.name], until)
             return
         head = header(block, payload)
@@ -386,4 +398,4 @@ class _Writer:
             counters.written[name] += 1
             counters.written_bytes[name] += len(head) + memoryview(payload).nbytes
         else:
-            self._kept.losses.add(block.name, Loss.UNWRITTEN)
+            self._kept.losses.add(block.name, Loss.UNWRITTEN, name)

@@ -54,11 +54,21 @@ class RemoteTier:
             )
         except (ValueError, redis.RedisError) as error:
             raise ConfigError(f"--cache-remote: {shown!r} cannot be used: {type(error).__name__}") from None
-        self.shown = shown
+        self.place = shown
+
+    @property
+    def budget(self) -> str:
+        """What it may take, in words."""
+        return f"its own settings say how much it keeps, and {_KEPT // 86_400} days unused are the most"
 
     def contains(self, block: str) -> bool | None:
         """Not known without asking around."""
         return None
+
+    def probe(self, block: str) -> bool:
+        """See `Tier.probe`."""
+        with self._failing("read from"):
+            return self._client.exists(PREFIX + block) == 1
 
     def get(self, block: str, size: int) -> Buffer | None:
         """See `Tier.get`."""
@@ -92,7 +102,7 @@ class RemoteTier:
         return max(_KEPT, math.ceil(min(until - self._clock(), 10 * _KEPT)))
 
     def _failing(self, act: str) -> AbstractContextManager[None]:
-        return _as_tier_error(f"cannot {act} {self.shown}", self._error)
+        return _as_tier_error(f"cannot {act} {self.place}", self._error)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+MEMORY = "memory"  # the nearest: the store itself, as reports call it
 Buffer = bytes | bytearray | memoryview
 
 
@@ -21,6 +22,10 @@ class Tier(Protocol):
 
     def contains(self, block: str) -> bool | None:
         """Whether a record of that name is there, as far as is known without asking around; None: not known."""
+        ...
+
+    def probe(self, block: str) -> bool:
+        """Whether a record of that name is there, asking around where that is needed. Raises `TierError`."""
         ...
 
     def get(self, block: str, size: int) -> Buffer | None:

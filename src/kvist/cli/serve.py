@@ -166,12 +166,13 @@ def keep_settings(
     """Where the cache is kept beyond memory; None where nothing says that it is. Raises `KvistError`."""
     from kvist.service.keeping import KeepSettings
 
-    if folder is None and disk is None and remote is None:
-        if max_age is not None:
-            raise KvistError("--cache-max-age is for a cache on disk: give --cache-disk, as in 20GB")
+    on_disk = folder is not None or disk is not None
+    if not on_disk and max_age is not None:
+        raise KvistError("--cache-max-age is for a cache on disk: give --cache-disk, as in 20GB")
+    if not on_disk and remote is None:
         return None
     age = math.inf if max_age is None else duration(max_age, "--cache-max-age")
-    return KeepSettings(folder, None if disk is None else size(disk, "--cache-disk"), age, remote)
+    return KeepSettings(folder, None if disk is None else size(disk, "--cache-disk"), age, remote, on_disk)
 
 
 def adapter_folders(given: Iterable[str]) -> dict[str, Path]:
@@ -207,6 +208,7 @@ def _serving(
     """The model and its engine; tells what the cache holds."""
     from kvist.server.run import log
     from kvist.service.serving import Serving
+    from kvist.service.tenants import tenant_id
     from kvist.text.reading import read_text
 
     tiers, identity = (None, b"") if kept is None else (kept.cache, kept.identity.digest)
@@ -225,12 +227,14 @@ def _serving(
     for path in public:
         log.info("%s: %s tokens are shared by all tenants", path, f"{serving.make_public(read_text(path)):,}")
     if kept is not None:
-        kept.limit(settings.tenants.values(), serving.manager, loaded.adapters.values())
+        tenants = {key: settings.tenants.get(key) for key in settings.api_keys}
+        limits = {tenant_id(key, tenant): tenant and tenant.disk for key, tenant in tenants.items()}
+        kept.share(limits, serving.manager, loaded.adapters.values())
     log.info("%s · context of %s tokens", serving.name, f"{serving.context:,}")
     log.info("sampled with %s where a request says nothing", str(serving.proposed) or "temperature 1")
     log.info("%s", budget.describe(serving.context))
-    if kept is not None:
-        log.info("%s", kept.describe())
+    for line in () if kept is None else kept.describe():
+        log.info("%s", line)
     if serving.template is None:
         log.info("the model has no chat template: only completions are served; --chat-template gives it one")
     return serving

@@ -15,12 +15,13 @@ from kvist.cache.kept import STALL, KeptCache
 from kvist.cache.keys import block_key, root_key
 from kvist.cache.manager import PUBLIC, CacheManager
 from kvist.cache.record import BlockId, Loss, block_name
-from kvist.cache.tier import Buffer
+from kvist.cache.tier import MEMORY, Buffer
 from kvist.cache.tree import Node
-from kvist.runtime.sequence import MEMORY, Sequence
+from kvist.runtime.sequence import Sequence
 
 _BESIDE_ANSWERS = 8  # blocks that are put in place in one step while somebody waits for the next token of an answer
 _ALONE = 64
+_DURABLE = 2 * 86_400.0  # seconds: longer than anything else is held, so that what must be written has room before it
 
 
 class BlockStore(Protocol):
@@ -59,7 +60,7 @@ class Keeper:
         self._hold(sequence)
         if self.kept.tiers:
             held = [block_name(lease.root(index).key, node.key) for index, node in enumerate(lease.path[1:])]
-            self.kept.pin([*held, *(block.name for block in blocks)], sequence.begun + sequence.request.ttl)
+            self.kept.pin([*held, *(block.name for block in blocks)], _until(sequence))
             if sequence.request.durable:
                 self._keep_again(sequence)
         if not blocks:
@@ -67,9 +68,10 @@ class Keeper:
         loss = self.kept.losses.of(blocks[0].name)
         sequence.note_loss(loss)
         if not self.kept.has(blocks[0]):
-            if not lease.length and loss is None and self._is_rivals(sequence, blocks[0]):
+            rival = self._rival(sequence, blocks[0]) if not lease.length and loss is None else None
+            if rival is not None:
                 sequence.note_loss(Loss.NAMESPACE)
-                self.kept.losses.add(blocks[0].name, Loss.NAMESPACE)
+                self.kept.losses.add(blocks[0].name, Loss.NAMESPACE, rival)
             return
         start = len(lease.path) - 1
         if lease.length > start * size:
@@ -99,7 +101,7 @@ class Keeper:
                 sequence.fetch = None
             elif sequence.fetch is not None and not fetch.ready and time.monotonic() - fetch.moved > STALL:
                 sequence.note_loss(Loss.UNREADABLE)
-                self.kept.losses.add(fetch.blocks[fetch.taken].name, Loss.UNREADABLE)
+                self.kept.stalled(fetch.blocks[fetch.taken])
                 self.drop(sequence)
         self.pump()
 
@@ -125,10 +127,10 @@ class Keeper:
             return
         if not sequence.request.kept:
             for node in nodes:
-                self.kept.losses.add(self._id(node).name, Loss.UNKEPT)
+                self.kept.losses.add(self._id(node).name, Loss.UNKEPT, MEMORY)
             return
         # All blocks of a sequence are as old as its beginning, the later ones older: they are given up first.
-        until, end = sequence.begun + sequence.request.ttl, len(sequence.lease.path) - 1
+        until, end = _until(sequence), len(sequence.lease.path) - 1
         for place, node in enumerate(nodes, end - len(nodes)):
             self._unwritten[node] = _Unwritten(self._id(node), until - place * 1e-6)
         self.pump()
@@ -140,7 +142,7 @@ class Keeper:
             block = self._id(node)
             if not self.kept.is_kept(block):
                 self.kept.losses.clear(block.name)
-                self._unwritten[node] = _Unwritten(block, sequence.begun + sequence.request.ttl - place * 1e-6)
+                self._unwritten[node] = _Unwritten(block, _until(sequence) - place * 1e-6)
         self.pump()
 
     def flush(self, seconds: float) -> bool:
@@ -196,16 +198,16 @@ class Keeper:
             parent = blocks[-1].key
         return blocks
 
-    def _is_rivals(self, sequence: Sequence, block: BlockId) -> bool:
-        """Whether the first block of a sequence is kept, but was made by something else."""
+    def _rival(self, sequence: Sequence, block: BlockId) -> str | None:
+        """The tier that keeps the first block of a sequence as something else made it; None where there is none."""
         for identity in self.kept.rivals:
             assert sequence.lease is not None
             tenant = sequence.request.namespace if sequence.lease.branch is None else PUBLIC
             root = root_key(identity, tenant)
             name = block_name(root, block_key(root, block.tokens))
-            if any(tier.contains(name) for tier in self.kept.tiers):
-                return True
-        return False
+            if (found := next((tier.name for tier in self.kept.tiers if tier.contains(name)), None)) is not None:
+                return found
+        return None
 
     @property
     def pending(self) -> bool:
@@ -234,7 +236,7 @@ class Keeper:
 
     def _save(self, node: Node, todo: _Unwritten) -> None:
         if -1 in node.windows:  # a part of it is gone
-            self.kept.losses.add(todo.block.name, Loss.UNWRITTEN)
+            self.kept.losses.add(todo.block.name, Loss.UNWRITTEN, MEMORY)
         else:
             self.kept.save(todo.block, self._store.read_block([node.block, *node.windows]), todo.until)
 
@@ -247,7 +249,7 @@ class Keeper:
         if todo is not None and self.kept.has_room:
             self._save(node, todo)
         elif not self.kept.is_kept(block):
-            self.kept.losses.add(block.name, Loss.EVICTED if todo is None else Loss.UNWRITTEN)
+            self.kept.losses.add(block.name, Loss.EVICTED if todo is None else Loss.UNWRITTEN, MEMORY)
 
     @staticmethod
     def _id(node: Node) -> BlockId:
@@ -256,3 +258,8 @@ class Keeper:
         while root.parent is not None:
             root = root.parent
         return BlockId(root.key, node.parent.key, node.tokens, node.key)
+
+
+def _until(sequence: Sequence) -> float:
+    """Before when others go first in the tiers: seconds of the epoch."""
+    return sequence.begun + (_DURABLE if sequence.request.durable else sequence.request.ttl)

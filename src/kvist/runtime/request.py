@@ -106,7 +106,8 @@ class Request:
     `grammar` makes a sequence's own grammar. `priority`: lower comes first. `tenant`: whose it is; room is shared
     fairly between tenants, and cached tokens only within one. `pooled`: the sum of the prompt's last hidden states is
     wanted. `kept`: what is computed for it may be written to the tiers behind the memory; there others go first for
-    `ttl` seconds since it was last used. `durable`: of what is found in memory, what the tiers lack is written, too.
+    `ttl` seconds since it was last used. `durable`: whoever asks wants all of it in the tiers: what memory has and they
+    lack is written, too, and goes after all that is held for a time.
     `adapter`: the id of the one that its rows have, if any. `imported`: of the context that it begins with, see
     `namespace_of`. `min_tokens`: before so many are drawn, none of `stop_ids` is, unless a grammar allows nothing else.
     """

@@ -23,10 +23,11 @@ from typing import Protocol
 
 from kvist.base.errors import InvariantError, OutOfBlocks
 from kvist.cache.manager import CacheManager, Lease, Room, fits
+from kvist.cache.tier import MEMORY
 from kvist.cache.tree import Node
 from kvist.runtime.batch import Work
 from kvist.runtime.request import Request
-from kvist.runtime.sequence import MEMORY, Cached, Sequence
+from kvist.runtime.sequence import Cached, Sequence
 
 # The widest step, in tokens, while somebody waits for the next token of an answer: prompts must not make answers
 # stutter.

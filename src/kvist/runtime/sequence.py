@@ -23,9 +23,6 @@ class Times:
     last: float = 0.0  # token drawn
 
 
-MEMORY = "memory"  # the nearest tier: the store itself
-
-
 @dataclass
 class Cached:
     """How many tokens a sequence did not compute, by why they were looked for; `tiers`, `resume_tiers`: those of the

@@ -57,13 +57,8 @@ def router(serving: Serving) -> APIRouter:
         form = body.form or (TEXT if serving.template is None else CHAT)
         try:
             made = await shelf.make(tenant_of(request), body.name, form, body.text)
-        except (RequestError, TextError, NumericsError, Overloaded, Stopping, TimedOut):  # which have their own answers
-            raise
-        except NoRoom as error:
-            log.warning("the context %s of tenant %r has no room: %s", body.name, tenant_of(request), error)
-            raise ApiError(
-                507, "there is no room on the server's disk for this context; try again later", code="no_room"
-            ) from None
+        except (RequestError, TextError, NumericsError, NoRoom, Overloaded, Stopping, TimedOut):
+            raise  # they have their own answers
         except KvistError as error:  # it may say where things lie on this machine
             log.error("the context %s of tenant %r could not be kept: %s", body.name, tenant_of(request), error)
             raise ApiError(500, "the context could not be kept; the server's log says why", code="not_kept") from None

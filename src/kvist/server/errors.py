@@ -9,10 +9,10 @@
 | 408 | the request itself did not arrive in time | `ApiError` |
 | 413 | the body is larger, or holds more values, than the server takes | `ApiError` |
 | 429 | the queue is full; `Retry-After` says when to come again | `Overloaded` |
+| 429 | the room on disk is full; no `Retry-After`, as it stays so until something is removed | `NoRoom` |
 | 500 | a defect, or a model whose numbers are none: details are in the log, under the request's id | anything else |
 | 503 | the server is shutting down | `Stopping` |
 | 504 | the request took longer than it may | `TimedOut` |
-| 507 | a context has no room on disk | `ApiError` |
 
 Nothing is a 422: every API answers 400 to a body that does not fit, and clients look for that.
 """
@@ -33,6 +33,7 @@ from starlette.responses import Response
 from kvist.base.errors import (
     ContextError,
     KvistError,
+    NoRoom,
     NumericsError,
     Overloaded,
     PromptTooLong,
@@ -102,6 +103,8 @@ def problem_of(error: BaseException) -> Problem:
         return Problem(400, str(error))
     if isinstance(error, Overloaded):
         return Problem(429, str(error), "overloaded", headers={"retry-after": str(error.retry_after)})
+    if isinstance(error, NoRoom):
+        return Problem(429, str(error), "no_room", headers=_NO_RETRY)
     if isinstance(error, Stopping):
         return Problem(503, str(error), "stopping")
     if isinstance(error, TimedOut):
@@ -228,7 +231,7 @@ _LLAMACPP_SCHEMA = {
         }
     },
 }
-_STATUSES = (400, 401, 403, 404, 405, 408, 413, 429, 500, 503, 504, 507)
+_STATUSES = (400, 401, 403, 404, 405, 408, 413, 429, 500, 503, 504)
 
 
 def _responses(schema: Mapping[str, Any]) -> dict[int | str, dict[str, Any]]:

@@ -26,6 +26,7 @@ from kvist.base.units import format_bytes
 from kvist.server.errors import ApiError, error_response, problem_of
 from kvist.server.logs import note_of
 from kvist.server.settings import ServerSettings
+from kvist.service.tenants import tenant_id
 
 OPEN = frozenset({"/health"})  # for load balancers: they have no key, and ask by any name
 OPERATORS = frozenset({"/metrics", "/slots"})  # where there are several tenants
@@ -33,7 +34,6 @@ _KEYS = ("x-api-key", "api-key")  # headers that hold one: Anthropic's and Azure
 _LINGER = 1.0  # seconds in which a client that is still sending gets to read why it was refused
 _MOST_DIGITS = 18  # of a length
 _LATE = 1.1  # by how much a request may pass its time: whoever works on it ends it in time, and better
-_TENANT = b"kvist tenant"
 _NUMBERS = 8  # of JSON's, which are read in the time of one other value
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # the last one may be open
 
@@ -68,7 +68,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
-        self._keys = [(_digest(key.encode()), _tenant(key, settings)) for key in settings.api_keys]
+        self._keys = [(_digest(key.encode()), tenant_id(key, settings.tenants.get(key))) for key in settings.api_keys]
         self._are_several = len({tenant for _, tenant in self._keys}) > 1
         self._operators = {tenant.id for tenant in settings.tenants.values() if tenant.operator}
         self._origins = frozenset(_origins(settings))
@@ -278,11 +278,6 @@ def _origins(settings: ServerSettings) -> list[str]:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
-
-
-def _tenant(key: str, settings: ServerSettings) -> str:
-    named = settings.tenants.get(key)
-    return hashlib.blake2b(key.encode(), digest_size=8, person=_TENANT).hexdigest() if named is None else named.id
 
 
 def _host_name(host: str) -> str:

@@ -12,7 +12,7 @@
 | `prompt_tokens_again_total{reason}` | tokens of these that an earlier request had, too: paid again |
 | `kept_blocks_read_total{tier}` | blocks read from the tiers behind the memory |
 | `kept_blocks_written_total{tier}`, `kept_bytes_written_total{tier}` | written to them |
-| `kept_losses_total{reason}` | blocks that were there once and could not be had: `evicted`, `corrupt`, ... |
+| `kept_losses_total{reason,tier}` | blocks that were there once and could not be had: `evicted`, `corrupt`, ... |
 | `kept_failures_total{tier,act}` | reads and writes that a tier refused, or took too long for |
 | `kept_bytes`, `kept_blocks` | what lies on disk now |
 | `prompt_tokens_total`, `generation_tokens_total` | tokens of prompts, found in the cache or not; tokens drawn |
@@ -42,6 +42,7 @@ from prometheus_client.registry import Collector
 from kvist.cache.disk import DiskTier
 from kvist.cache.kept import ACTS, KeptCache
 from kvist.cache.record import Loss
+from kvist.cache.tier import MEMORY
 from kvist.runtime.request import FinishReason
 from kvist.service.facts import Cause, Explained, Fact, Load, Matched, RequestDone, StepDone
 
@@ -198,8 +199,9 @@ class _KeptCounters(Collector):
             ("kept_bytes_written", "Bytes written to a tier.", found.written_bytes),
         ):
             yield _counted(name, what, ["tier"], {(tier.name,): counts[tier.name] for tier in self._kept.tiers})
-        losses = {(reason.value,): found.losses[reason.value] for reason in Loss}
-        yield _counted("kept_losses", "Blocks that were there once and could not be had.", ["reason"], losses)
+        tiers = MEMORY, *(tier.name for tier in self._kept.tiers)
+        losses = {(reason.value, tier): found.losses[tier, reason] for reason in Loss for tier in tiers}
+        yield _counted("kept_losses", "Blocks that were there once and could not be had.", ["reason", "tier"], losses)
         acts = {(tier.name, act): found.failures[tier.name, act] for tier in self._kept.tiers for act in ACTS}
         yield _counted("kept_failures", "Reads and writes that a tier refused.", ["tier", "act"], acts)
         for tier in self._kept.tiers:

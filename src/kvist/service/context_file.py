@@ -46,7 +46,7 @@ def export_context(context: Context, disk: DiskTier, path: Path, watch: Watch = 
     any more, or is damaged."""
     description = context.to_bytes()
     blocks, size = context.blocks, record_bytes(context.block_size, context.block_bytes)
-    with atomic_file(path) as target, open(target, "wb") as file:
+    with atomic_file(path, 0o600) as target, open(target, "wb") as file:
         digest = hashlib.sha256()
 
         def write(data: bytes | bytearray | memoryview) -> None:

@@ -34,7 +34,7 @@ def make_context(
     context = describe(name, "", form, text, tokens, sources, kept.identity, layout.block_size, layout.block_bytes)
     check_room(context, loaded.config.max_positions, kept.disk)
     engine = engine_for(loaded, kept, len(tokens) + 1)
-    sequence = engine.add(Request(tuple(tokens), 1))
+    sequence = engine.add(Request(tuple(tokens), 1, durable=True))
     while not engine.idle:
         if cancelled():
             engine.finish(sequence, FinishReason.CANCELLED)

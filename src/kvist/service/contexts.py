@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from kvist.base.errors import ContextError, KvistError, NoRoom, RequestError
-from kvist.base.files import atomic_file
+from kvist.base.files import atomic_file, private_folder
 from kvist.base.units import format_bytes, plural
 from kvist.cache.disk import DiskTier
 from kvist.cache.keys import root_key
 from kvist.cache.record import BlockId, record_bytes
+from kvist.cache.shares import Share
 from kvist.runtime.request import namespace_of
 from kvist.service.identity import Identity
 from kvist.text.chat import ChatTemplate
@@ -179,7 +180,10 @@ class Contexts:
 
     def save(self, context: Context) -> None:
         """Describe it on disk: whole or not at all."""
-        with atomic_file(self._path(context.name), 0o600) as target:
+        path = self._path(context.name)
+        private_folder(self._folder.parent)
+        private_folder(self._folder)
+        with atomic_file(path, 0o600) as target:
             target.write_bytes(context.to_bytes())
 
     def remove(self, name: str, disk: DiskTier | None = None) -> None:
@@ -190,7 +194,7 @@ class Contexts:
         blocks = self.blocks(name)
         path.unlink(missing_ok=True)
         if disk is not None:
-            _release(blocks, disk)
+            release(blocks, disk)
 
     def blocks(self, name: str) -> list[str]:
         """The names of its blocks; none where there is no such context, or it is damaged."""
@@ -225,7 +229,7 @@ def pin_all(disk: DiskTier) -> None:
         disk.pin([block.name for block in context.blocks], float("inf"))
 
 
-def _release(blocks: Sequence[str], disk: DiskTier) -> None:
+def release(blocks: Sequence[str], disk: DiskTier) -> None:
     """These may go, unless a context has them."""
     if blocks:
         others = {block.name for other in all_contexts(disk.folder) for block in other.blocks}
@@ -250,7 +254,7 @@ def chat_tokens(text: str, template: ChatTemplate | None, tokenizer: Tokenizer) 
 
 def check_room(context: Context, most: int, disk: DiskTier) -> None:
     """Raises `ContextError`, with the numbers, when it can never be kept: in a model whose context holds `most` tokens,
-    on this disk, beside the other contexts there, in its tenant's share."""
+    on this disk, in its tenant's share; and `NoRoom` when it cannot beside the contexts that are there."""
     tokens = len(context.tokens)
     if tokens < context.block_size:
         raise ContextError(
@@ -262,17 +266,19 @@ def check_room(context: Context, most: int, disk: DiskTier) -> None:
     for other in all_contexts(disk.folder):
         pinned |= _sizes(other)
     needed = _sizes(context)
-    share = disk.limits.get(context.namespace, math.inf)
+    share = disk.shares.get(context.namespace, Share(frozenset({context.namespace})))
+    room = min(share.lasting, disk.budget)
     new = sum(size for name, size in needed.items() if name not in pinned)
-    own = sum(size for name, size in pinned.items() if name.startswith(context.namespace))
+    own = sum(size for name, size in pinned.items() if name[:32] in share.namespaces)
     # Of what others hold nothing is said: they are other tenants.
-    if own + new > min(share, disk.budget):
-        raise ContextError(
-            f"the context takes {format_bytes(context.nbytes)} on disk, and of {format_bytes(min(share, disk.budget))} "
+    if own + new > room:
+        kind = ContextError if context.nbytes > room else NoRoom
+        raise kind(
+            f"the context takes {format_bytes(context.nbytes)} on disk, and of {format_bytes(room)} "
             f"your contexts hold {format_bytes(own)} already; remove some, or have more room given"
         )
     if sum(pinned.values()) + new > disk.budget:
-        raise ContextError(
+        raise NoRoom(
             f"the context takes {format_bytes(context.nbytes)} on disk, and so much is not left; remove some of your "
             "contexts, or have more room given"
         )
@@ -302,9 +308,9 @@ def finish(context: Context, contexts: Contexts, disk: DiskTier) -> None:
     try:
         contexts.save(context)
     except BaseException:
-        _release(blocks, disk)
+        release(blocks, disk)
         raise
-    _release(replaced, disk)
+    release(replaced, disk)
 
 
 def _described(folder: Path) -> list[Path]:

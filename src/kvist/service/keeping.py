@@ -5,24 +5,25 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvist.base.errors import ConfigError, KvistError
-from kvist.base.files import atomic_file, cache_folder, read_json
+from kvist.base.files import atomic_file, cache_folder, private_folder, read_json
 from kvist.base.units import format_bytes
 from kvist.cache.disk import DiskTier
 from kvist.cache.kept import KeptCache
 from kvist.cache.manager import CacheManager
 from kvist.cache.record import Loss, record_bytes
+from kvist.cache.remote import RemoteTier
+from kvist.cache.shares import Share
 from kvist.cache.tier import Tier
 from kvist.runtime.request import ADAPTER
-from kvist.service.contexts import pin_all
+from kvist.service.contexts import FOLDER, pin_all
 from kvist.service.identity import Identity, identify
 from kvist.service.loaded import Loaded
 from kvist.service.openings import note_opening
-from kvist.service.tenants import Tenant
 
 log = logging.getLogger("kvist.cache")
 
@@ -36,12 +37,13 @@ _MOST_IDENTITIES = 256
 class KeepSettings:
     """`folder`: by default one for all models, beside the compiled kernels. `disk`: bytes that blocks may take there;
     by default what was last given for that folder. `max_age`: seconds after which what was not used is deleted.
-    `remote`: URL of a store that machines share."""
+    `remote`: URL of a store that machines share. `on_disk`: whether anything is kept in the folder."""
 
     folder: Path | None = None
     disk: int | None = None
     max_age: float = math.inf
     remote: str | None = None
+    on_disk: bool = True
 
     @property
     def path(self) -> Path:
@@ -51,6 +53,8 @@ class KeepSettings:
         """Bytes that blocks may take. One that is given is remembered in the folder."""
         path = self.path / _BUDGET
         try:
+            if not self.path.exists():
+                private_folder(self.path)  # what somebody made for it stays as it was made
             if self.disk is not None:
                 with atomic_file(path, 0o600) as target:
                     target.write_text(json.dumps({"disk": self.disk}))
@@ -64,33 +68,43 @@ class KeepSettings:
 
 @dataclass(frozen=True)
 class Kept:
-    """What `open_kept` opened. `identity` is that of the model. `remote`: the store that machines share, without its
-    password."""
+    """What `open_kept` opened: the tiers that were asked for. `identity` is that of the model."""
 
     cache: KeptCache
-    disk: DiskTier
     identity: Identity
-    remote: str | None = None
+    folder: DiskTier | None
+    remote: RemoteTier | None
 
-    def limit(self, tenants: Iterable[Tenant], manager: CacheManager, adapters: Iterable[str] = ()) -> None:
-        """Hold tenants to their own shares of the disk: what each of their namespaces may take there, those of
-        `adapters` included."""
-        for tenant in tenants:
-            if tenant.disk is None:
-                continue
-            own = [manager.tree.root(f"{tenant.id}{ADAPTER}{adapter}") for adapter in adapters]
-            for root in (*manager.roots(tenant.id), *own):
-                self.disk.limits[root.key.hex()[:32]] = tenant.disk or 0
+    @property
+    def disk(self) -> DiskTier:
+        """The folder. Raises `ConfigError` where none was asked for."""
+        if self.folder is None:
+            raise ConfigError("nothing is kept on disk here; --cache-disk SIZE, as in 20GB, has it kept")
+        return self.folder
 
-    def describe(self) -> str:
-        """One line."""
-        block = self.cache.payload
-        shared = "" if self.remote is None else f"; shared in {self.remote}"
-        return (
-            f"kept in {self.disk.folder}: {len(self.disk):,} blocks, {format_bytes(self.disk.used)} of "
-            f"{format_bytes(self.disk.budget)}, {format_bytes(block)} each; identity {self.identity.digest.hex()[:12]}"
-            f"{shared}"
-        )
+    def share(self, limits: Mapping[str, int | None], manager: CacheManager, adapters: Iterable[str] = ()) -> None:
+        """Give each of several tenants, by their ids, an equal part of the disk, and hold those with a limit (bytes) to
+        it, what they have with `adapters` included."""
+        if self.folder is None:
+            return
+        # One alone shares with nobody: what other models left goes by its age alone.
+        part = self.folder.budget // len(limits) if len(limits) > 1 else 0
+        for tenant, limit in limits.items():
+            own = [manager.tree.root(f"{tenant}{ADAPTER}{adapter}") for adapter in adapters]
+            namespaces = frozenset(root.key.hex()[:32] for root in (*manager.roots(tenant), *own))
+            share = Share(namespaces, part, math.inf if limit is None else limit)
+            self.folder.shares.update(dict.fromkeys(namespaces, share))
+
+    def describe(self) -> list[str]:
+        """A line for each tier."""
+        lines, block = list[str](), format_bytes(self.cache.payload)
+        if (disk := self.folder) is not None:
+            used = f"{format_bytes(disk.used)} of {format_bytes(disk.budget)}"
+            identity = self.identity.digest.hex()[:12]
+            lines.append(f"kept in {disk.folder}: {len(disk):,} blocks, {used}, {block} each; identity {identity}")
+        if self.remote is not None:
+            lines.append(f"shared through {self.remote.place}: {block} each; {self.remote.budget}")
+        return lines
 
 
 @contextlib.contextmanager
@@ -98,35 +112,43 @@ def open_kept(loaded: Loaded, settings: KeepSettings) -> Iterator[Kept]:
     """The tiers for this model, until the end of the block. Raises `ConfigError` for a folder, a budget or a remote
     that cannot be."""
     identity = identify(loaded)
-    payload = loaded.layout.block_bytes
-    size = record_bytes(loaded.layout.block_size, payload)
-    budget = settings.budget()
+    with contextlib.ExitStack() as stack:
+        remote = None if settings.remote is None else RemoteTier(settings.remote)
+        disk = stack.enter_context(contextlib.closing(_open_folder(loaded, settings))) if settings.on_disk else None
+        tiers: list[Tier] = [tier for tier in (disk, remote) if tier is not None]
+        cache = stack.enter_context(contextlib.closing(KeptCache(tiers, loaded.layout.block_bytes)))
+        if disk is not None:
+            _move_in(loaded, identity, disk, cache)
+        yield Kept(cache, identity, disk, remote)
+
+
+def _open_folder(loaded: Loaded, settings: KeepSettings) -> DiskTier:
+    budget, size = settings.budget(), record_bytes(loaded.layout.block_size, loaded.layout.block_bytes)
     if budget < size:
         raise ConfigError(
             f"a budget of {format_bytes(budget)} on disk is too small: one block of this model takes "
             f"{format_bytes(size)}"
         )
-    disk = DiskTier(settings.path, budget, settings.max_age)
-    tiers: list[Tier] = [disk]
-    remote = None
-    if settings.remote is not None:
-        from kvist.cache.remote import RemoteTier
+    return DiskTier(settings.path, budget, settings.max_age)
 
-        store = RemoteTier(settings.remote)
-        tiers.append(store)
-        remote = store.shown
-    cache = KeptCache(tiers, payload)
-    disk.lost = lambda block, expired: cache.losses.add(block, Loss.EXPIRED if expired else Loss.EVICTED)
-    cache.rivals = _rivals(settings.path, identity)
-    _note(settings.path, identity)
+
+def _move_in(loaded: Loaded, identity: Identity, disk: DiskTier, cache: KeptCache) -> None:
+    """Join the folder to the cache, and leave a note of the model there."""
+
+    def lost(block: str, expired: bool) -> None:
+        cache.losses.add(block, Loss.EXPIRED if expired else Loss.EVICTED, disk.name)
+
+    disk.lost = lost
+    for name in (_IDENTITIES, FOLDER):
+        try:
+            private_folder(disk.folder / name)
+        except KvistError as error:
+            log.warning("%s", error)
+    cache.rivals = _rivals(disk.folder, identity)
+    _note(disk.folder, identity)
     if loaded.opening is not None:
-        note_opening(settings.path, identity, loaded.opening)
+        note_opening(disk.folder, identity, loaded.opening)
     pin_all(disk)
-    try:
-        yield Kept(cache, disk, identity, remote)
-    finally:
-        cache.close()
-        disk.close()
 
 
 def _rivals(folder: Path, identity: Identity) -> tuple[bytes, ...]:

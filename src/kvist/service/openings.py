@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kvist.base.errors import KvistError
-from kvist.base.files import atomic_file, read_json
+from kvist.base.files import atomic_file, private_folder, read_json
 from kvist.service.identity import Identity
 from kvist.service.loaded import Opening
 
@@ -22,6 +22,7 @@ _MOST_BYTES = 1 << 16
 def note_opening(folder: Path, identity: Identity, opening: Opening) -> None:
     """Leave a note. It is a convenience: a folder where it cannot lie is told of in the log alone."""
     try:
+        private_folder(folder / _FOLDER)
         with atomic_file(_path(folder, identity), 0o600) as target:
             target.write_text(json.dumps(asdict(opening)))
     except KvistError as error:

@@ -86,7 +86,7 @@ class Serving:
         # The last token drawn is never written, so a sequence may have one more than the cache holds.
         self.context = min(loaded.config.max_positions, manager.pool.capacity * manager.block_size)
         self.explainer = Explainer(lambda ids: self.tokenizer.decode(ids, skip_special=False), manager.block_size)
-        self.shelf = None if kept is None else Shelf(self, kept)
+        self.shelf = None if kept is None or kept.folder is None else Shelf(self, kept)
         self._engine = engine
         self._max_waiting = max_waiting
         self._timeout = timeout

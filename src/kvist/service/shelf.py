@@ -5,12 +5,12 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from kvist.base.errors import KvistError, RequestError
+from kvist.base.errors import KvistError, NoRoom, RequestError
 from kvist.cache.manager import CacheManager
 from kvist.runtime.request import Request
 from kvist.service.aside import Aside
 from kvist.service.context_making import context_tokens, usable
-from kvist.service.contexts import Context, Contexts, NoSuchContext, check_name, check_room, describe, finish
+from kvist.service.contexts import Context, Contexts, NoSuchContext, check_name, check_room, describe, finish, release
 from kvist.service.keeping import Kept
 from kvist.service.loaded import Loaded
 from kvist.service.session import Job, Session
@@ -42,7 +42,8 @@ class Shelf:
         self._kept = kept
 
     async def make(self, tenant: str, name: str, form: str, text: str) -> Context:
-        """Compute a context and keep it. Raises `KvistError` for a name, or a text, that cannot be one."""
+        """Compute a context and keep it. Raises `KvistError` for a name, or a text, that cannot be one, and `NoRoom`
+        where its tenant has none on disk."""
         check_name(name)
         serving, kept, layout = self._serving, self._kept, self._serving.loaded.layout
         tokens = await serving.aside.run(
@@ -52,19 +53,34 @@ class Shelf:
         check_room(context, serving.loaded.config.max_positions, kept.disk)
         if serving.manager.begins_public(tokens):
             raise RequestError("the text begins with a prompt that this server keeps for all: ask with it, it is read")
-        session = serving.submit(Job(Request(tuple(tokens), 1, tenant=tenant, durable=True)))
-        session.name(f"context {name}")
+        refused = kept.disk.refused
+        try:
+            await self._compute(context)
+            blocks, end = [block.name for block in context.blocks], time.monotonic() + _PATIENCE
+            while not all(map(kept.disk.contains, blocks)) and time.monotonic() < end and self._is_writing(context):
+                await asyncio.sleep(0.02)
+            if kept.disk.refused > refused and not all(map(kept.disk.contains, blocks)):
+                raise NoRoom(
+                    "the context found no room on disk beside what you and others keep there; remove some of your "
+                    "contexts, or have more room given"
+                )
+            finish(context, self._contexts(tenant), kept.disk)
+        except BaseException:
+            release([block.name for block in context.blocks], kept.disk)
+            raise
+        return context
+
+    async def _compute(self, context: Context) -> None:
+        """Have its tokens run, and its blocks handed over to be written."""
+        request = Request(context.tokens, 1, tenant=context.tenant, durable=True)
+        session = self._serving.submit(Job(request))
+        session.name(f"context {context.name}")
         try:
             async for delta in session:
                 if delta.error is not None:
                     raise delta.error
         finally:
             session.cancel()
-        blocks, end = [block.name for block in context.blocks], time.monotonic() + _PATIENCE
-        while not all(map(kept.disk.contains, blocks)) and time.monotonic() < end and self._is_writing(context):
-            await asyncio.sleep(0.02)
-        finish(context, self._contexts(tenant), kept.disk)
-        return context
 
     def get(self, tenant: str, name: str) -> Context:
         """One that a prompt shall begin with. Raises `NoSuchContext` for a name that there is not, `KvistError` for one
