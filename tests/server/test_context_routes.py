@@ -136,9 +136,7 @@ def test_another_server_reads_what_the_first_has_left(tiny_model: Path, tmp_path
         assert metrics[0]["usable"]
 
 
-def test_a_context_without_room_is_a_429_that_does_not_say_when_to_come_again(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_context_without_room_is_a_429_without_a_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DiskTier, "put", lambda tier, block, record, until: False)  # all of it is held for others
     found = ask(url, "POST", "/v1/contexts", {"name": "late", "text": f"Late. {TEXT}"})
     assert found.status_code == 429
