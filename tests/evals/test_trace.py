@@ -66,7 +66,9 @@ def test_packed_weights_show_what_others_do_and_the_same_bits(
     loaded.model.pack(uniform(8), loaded.backend)
     for weight in weights_of(loaded.model).values():
         for first in range(0, weight.form.rows, 7):
-            rows = torch.randn(min(7, weight.form.rows - first), weight.columns, generator=torch.Generator().manual_seed(first))
+            rows = torch.randn(
+                min(7, weight.form.rows - first), weight.columns, generator=torch.Generator().manual_seed(first)
+            )
             packed.put_rows(weight.codes, weight.form, first, rows)
     runner = loaded.engine(8, sequences=2).runner
     fused = runner.run([Work(runner.manager.open(), [1, 2, 3])])[0]

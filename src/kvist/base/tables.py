@@ -8,12 +8,12 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-WIDE = 140  # columns, where nobody says how wide the output is
+WIDE = 140  # columns
 
 
-def output() -> Console:
-    """Standard output, as wide as the terminal is."""
-    return Console(width=None if sys.stdout.isatty() else WIDE)
+def output(wide: int = WIDE) -> Console:
+    """Standard output, as wide as the terminal is; `wide` columns where it is none."""
+    return Console(width=None if sys.stdout.isatty() else wide)
 
 
 def show(console: Console, table: Table) -> None:
@@ -28,7 +28,8 @@ def show(console: Console, table: Table) -> None:
         console.print(table.title, style="table.title", highlight=False)
     for cells in zip(*(column.cells for column in table.columns), strict=True):
         # What tells rows apart stands first, and alone.
-        console.print(_text(cells[0]), style="bold", highlight=False)
+        if first := _text(cells[0]):
+            console.print(first, style="bold", highlight=False)
         for line in _lines(table, cells[1:], console.width - 2):
             console.print(Text("  ") + line, highlight=False)
 

@@ -1,7 +1,6 @@
 """`kvist eval`: what a model still knows through its cache, by codec."""
 
 import importlib.util
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvist.base.errors import KvistError
+from kvist.base.units import plain_name
 from kvist.cli.options import Json, Model, note, numbers, print_json
+from kvist.cli.process import Threads, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,10 +44,12 @@ def recall(
     questions: Annotated[int, typer.Option(min=1, help="Asked for each length, at least.")] = 2048,
     seed: Seed = 0,
     plot: Plot = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Ask for values that stand in the cache among noise: the share of right answers, and the KL divergence from the
     run over a cache in full precision."""
+    prepare(threads)
     from kvist.evals.recall import RecallEval, RecallReport
     from kvist.evals.recall import plot as draw
     from kvist.service.loaded import RECALL, open_model
@@ -80,10 +83,12 @@ def needle(
     trials: Annotated[int, typer.Option(min=1, help="Random numbers for each length and depth.")] = 4,
     seed: Seed = 0,
     plot: Plot = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Hide a sentence with a random number in a long text and ask for it: is the greedy continuation the number, and
     how much likelier does the sentence make it?"""
+    prepare(threads)
     from kvist.evals.needle import Haystack, NeedleEval, NeedleReport
     from kvist.evals.needle import plot as draw
     from kvist.service.loaded import open_model
@@ -132,7 +137,7 @@ def _print_recall(report: "RecallReport") -> None:
     cached = ", ".join(f"{part.cached_tokens:,}" for part in report.rows[0].by_length)
     _print_tables(
         {
-            f"{report.model}: {report.rows[0].score.questions:,} questions": whole,
+            f"{plain_name(report.model)}: {report.rows[0].score.questions:,} questions": whole,
             f"accuracy by length; tokens read from the cache: {cached}": by_length,
             "accuracy by depth of the pair in its context": by_depth,
         }
@@ -150,22 +155,23 @@ def _print_needle(report: "NeedleReport") -> None:
             place = (f"{cell.length:,}", f"{cell.depth:.0%}", f"{cell.cached_tokens:,}", f"{cell.exact:.2f}")
             nats = (f"{cell.log_probability:.2f}", f"{cell.log_probability_without:.2f}", f"{cell.gain:.2f}")
             cells.append((row.kv, *place, *nats))
-    title = f"{report.model}: a number in {report.spelling} within {report.text}; log-probabilities in nats"
+    title = f"{plain_name(report.model)}: a number in {report.spelling} within {report.text}; log-probabilities in nats"
     _print_tables({title: whole, "by length and depth of the needle": cells})
 
 
 def _print_tables(tables: dict[str, list[tuple[str, ...]]]) -> None:
     """Each under its title; the first row of each is its head."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    from kvist.base.tables import output, show
+
+    console = output()
     for title, (head, *rows) in tables.items():
         console.print(title, style="bold")
         table = Table(*head, box=None, pad_edge=False)
         for row in rows:
             table.add_row(*row)
-        console.print(table)
+        show(console, table)
         console.print()
 
 

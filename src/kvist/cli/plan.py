@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvist.base.units import format_bytes, plural
+from kvist.base.units import format_bytes, plain_name, plural
 from kvist.cli.options import Json, Model, numbers, print_json
 from kvist.cli.process import starting
 
@@ -43,7 +43,7 @@ def _print(found: "Plan", contexts: list[int]) -> None:
     from kvist.base.tables import output, show
 
     console = output()
-    console.print(f"{found.model} · {found.family}")
+    console.print(f"{plain_name(found.model)} · {found.family}")
     for kind in found.kinds:
         kept = f"of the last {kind.tokens:,} tokens" if kind.tokens else "of every token"
         if kind.numbers:

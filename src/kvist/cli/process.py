@@ -1,4 +1,4 @@
-"""What a verb does to its own process: the threads it computes with, Ctrl-C while it starts, a reader that goes away."""
+"""What a verb does to its own process: its threads, Ctrl-C while it starts, and a reader that goes away."""
 
 import io
 import os
@@ -42,9 +42,6 @@ def prepare(threads: int | None) -> None:
     if threads is not None and not 1 <= threads <= most:
         raise KvistError(f"--threads takes a number from 1 to {most}, the cores of this machine; got {threads}")
     with starting():
-        import rich.console
-        import rich.status
-        import rich.table
         import torch
 
         import kvist.service.loaded  # noqa: F401
@@ -79,6 +76,4 @@ def quiet_pipe() -> None:
     if is_pipe:
         out.flush()
         raw = io.BufferedWriter(_Pipe(descriptor, "wb", closefd=False))
-        sys.stdout = io.TextIOWrapper(
-            raw, encoding=out.encoding, errors=out.errors, line_buffering=out.line_buffering
-        )
+        sys.stdout = io.TextIOWrapper(raw, encoding=out.encoding, errors=out.errors, line_buffering=out.line_buffering)

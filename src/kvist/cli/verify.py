@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from kvist.base.units import plain_name
 from kvist.cli.options import Activations, Dtype, Json, Kv, Merged, Model, Weights, note, print_json
 from kvist.cli.process import Threads, prepare
 
@@ -37,7 +38,8 @@ def verify(
 
     loaded = open_model(model, dtype=dtype, kv=kv, weights=weights, activations=activations, adapter=adapter)
     verifier = Verifier(loaded, tokens, steps, trials, seed)
-    title = f"{loaded.name} · operators {loaded.backend.name} · weights {loaded.model.weights} · KV {loaded.layout.kv}"
+    kinds = f"operators {loaded.backend.name} · weights {loaded.model.weights} · KV {loaded.layout.kv}"
+    title = f"{plain_name(loaded.name)} · {kinds}"
     table = Table("check", "result", "compared", "evidence", title=title, title_justify="left")
     checks = []
     with Console(stderr=True).status("verifying", spinner="line") as status:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvist.base.errors import RequestError
+from kvist.base.units import plain_name
 from kvist.evals.forced import feed, kl_divergences
 from kvist.evals.heatmap import Heatmap, Panel, draw
 from kvist.runtime.runner import Runner
@@ -246,4 +247,11 @@ def plot(report: RecallReport, path: Path) -> None:
     lengths = [f"{length.length:,}" for length in report.rows[0].by_length]
     depths = [f"{bin / DEPTHS:.0%} to {(bin + 1) / DEPTHS:.0%}" for bin in range(DEPTHS)]
     accuracy = Heatmap("right answers (%)", panels, low, 100.0, lambda value: f"{value:.1f}")
-    draw(path, [accuracy], lengths, depths, "depth of the pair in its context")
+    draw(
+        path,
+        f"{plain_name(report.model)}: right answers, by codec",
+        [accuracy],
+        lengths,
+        depths,
+        "depth of the pair in its context",
+    )

@@ -74,6 +74,7 @@ def plan_model(name: str, source: Path, kvs: Sequence[str], contexts: Sequence[i
     config = load_config(source) if found is None else found.config
     for kv in kvs:
         choice = parse_choice(kv)
+        choice.check(config.layer_specs())
         try:
             layout = plan_layout(config.layer_specs(), choice)
         except ConfigError as error:
