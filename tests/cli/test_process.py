@@ -9,28 +9,19 @@ import pytest
 
 from kvist.cli.process import starting
 
-VERBS = [
-    "--help",
-    "plan",
-    "plan --json",
-    "trace -p abc",
-    "trace -p abc --json",
-    "run -p abc",
-    "eval codecs --samples 64",
-]
+VERBS = ["--help", "plan --json", "trace -p abc", "run -p abc", "verify --steps 1 --trials 1 --tokens 70"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_reader_that_is_gone_is_no_error(verb: str) -> None:
     """Nobody reads from the first byte on, so every write fails, the last flush too."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kvist", *verb.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.stderr is not None
-    err = process.stderr.read().decode()
-    assert process.wait(300) == 0, err
+    command = [sys.executable, "-m", "kvist", *verb.split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        err = process.stderr.read().decode()
+        assert process.wait(300) == 0, err
     assert "Traceback" not in err
     assert "Broken" not in err
 

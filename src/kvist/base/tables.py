@@ -1,7 +1,7 @@
 """Tables that can be read at any width: where their columns do not fit side by side, their rows are written out."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -19,30 +19,52 @@ def output(wide: int = WIDE) -> Console:
 def show(console: Console, table: Table) -> None:
     """Print a table, or its rows one after another, if numbers or words would be broken to fit it in. Cells are
     text."""
-    for column in table.columns:
-        column.no_wrap = column.no_wrap or column.justify == "right"  # numbers stay whole; words go on below
-    if Measurement.get(console, console.options.update(width=10_000), table).minimum <= console.width:
-        console.print(table)
+    texts = [[_text(cell) for cell in (column.header, *column.cells)] for column in table.columns]
+    whole = [max(text.cell_len for text in column) for column in texts]
+    words = [max(max(map(len, text.plain.split()), default=0) for text in column) for column in texts]
+    # Numbers stay whole; words go on below.
+    least = [
+        most if column.justify == "right" else word
+        for column, most, word in zip(table.columns, whole, words, strict=True)
+    ]
+    frame = Measurement.get(console, console.options.update(width=100_000), table).maximum - sum(whole)
+    room = console.width - frame
+    if sum(least) > room:
+        _stack(console, table, texts)
         return
+    for column, width in zip(table.columns, _shrunk(whole, least, room), strict=True):
+        column.width = width
+    console.print(table)
+
+
+def _shrunk(whole: Sequence[int], least: Sequence[int], room: int) -> list[int]:
+    """Widths that fit: always the widest that can become narrower does."""
+    widths = list(whole)
+    while sum(widths) > room:
+        widest = max((i for i in range(len(widths)) if widths[i] > least[i]), key=lambda i: widths[i])
+        widths[widest] -= 1
+    return widths
+
+
+def _stack(console: Console, table: Table, texts: Sequence[Sequence[Text]]) -> None:
+    """Each row on lines of its own; what tells rows apart stands first, and alone."""
     if table.title is not None:
         console.print(table.title, style="table.title", highlight=False)
-    for cells in zip(*(column.cells for column in table.columns), strict=True):
-        # What tells rows apart stands first, and alone.
-        if first := _text(cells[0]):
-            console.print(first, style="bold", highlight=False)
-        for line in _lines(table, cells[1:], console.width - 2):
+    heads = [column[0] for column in texts]
+    for cells in zip(*(column[1:] for column in texts), strict=True):
+        if cells[0]:
+            console.print(cells[0], style="bold", highlight=False)
+        for line in _lines(heads[1:], cells[1:], console.width - 2):
             console.print(Text("  ") + line, highlight=False)
 
 
-def _lines(table: Table, cells: tuple[object, ...], width: int) -> Iterator[Text]:
+def _lines(heads: Sequence[Text], cells: Sequence[Text], width: int) -> Iterator[Text]:
     """A row's cells, each behind its column's head, as many in a line as fit; longer ones are broken between words."""
     line = Text()
-    for column, cell in zip(table.columns[1:], cells, strict=True):
-        value = _text(cell)
-        if not value.plain:
+    for head, cell in zip(heads, cells, strict=True):
+        if not cell:
             continue
-        head = _text(column.header)
-        pair = Text.assemble(head, " ", value) if head.plain else value
+        pair = Text.assemble(head, " ", cell) if head else cell
         if line and line.cell_len + 3 + pair.cell_len > width:
             yield line
             line = Text()
