@@ -1,7 +1,6 @@
-"""Numbers, times and names as people, and clients, read them."""
+"""Numbers and times as people, and clients, read them."""
 
 from datetime import UTC, datetime
-from pathlib import Path
 
 
 def format_bytes(count: float) -> str:
@@ -25,11 +24,6 @@ def format_duration(seconds: float) -> str:
 def utc_time(seconds: float) -> str:
     """Seconds of the epoch as RFC 3339 has them: `2026-11-30T12:00:00.250000Z`."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-def plain_name(model: str) -> str:
-    """`models/SmolLM2-135M.gguf` → `SmolLM2-135M`: what people call a model, wherever it lies."""
-    return Path(model).expanduser().resolve().name.removesuffix(".gguf")
 
 
 def plural(count: int, noun: str) -> str:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvist.base.errors import KvistError
-from kvist.base.units import plain_name
 from kvist.cli.options import Json, Kv, Model, note, numbers, print_json
 from kvist.cli.process import Threads, prepare
 
@@ -133,9 +132,11 @@ def neighbours(
     busy: Annotated[int, typer.Option(min=1, help="Processes that spin.")] = 1,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved measurements of each.")] = 11,
     peers: Folder = PEERS,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Decoding alone and beside busy processes, and llama.cpp in the same turns where it is built."""
+    prepare(threads)
     from rich.console import Console
 
     from kvist.bench import neighbours as bench
@@ -199,7 +200,8 @@ def cache(
     from kvist.service.loaded import open_model
 
     if model is not None:
-        models = [(plain_name(model), open_model(model))]
+        loaded = open_model(model)
+        models = [(loaded.name, loaded)]
     else:
         models = [
             (name, random_model(name, "fp32" if name.startswith("nanogpt") else "bf16")) for name in shape.split(",")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvist.base.errors import KvistError
-from kvist.base.units import format_bytes, plain_name
+from kvist.base.units import format_bytes
 from kvist.cli.options import Dtype, Json, Model, note, print_json
 from kvist.cli.process import Threads, prepare
 from kvist.cli.run import INTERRUPTED
@@ -86,7 +86,7 @@ def _print(report: "CalibrationReport") -> None:
     from kvist.base.tables import output, show
 
     console = output()
-    title = f"{plain_name(report.model)} · {report.text}, {report.tokens:,} tokens · at least {report.threshold}"
+    title = f"{report.model} · {report.text}, {report.tokens:,} tokens · at least {report.threshold}"
     layers = Table(title=title, title_justify="left")
     for column in ("layer", "stream", "mean / σ", "drift / σ", "codec", "scores", "output"):
         layers.add_column(column, justify="left" if column in ("stream", "codec") else "right")

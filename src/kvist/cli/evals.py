@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvist.base.errors import KvistError
-from kvist.base.units import plain_name
 from kvist.cli.options import Json, Model, note, numbers, print_json
 from kvist.cli.process import Threads, prepare
 
@@ -61,7 +60,7 @@ def recall(
     with _progress() as observe:
         measure = RecallEval(open_model(name, kv="fp32"), lengths, questions, seed, observe)
         rows = [measure.score(loaded, codec, observe) for codec, loaded in opened]
-    report = RecallReport(model or "kvist-recall", rows)
+    report = RecallReport("kvist-recall" if model is None else opened[0][1].name, rows)
     if as_json:
         print_json(report.to_json())
     else:
@@ -137,7 +136,7 @@ def _print_recall(report: "RecallReport") -> None:
     cached = ", ".join(f"{part.cached_tokens:,}" for part in report.rows[0].by_length)
     _print_tables(
         {
-            f"{plain_name(report.model)}: {report.rows[0].score.questions:,} questions": whole,
+            f"{report.model}: {report.rows[0].score.questions:,} questions": whole,
             f"accuracy by length; tokens read from the cache: {cached}": by_length,
             "accuracy by depth of the pair in its context": by_depth,
         }
@@ -155,7 +154,7 @@ def _print_needle(report: "NeedleReport") -> None:
             place = (f"{cell.length:,}", f"{cell.depth:.0%}", f"{cell.cached_tokens:,}", f"{cell.exact:.2f}")
             nats = (f"{cell.log_probability:.2f}", f"{cell.log_probability_without:.2f}", f"{cell.gain:.2f}")
             cells.append((row.kv, *place, *nats))
-    title = f"{plain_name(report.model)}: a number in {report.spelling} within {report.text}; log-probabilities in nats"
+    title = f"{report.model}: a number in {report.spelling} within {report.text}; log-probabilities in nats"
     _print_tables({title: whole, "by length and depth of the needle": cells})
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvist.base.errors import KvistError
-from kvist.base.units import format_bytes, plain_name
+from kvist.base.units import format_bytes
 from kvist.cli.options import Dtype, Json, Model, graceful_interrupt, note, print_json
 from kvist.cli.process import Threads, prepare
 from kvist.cli.run import INTERRUPTED
@@ -92,7 +92,7 @@ def _print(report: "FidelityReport") -> None:
     from kvist.base.tables import output, show
 
     title = (
-        f"{plain_name(report.model)} · {report.text}: {report.predictions:,} predictions behind coded blocks, of "
+        f"{report.model} · {report.text}: {report.predictions:,} predictions behind coded blocks, of "
         f"{report.tokens:,} tokens · against {report.base}: {format_bytes(report.base_bytes_per_token)} a token, "
         f"perplexity {report.base_ppl:.4g}"
     )

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvist.base.units import format_bytes, plain_name, plural
+from kvist.base.units import format_bytes, plural
 from kvist.cli.options import Json, Model, numbers, print_json
 from kvist.cli.process import starting
 
@@ -24,13 +24,13 @@ def plan(
     """What a model keeps per layer, the bytes of its KV at growing contexts under each codec beside a naive cache, and
     those of its weights. Of a model on the hub only the config is fetched, or its GGUF file."""
     with starting():
-        from kvist.service.loaded import BUNDLED, find_gguf
+        from kvist.service.loaded import BUNDLED, find_gguf, plain_name
     from kvist.service.plan import KVS, plan_model
     from kvist.weights.hub import resolve
 
     contexts = numbers(context, "--context", "4096,32768")
     source = BUNDLED if model is None else find_gguf(model) or resolve(model, progress=True, weights=False)
-    found = plan_model(model or "kvist-shakespeare", source, kv or KVS, contexts)
+    found = plan_model("kvist-shakespeare" if model is None else plain_name(model), source, kv or KVS, contexts)
     if as_json:
         print_json(found.to_json())
     else:
@@ -43,7 +43,7 @@ def _print(found: "Plan", contexts: list[int]) -> None:
     from kvist.base.tables import output, show
 
     console = output()
-    console.print(f"{plain_name(found.model)} · {found.family}")
+    console.print(f"{found.model} · {found.family}")
     for kind in found.kinds:
         kept = f"of the last {kind.tokens:,} tokens" if kind.tokens else "of every token"
         if kind.numbers:

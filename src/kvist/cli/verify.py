@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 
-from kvist.base.units import plain_name
 from kvist.cli.options import Activations, Dtype, Json, Kv, Merged, Model, Weights, note, print_json
 from kvist.cli.process import Threads, prepare
 
@@ -39,7 +38,7 @@ def verify(
     loaded = open_model(model, dtype=dtype, kv=kv, weights=weights, activations=activations, adapter=adapter)
     verifier = Verifier(loaded, tokens, steps, trials, seed)
     kinds = f"operators {loaded.backend.name} · weights {loaded.model.weights} · KV {loaded.layout.kv}"
-    title = f"{plain_name(loaded.name)} · {kinds}"
+    title = f"{loaded.name} · {kinds}"
     table = Table("check", "result", "compared", "evidence", title=title, title_justify="left")
     checks = []
     with Console(stderr=True).status("verifying", spinner="line") as status:

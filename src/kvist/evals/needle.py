@@ -14,7 +14,6 @@ from statistics import fmean
 import torch
 
 from kvist.base.errors import RequestError, TextError
-from kvist.base.units import plain_name
 from kvist.evals.forced import feed
 from kvist.evals.heatmap import Heatmap, Panel, draw
 from kvist.runtime.runner import Runner
@@ -263,7 +262,7 @@ def plot(report: NeedleReport, path: Path) -> None:
     exact = [_panel(row, lengths, row.exact, lambda cell: cell.exact) for row in report.rows]
     gain = [_panel(row, lengths, row.gain, lambda cell: cell.gain) for row in report.rows]
     maps = [Heatmap("gain by the needle (nats)", gain, low, high, lambda value: f"{round(value, 1) + 0.0:.1f}")]
-    title, shares = f"{plain_name(report.model)}: a number in {report.text}", {cell.exact for cell in cells}
+    title, shares = f"{report.model}: a number in {report.text}", {cell.exact for cell in cells}
     if len(shares) > 1:
         maps.insert(0, Heatmap("share of exact answers", exact, 0.0, 1.0, lambda value: f"{value:.2f}"))
     else:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kvist.base.errors import RequestError
-from kvist.base.units import plain_name
 from kvist.evals.forced import feed, kl_divergences
 from kvist.evals.heatmap import Heatmap, Panel, draw
 from kvist.runtime.runner import Runner
@@ -249,7 +248,7 @@ def plot(report: RecallReport, path: Path) -> None:
     accuracy = Heatmap("right answers (%)", panels, low, 100.0, lambda value: f"{value:.1f}")
     draw(
         path,
-        f"{plain_name(report.model)}: right answers, by codec",
+        f"{report.model}: right answers, by codec",
         [accuracy],
         lengths,
         depths,
