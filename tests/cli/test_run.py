@@ -173,11 +173,15 @@ def test_ctrl_c_ends_between_two_tokens_and_reports(model: Path) -> None:
     config = CONFIG | {"max_position_embeddings": 100_000}
     (model / "config.json").write_text(json.dumps(config))
     command = [sys.executable, "-m", "kvist", "run", str(model), "-p", "abc", "--max-tokens", "90000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # Unbuffered: what a buffer of ours read ahead, `communicate` would not see.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
         assert process.stdout is not None
-        streamed = process.stdout.read(20)
+        first = b""
+        while len(first) < 20:
+            first += process.stdout.read(20 - len(first))
         process.send_signal(signal.SIGINT)
-        rest, err = process.communicate(timeout=60)
+        out, told = process.communicate(timeout=300)
+    streamed, rest, err = first.decode(), out.decode(), told.decode()
     assert process.returncode == 130, err
     assert streamed.startswith("abc")
     assert err.count("\n") == 1

@@ -218,10 +218,10 @@ def test_the_first_signal_lets_answers_end_and_the_port_close(tiny: Path) -> Non
         lines = response.iter_lines()
         next(lines)
         serving.process.send_signal(signal.SIGINT)
-        until = time.monotonic() + 10
+        until = time.monotonic() + 120
         while time.monotonic() < until:
             try:
-                httpx.get(f"{serving.url}/health", timeout=1)
+                httpx.get(f"{serving.url}/health", timeout=60)
                 time.sleep(0.02)
             except httpx.TransportError:
                 break
@@ -242,6 +242,6 @@ def test_the_second_signal_ends_them_at_once(tiny: Path) -> None:
         start = time.monotonic()
         events = [json.loads(line.removeprefix("data: ")) for line in lines if line and "[DONE]" not in line]
         serving.end()
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 120  # of a grace of 600
     if events[-1].get("choices", [{}])[0].get("finish_reason") is None:  # else it was quicker than the signal
         assert events[-1]["error"]["code"] == "stopping"

@@ -1,12 +1,16 @@
 """The other verbs: what they print, write and refuse."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
-from command import Kvist
+import typer
+from command import CONFIG, Kvist
 
 from kvist.cache.store import Store
+from kvist.cache.view import PagedView
+from kvist.cli.app import app
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away. " * 40
 SMALL = [
@@ -23,11 +27,13 @@ SMALL = [
 def test_verify_prints_a_table_and_json(kvist: Kvist, model: Path) -> None:
     outcome = kvist("verify", model, "--steps", 2, "--trials", 1)
     assert outcome.code == 0
-    assert outcome.out.count("equal") == 9
+    assert outcome.out.count("equal") == 8
+    assert outcome.out.count(" near ") == 1
     assert "DIFFERS" not in outcome.out
     answer = json.loads(kvist("verify", model, "--steps", 2, "--trials", 1, "--json").out)
-    assert answer["passed"] is True
-    assert [set(check) for check in answer["checks"]] == [{"name", "passed", "compared", "evidence"}] * 9
+    assert answer["passed"] is answer["exact"] is True
+    assert [set(check) for check in answer["checks"]] == [{"name", "kind", "passed", "compared", "evidence"}] * 9
+    assert [check["kind"] for check in answer["checks"]] == ["exact"] * 8 + ["nearly"]
 
 
 def test_verify_exits_with_1_when_the_cache_is_broken(
@@ -39,7 +45,20 @@ def test_verify_exits_with_1_when_the_cache_is_broken(
     assert outcome.out.count("DIFFERS") == 2
     answer = kvist("verify", model, "--steps", 2, "--trials", 3, "--json")
     assert answer.code == 1
-    assert json.loads(answer.out)["passed"] is False
+    assert json.loads(answer.out)["passed"] is json.loads(answer.out)["exact"] is False
+
+
+def test_verify_exits_with_3_when_no_bit_differs_and_plain_attention_is_far(
+    kvist: Kvist, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend = PagedView.attend
+    monkeypatch.setattr(PagedView, "attend", lambda self, q, scale, tie=None: attend(self, q, scale * 1.5, tie))
+    outcome = kvist("verify", model, "--steps", 2, "--trials", 1)
+    assert outcome.code == 3
+    assert (outcome.out.count("equal"), outcome.out.count("FAR")) == (8, 1)
+    assert "no bit differs" in outcome.err
+    answer = json.loads(kvist("verify", model, "--steps", 2, "--trials", 1, "--json").out)
+    assert (answer["passed"], answer["exact"]) == (False, True)
 
 
 def test_trace(kvist: Kvist, model: Path) -> None:
@@ -102,3 +121,45 @@ def test_bench_refuses_what_is_no_number(kvist: Kvist) -> None:
     assert outcome.code == 1
     assert "'many'" in outcome.err
     assert "smollm2-135m" in kvist("bench", "attention", "--shape", "gpt-5").err
+
+
+@pytest.mark.parametrize("verb", ["run -p a", "verify --steps 1 --trials 1", "trace -p a", "calibrate", "chat -p a"])
+def test_threads(kvist: Kvist, model: Path, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("torch.set_num_threads", asked.append)
+    monkeypatch.setattr("kvist.cli.process.os.cpu_count", lambda: 6)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    name, *options = verb.split()
+    for wrong in (0, 7):
+        outcome = kvist(name, model, *options, "--threads", wrong)
+        assert (outcome.code, outcome.out) == (1, "")
+        assert outcome.err == f"kvist: --threads takes a number from 1 to 6, the cores of this machine; got {wrong}\n"
+    assert asked == []
+    kvist(name, model, *options, "--threads", 3)
+    assert asked == [3]
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_every_verb_that_computes_takes_threads() -> None:
+    root = typer.main.get_command(app)
+    others = {"explain", "tax", "plan", "convert", *(f"context {name}" for name in root.commands["context"].commands)}
+    others |= {f"cache {name}" for name in root.commands["cache"].commands}
+    others.remove("context create")
+    found = {}
+    for name, command in root.commands.items():
+        for inner, verb in getattr(command, "commands", {"": command}).items():
+            found[f"{name} {inner}".strip()] = any(option.name == "threads" for option in verb.params)
+    assert {name for name, takes in found.items() if not takes} == others
+
+
+def test_plan_leaves_out_codecs_that_do_not_fit(kvist: Kvist, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"head_dim": 24}))
+    outcome = kvist("plan", tmp_path)
+    assert outcome.code == 0
+    left = [line for line in outcome.out.splitlines() if line.startswith("left out: ")]
+    assert [line.split()[2] for line in left] == ["int8", "turbo4", "turbo3", "turbo2"]
+    assert all("not 24" in line for line in left)
+    found = json.loads(kvist("plan", tmp_path, "--json").out)
+    assert {row["kv"] for row in found["rows"]} == {"bf16"}
+    assert list(found["left_out"]) == ["int8", "turbo4", "turbo3", "turbo2"]
+    assert "no KV codec 'nonsense'" in kvist("plan", tmp_path, "--kv", "nonsense").err

@@ -1,9 +1,16 @@
 """The walk through two steps shows what really went through them."""
 
-from test_verify import GPT2, QWEN3, random_model
+import pytest
+import torch
+from test_verify import GPT2, LLAMA, QWEN3, random_model
 
 from kvist.base.events import Committed, Reserved
 from kvist.evals.trace import trace
+from kvist.models.config import ModelConfig
+from kvist.models.linear import uniform, weights_of
+from kvist.ops import packed
+from kvist.runtime.batch import Work
+from kvist.runtime.runner import Runner
 from kvist.runtime.widths import probe
 
 
@@ -48,3 +55,30 @@ def test_a_prompt_wider_than_a_step_shows_its_last_step() -> None:
     prefill, _ = trace(loaded, [1] * 600)
     assert prefill.tokens == 600
     assert prefill.title == "prefill: 88 tokens"
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=["llama", "qwen3"])
+def test_packed_weights_show_what_others_do_and_the_same_bits(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = random_model(config)
+    plain = [row.name for row in trace(loaded, [1, 2, 3])[0].tensors]
+    loaded.model.pack(uniform(8), loaded.backend)
+    for weight in weights_of(loaded.model).values():
+        for first in range(0, weight.form.rows, 7):
+            rows = torch.randn(
+                min(7, weight.form.rows - first), weight.columns, generator=torch.Generator().manual_seed(first)
+            )
+            packed.put_rows(weight.codes, weight.form, first, rows)
+    runner = loaded.engine(8, sequences=2).runner
+    fused = runner.run([Work(runner.manager.open(), [1, 2, 3])])[0]
+    seen = []
+    run = Runner.run
+    monkeypatch.setattr(Runner, "run", lambda self, works: seen.append(run(self, works)) or seen[-1])
+    prefill, decode = trace(loaded, [1, 2, 3])
+    assert [row.name for row in prefill.tensors] == [row.name for row in decode.tensors] == plain
+    assert "blocks.0.gate_up" in plain
+    assert torch.equal(seen[0][0], fused)
+    again = runner.run([Work(runner.manager.open(), [1, 2, 3])])[0]
+    assert torch.equal(again, fused)
+    assert all(block.fuses for block in loaded.model.blocks)

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvist.bench.machine import Memory, Samples, facts, interleave
 from kvist.bench.report import Ratio, Report, Row
@@ -13,6 +14,9 @@ from kvist.runtime.batch import Work
 from kvist.runtime.runner import Runner
 from kvist.runtime.widths import Widths
 from kvist.service.loaded import Loaded
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CACHED_STEPS = 9  # a round: a cached step is short beside a recomputation
 ROUNDS = 3
@@ -157,27 +161,53 @@ def growth(lengths: Sequence[int], seconds: Sequence[float]) -> float:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Tokens per second over the length, both axes logarithmic, a line per model and engine, as PNG."""
+    """Tokens per second over the length, both axes logarithmic, a line per model and engine, as PNG; bars where there
+    is one length alone."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    lines: dict[tuple[str, str], dict[int, float]] = {}
     for row in report.rows:
         if row.what.startswith("next token"):
-            lines.setdefault((row.shape, row.engine), []).append((row.context, row.value))
+            name = "with the cache" if row.engine == "kvist cached" else "computed anew"
+            lines.setdefault((row.shape, name), {})[row.context] = row.value
+    lengths = sorted({length for points in lines.values() for length in points})
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    if len(lengths) == 1:
+        figure.suptitle(f"The next token behind {lengths[0]:,}, with the cache and computed anew", fontsize=10)
+        _bars(axes, lines, lengths[0])
+    else:
+        figure.suptitle("The next token, with the cache and computed anew", fontsize=10)
+        _curves(axes, lines, lengths)
+    figure.savefig(path, format="png", dpi=120)
+
+
+_Lines = dict[tuple[str, str], dict[int, float]]  # tokens per second by length, of a model and how it was run
+
+
+def _curves(axes: "Axes", lines: _Lines, lengths: Sequence[int]) -> None:
     colors = {shape: f"C{index}" for index, shape in enumerate(dict.fromkeys(shape for shape, _ in lines))}
-    for (shape, engine), points in lines.items():
-        style = "o-" if engine == "kvist cached" else "o--"
+    for (shape, name), points in lines.items():
+        style = "o-" if name == "with the cache" else "o--"
         axes.plot(
-            *zip(*points, strict=True), style, color=colors[shape], markersize=4, label=f"{shape}, {engine.split()[1]}"
+            *zip(*points.items(), strict=True), style, color=colors[shape], markersize=4, label=f"{shape}, {name}"
         )
     axes.set(xscale="log", yscale="log", xlabel="tokens before it", ylabel="tokens per second")
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(path, format="png", dpi=120)
+    axes.legend(fontsize=8)
+
+
+def _bars(axes: "Axes", lines: _Lines, length: int) -> None:
+    names = [f"{shape}, {name}" for shape, name in lines]
+    bars = axes.barh(names, [points[length] for points in lines.values()], color="C0", height=0.6)
+    axes.bar_label(bars, fmt="%.3g", padding=4, fontsize=8)
+    axes.set_xlabel("tokens per second")
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
+from kvist.base.tables import show
+
 
 @dataclass(frozen=True)
 class Row:
@@ -47,15 +49,19 @@ class Report:
 
     def print(self, console: Console) -> None:
         """Tables of the rows and the ratios, and the machine in one line."""
-        rows = Table("what", "engine", "kv", "value", "middle half", "unit", box=None, pad_edge=False)
+        rows = Table("what", "engine", "kv", box=None, pad_edge=False)
+        rows.add_column("value", justify="right")
+        rows.add_column("middle half", justify="right")
+        rows.add_column("unit")
         for row in self.rows:
             low, high = (f"{value:.4g}" for value in row.spread)
             rows.add_row(row.what, row.engine, row.kv, f"{row.value:.4g}", f"{low} to {high}", row.unit)
-        ratios = Table("what", "as fast as", "times", box=None, pad_edge=False)
+        ratios = Table("what", "as fast as", box=None, pad_edge=False)
+        ratios.add_column("times", justify="right")
         for ratio in self.ratios:
             ratios.add_row(ratio.what, f"{ratio.a} as {ratio.b}", f"{ratio.value:.2f}")
         for table in (rows, ratios) if self.ratios else (rows,):
-            console.print(table)
+            show(console, table)
             console.print()
         facts = (f"{name} {value:.4g}" if isinstance(value, float) else value for name, value in self.machine.items())
         console.print(" · ".join(facts))

@@ -9,8 +9,11 @@ from kvist.base.errors import KvistError
 
 def main() -> None:
     """Run a verb. A `KvistError` is one line on stderr and its exit code; a reader that went away is no error."""
-    from kvist.cli.app import app
+    from kvist.cli.process import quiet_pipe, starting
 
+    quiet_pipe()
+    with starting():
+        from kvist.cli.app import app
     # Read by PyTorch's threads when they start. They wait for each other several hundred times a token. Spinning long,
     # a wait beside another busy program costs a time slice (seen: 4 tokens/s for 400); going to sleep at once costs a
     # wake-up each time (half the speed). This many turns, some tens of microseconds, then sleep.
@@ -23,7 +26,5 @@ def main() -> None:
     except KvistError as error:
         print(f"kvist: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # Nobody reads any more: keep the interpreter from failing again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    finally:
+        sys.stdout.flush()  # while a reader that went away is still no error

@@ -1,7 +1,6 @@
 """`kvist bench`: measurements beside others, in one run on one machine."""
 
 import importlib.util
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +8,7 @@ import typer
 
 from kvist.base.errors import KvistError
 from kvist.cli.options import Json, Kv, Model, note, numbers, print_json
+from kvist.cli.process import Threads, prepare
 
 if TYPE_CHECKING:
     from kvist.bench.report import Report
@@ -41,9 +41,11 @@ def attention(
     context: Contexts = "32768",
     kv: Kvs = None,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved measurements of each.")] = 11,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Decode and prefill attention over each KV codec beside PyTorch's, and the memory's read bandwidth."""
+    prepare(threads)
     import os
 
     from kvist.bench.attention import run
@@ -73,10 +75,12 @@ def decode(
         str | None, typer.Option(metavar="NAME,...", help="Beside these: llama.cpp, openvino, transformers.")
     ] = None,
     peers: Folder = PEERS,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Whole decode steps and prefills at growing depths over each KV codec, random weights in standard shapes; or steps
     alone, beside another engine."""
+    prepare(threads)
     from rich.console import Console
 
     if peer is not None:
@@ -111,9 +115,11 @@ def prefill(
         str, typer.Option(metavar="NAME,...", help="The others: llama.cpp, openvino, transformers.")
     ] = "llama.cpp",
     peers: Folder = PEERS,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Whole prompts beside other engines, random weights in standard shapes."""
+    prepare(threads)
     _beside("prefill", peer, peers, shape, weights, numbers(tokens, "--tokens", "512,4096"), kv, rounds, as_json)
 
 
@@ -126,9 +132,11 @@ def neighbours(
     busy: Annotated[int, typer.Option(min=1, help="Processes that spin.")] = 1,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved measurements of each.")] = 11,
     peers: Folder = PEERS,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Decoding alone and beside busy processes, and llama.cpp in the same turns where it is built."""
+    prepare(threads)
     from rich.console import Console
 
     from kvist.bench import neighbours as bench
@@ -180,9 +188,11 @@ def cache(
     shape: Shapes = CACHE_SHAPES,
     context: Contexts = "64,256,1024,4096,16384",
     plot: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("cache.png"),
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Tokens per second with and without the cache, for a MODEL or for standard shapes with random weights."""
+    prepare(threads)
     from rich.console import Console
 
     from kvist.bench import cache as bench
@@ -190,7 +200,8 @@ def cache(
     from kvist.service.loaded import open_model
 
     if model is not None:
-        models = [(model, open_model(model))]
+        loaded = open_model(model)
+        models = [(loaded.name, loaded)]
     else:
         models = [
             (name, random_model(name, "fp32" if name.startswith("nanogpt") else "bf16")) for name in shape.split(",")
@@ -227,9 +238,11 @@ def serve(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first requests of the trace.")] = None,
     scale: Annotated[float, typer.Option(min=0.001, max=1.0, help="Shorten the trace's requests to this part.")] = 1.0,
     speed: Annotated[float, typer.Option(min=0.001, help="Replay the trace so many times as fast.")] = 1.0,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """A server measured from outside: an agent's session with and without sharing, many streams, structured output."""
+    prepare(threads)
     from rich.console import Console
 
     from kvist.bench import serve as bench
@@ -255,10 +268,7 @@ def serve(
             speed=speed,
             watch=lambda what: status.update(f"measuring · {what}"),
         )
-    if as_json:
-        print_json(report.to_json())
-    else:
-        report.print(Console(width=None if sys.stdout.isatty() else 160))
+    _print(report, as_json, wide=160)
 
 
 @app.command()
@@ -271,9 +281,11 @@ def restart(
     prefix: Annotated[int, typer.Option(min=128, help="Tokens of the prompt; 27000 for a coding agent's.")] = 3000,
     tokens: Annotated[int, typer.Option(min=64, help="New tokens of each stream that is written behind.")] = 192,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved measurements of writing behind.")] = 7,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """A prompt computed, then found on disk by a new process: the time to its first token, and the same logits."""
+    prepare(threads)
     from rich.console import Console
 
     from kvist.bench import restart as bench
@@ -283,10 +295,7 @@ def restart(
         raise KvistError(f"there is no part {unknown!r}; choose among {', '.join(bench.PARTS)}")
     with Console(stderr=True).status("measuring", spinner="line") as status:
         report = bench.run(shape, kv, parts, prefix, tokens, rounds, lambda what: status.update(f"measuring · {what}"))
-    if as_json:
-        print_json(report.to_json())
-    else:
-        report.print(Console(width=None if sys.stdout.isatty() else 160))
+    _print(report, as_json, wide=160)
 
 
 @app.command()
@@ -294,9 +303,11 @@ def vectors(
     data: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Sets of vectors; by default all that there are.")
     ] = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Vector search over 4 and 2 bits a number: recall, time to index and to search, beside faiss at equal bytes."""
+    prepare(threads)
     from rich.console import Console
 
     from kvist.bench import vectors as bench
@@ -313,9 +324,11 @@ def vectors(
 def products(
     shape: Shapes = DECODE_SHAPES,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved measurements of each.")] = 7,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Products over packed weights: one row against the memory's read bandwidth, more rows beside oneDNN's."""
+    prepare(threads)
     from rich.console import Console
 
     from kvist.bench import products as bench
@@ -333,9 +346,11 @@ def start(
         typer.Option(metavar="int8|int4|bf16", help="May be given several times; by default bf16, int8."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved measurements of each.")] = 7,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """From starting kvist run to its first token, beside a bare import of torch."""
+    prepare(threads)
     from rich.console import Console
 
     from kvist.bench import start as bench
@@ -346,10 +361,10 @@ def start(
     _print(report, as_json)
 
 
-def _print(report: "Report", as_json: bool) -> None:
-    from rich.console import Console
+def _print(report: "Report", as_json: bool, wide: int = 140) -> None:
+    from kvist.base.tables import output
 
     if as_json:
         print_json(report.to_json())
     else:
-        report.print(Console(width=None if sys.stdout.isatty() else 140))
+        report.print(output(wide))

@@ -1,6 +1,5 @@
 """`kvist calibrate`: measure a model's keys and values, and propose codecs for its layers."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +8,7 @@ import typer
 from kvist.base.errors import KvistError
 from kvist.base.units import format_bytes
 from kvist.cli.options import Dtype, Json, Model, note, print_json
+from kvist.cli.process import Threads, prepare
 from kvist.cli.run import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -26,10 +26,12 @@ def calibrate(
         Path | None, typer.Option("--import", metavar="FILE", help="Take over a calibration made elsewhere.")
     ] = None,
     dtype: Dtype = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model's keys and values on a text and propose the cheapest codecs, layer by layer, that keep what
     attention sees: what `--kv auto` stands for from then on."""
+    prepare(threads)
     from rich.console import Console
 
     from kvist.cache.calibration import save_calibration
@@ -79,10 +81,11 @@ def _take_over(given: Path, loaded: "Loaded", digest: str, as_json: bool) -> Non
 
 
 def _print(report: "CalibrationReport") -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    from kvist.base.tables import output, show
+
+    console = output()
     title = f"{report.model} · {report.text}, {report.tokens:,} tokens · at least {report.threshold}"
     layers = Table(title=title, title_justify="left")
     for column in ("layer", "stream", "mean / σ", "drift / σ", "codec", "scores", "output"):
@@ -93,7 +96,7 @@ def _print(report: "CalibrationReport") -> None:
             means = ("" if number is None else f"{number:.2f}" for number in (stream.mean, stream.drift))
             layers.add_row(place, name, *means, stream.chosen.codec, *_numbers(stream.chosen))
             place = ""
-    console.print(layers)
+    show(console, layers)
     codecs = Table(title="the worst layer under each codec", title_justify="left")
     codecs.add_column("codec")
     codecs.add_column("bits/value", justify="right")
@@ -104,7 +107,7 @@ def _print(report: "CalibrationReport") -> None:
     for row in zip(*worst.values(), strict=True):
         bits = max(found.bits for found in row)
         codecs.add_row(row[0].codec, f"{bits:.3g}", *(number for found in row for number in _numbers(found)))
-    console.print(codecs)
+    show(console, codecs)
     console.print(
         f"{report.proposal}: {report.bits_per_value:.3g} bits a value, {format_bytes(report.bytes_per_token)} a token"
     )

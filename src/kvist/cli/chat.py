@@ -10,6 +10,7 @@ import typer
 from kvist.base.errors import KvistError
 from kvist.cli.keys import KEY_VARIABLE
 from kvist.cli.options import Dtype, Json, Kv, Model, Weights, note, print_json
+from kvist.cli.process import Threads, prepare
 from kvist.cli.run import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def chat(
     dtype: Dtype = None,
     kv: Kv = None,
     weights: Weights = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Talk with a model, in this process or on a server. Ctrl-C ends an answer; /clear begins anew, /quit ends."""
@@ -48,6 +50,10 @@ def chat(
         raise KvistError("--json needs a message: give one with --prompt")
     if url is not None and not (model is None and dtype is None and kv is None):
         raise KvistError("with --url the server has the model: MODEL, --dtype and --kv are for this process")
+    if url is None:
+        prepare(threads)
+    elif threads is not None:
+        raise KvistError("with --url the server computes: --threads is for this process")
     if url is None and name is not None:
         raise KvistError("--model names a server's model and needs --url; a model of this process is given without it")
     if prompt == "-":

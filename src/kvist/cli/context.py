@@ -12,6 +12,7 @@ import typer
 from kvist.base.errors import KvistError
 from kvist.base.units import format_bytes, format_duration, plural
 from kvist.cli.options import CacheDir, CacheDisk, Dtype, Json, Kv, Weights, graceful_interrupt, note, print_json, size
+from kvist.cli.process import Threads, prepare
 
 if TYPE_CHECKING:
     from kvist.service.contexts import Context, Contexts
@@ -39,8 +40,10 @@ def create(
     weights: Weights = None,
     cache_dir: CacheDir = None,
     cache_disk: CacheDisk = None,
+    threads: Threads = None,
 ) -> None:
     """Compute a context from files, and keep it."""
+    prepare(threads)
     from kvist.service.contexts import CHAT, TEXT, check_name
     from kvist.text.documents import read_documents
 

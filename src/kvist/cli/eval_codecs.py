@@ -1,12 +1,12 @@
 """`kvist eval codecs`: what each codec does to random vectors."""
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvist.base.errors import KvistError
 from kvist.cli.options import Json, print_json
+from kvist.cli.process import Threads, prepare
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,11 +20,14 @@ def codecs(
     ] = None,
     dim: Annotated[str, typer.Option(metavar="N,...", help="Head sizes.")] = "64,128",
     samples: Annotated[int, typer.Option(min=64, help="Vectors that each codec is given.")] = 16_384,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Measure bits, distortion and bias of codecs on random vectors, and what centring the keys is worth."""
+    prepare(threads)
     from rich.console import Console
 
+    from kvist.base.tables import output, show
     from kvist.cache.codecs import CODECS
     from kvist.evals.codecs import run
 
@@ -34,10 +37,10 @@ def codecs(
     if as_json:
         print_json(report.to_json())
         return
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = output()
     for table in _tables(report):
         if table.rows:
-            console.print(table)
+            show(console, table)
 
 
 def _tables(report: "Report") -> list["Table"]:

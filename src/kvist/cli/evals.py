@@ -1,7 +1,6 @@
 """`kvist eval`: what a model still knows through its cache, by codec."""
 
 import importlib.util
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ import typer
 
 from kvist.base.errors import KvistError
 from kvist.cli.options import Json, Model, note, numbers, print_json
+from kvist.cli.process import Threads, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,10 +43,12 @@ def recall(
     questions: Annotated[int, typer.Option(min=1, help="Asked for each length, at least.")] = 2048,
     seed: Seed = 0,
     plot: Plot = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Ask for values that stand in the cache among noise: the share of right answers, and the KL divergence from the
     run over a cache in full precision."""
+    prepare(threads)
     from kvist.evals.recall import RecallEval, RecallReport
     from kvist.evals.recall import plot as draw
     from kvist.service.loaded import RECALL, open_model
@@ -58,7 +60,7 @@ def recall(
     with _progress() as observe:
         measure = RecallEval(open_model(name, kv="fp32"), lengths, questions, seed, observe)
         rows = [measure.score(loaded, codec, observe) for codec, loaded in opened]
-    report = RecallReport(model or "kvist-recall", rows)
+    report = RecallReport("kvist-recall" if model is None else opened[0][1].name, rows)
     if as_json:
         print_json(report.to_json())
     else:
@@ -80,10 +82,12 @@ def needle(
     trials: Annotated[int, typer.Option(min=1, help="Random numbers for each length and depth.")] = 4,
     seed: Seed = 0,
     plot: Plot = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Hide a sentence with a random number in a long text and ask for it: is the greedy continuation the number, and
     how much likelier does the sentence make it?"""
+    prepare(threads)
     from kvist.evals.needle import Haystack, NeedleEval, NeedleReport
     from kvist.evals.needle import plot as draw
     from kvist.service.loaded import open_model
@@ -156,16 +160,17 @@ def _print_needle(report: "NeedleReport") -> None:
 
 def _print_tables(tables: dict[str, list[tuple[str, ...]]]) -> None:
     """Each under its title; the first row of each is its head."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    from kvist.base.tables import output, show
+
+    console = output()
     for title, (head, *rows) in tables.items():
         console.print(title, style="bold")
         table = Table(*head, box=None, pad_edge=False)
         for row in rows:
             table.add_row(*row)
-        console.print(table)
+        show(console, table)
         console.print()
 
 

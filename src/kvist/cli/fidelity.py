@@ -1,7 +1,6 @@
 """`kvist fidelity`: what lossy caches change, against full precision."""
 
 import importlib.util
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ import typer
 from kvist.base.errors import KvistError
 from kvist.base.units import format_bytes
 from kvist.cli.options import Dtype, Json, Model, graceful_interrupt, note, print_json
+from kvist.cli.process import Threads, prepare
 from kvist.cli.run import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -42,10 +42,12 @@ def fidelity(
     ] = None,
     dtype: Dtype = None,
     plot: Annotated[Path | None, typer.Option(help="Draw quality against bytes into this PNG.")] = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Run a text over compressed caches and hold every prediction against the one over full precision: KL divergence,
     perplexity, same top token, and what became of the keys and values, at how many bytes per token."""
+    prepare(threads)
     from rich.console import Console
 
     from kvist.evals.fidelity import DEFAULT_KV, LENGTH, TOKENS, run, windows
@@ -85,12 +87,13 @@ def fidelity(
 
 
 def _print(report: "FidelityReport") -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from kvist.base.tables import output, show
+
     title = (
-        f"{report.model} · {report.text}: {report.predictions:,} predictions behind coded blocks, of {report.tokens:,} "
-        f"tokens · against {report.base}: {format_bytes(report.base_bytes_per_token)} a token, "
+        f"{report.model} · {report.text}: {report.predictions:,} predictions behind coded blocks, of "
+        f"{report.tokens:,} tokens · against {report.base}: {format_bytes(report.base_bytes_per_token)} a token, "
         f"perplexity {report.base_ppl:.4g}"
     )
     table = Table(title=title, title_justify="left")
@@ -113,11 +116,11 @@ def _print(report: "FidelityReport") -> None:
             f"{found.same_top1:.2%}",
             f"{found.delta_p_rms:.2%}",
         )
-    console = Console(width=None if sys.stdout.isatty() else 180)
+    console = output(180)
     if report.packed:
-        console.print(_weights_table(report))
+        show(console, _weights_table(report))
     if report.rows:
-        console.print(table)
+        show(console, table)
     for row in report.rows:
         if row.kv != row.choice:
             console.print(f"{row.kv}: {row.choice}")

@@ -22,6 +22,7 @@ from kvist.cli.options import (
     note,
     print_json,
 )
+from kvist.cli.process import Threads, prepare
 
 if TYPE_CHECKING:
     from kvist.runtime.request import Sampling
@@ -56,9 +57,11 @@ def run(
         str | None, typer.Option(metavar="NAME", help="Begin with this context, in the model that made it.")
     ] = None,
     cache_dir: CacheDir = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, streaming; without --prompt, each line you type is a prompt of its own."""
+    prepare(threads)
     import secrets
 
     from kvist.service.loaded import open_model

@@ -15,6 +15,7 @@ import typer
 from kvist.base.errors import KvistError
 from kvist.cli.keys import KEY_VARIABLE, api_keys
 from kvist.cli.options import Activations, CacheDir, CacheDisk, Dtype, Kv, Model, Weights, note, size
+from kvist.cli.process import Threads, prepare
 from kvist.cli.run import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -100,8 +101,10 @@ def serve(
     log_json: Annotated[
         bool, typer.Option("--log-json", help="Log in JSON; the default where stderr is no terminal.")
     ] = False,
+    threads: Threads = None,
 ) -> None:
     """Serve a model over the APIs of OpenAI, Anthropic, Ollama and llama.cpp. Ctrl-C ends it in an orderly way."""
+    prepare(threads)
     if not 0 < timeout < float("inf") or not 0 <= grace < float("inf"):
         raise KvistError(f"--timeout and --grace take a number of seconds, got {timeout:g} and {grace:g}")
     if tools not in ("auto", "template"):

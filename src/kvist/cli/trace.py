@@ -1,6 +1,5 @@
 """`kvist trace`: a walk through two steps."""
 
-import sys
 from dataclasses import asdict
 from typing import Annotated
 
@@ -8,6 +7,7 @@ import typer
 
 from kvist.base.units import format_bytes, plural
 from kvist.cli.options import Dtype, Json, Kv, Model, Weights, print_json
+from kvist.cli.process import Threads, prepare
 
 
 def trace(
@@ -16,13 +16,15 @@ def trace(
     dtype: Dtype = None,
     kv: Kv = None,
     weights: Weights = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Show every tensor of one prefill and one decode step, and how the cache grows."""
-    from rich.console import Console
+    prepare(threads)
     from rich.table import Table
 
     from kvist.base.errors import RequestError
+    from kvist.base.tables import output, show
     from kvist.evals.trace import trace as trace_steps
     from kvist.service.loaded import open_model
 
@@ -36,12 +38,12 @@ def trace(
     if as_json:
         print_json({"model": loaded.name, "steps": [asdict(step) for step in steps]})
         return
-    console = Console(width=None if sys.stdout.isatty() else 130)
+    console = output(130)
     for step in steps:
         table = Table("tensor", "shape", "type", "meaning", title=step.title, title_justify="left")
         for row in step.tensors:
             table.add_row(row.name, " × ".join(map(str, row.shape)), row.dtype, row.meaning)
-        console.print(table)
+        show(console, table)
         for event in step.events:
             console.print(f"  {event}", style="dim")
         console.print(

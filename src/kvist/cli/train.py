@@ -12,6 +12,7 @@ import typer
 from kvist.base.errors import KvistError
 from kvist.base.units import format_duration
 from kvist.cli.options import Json, graceful_interrupt, note, print_json
+from kvist.cli.process import Threads, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +39,7 @@ def train(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Train a small model on a text; Ctrl-C stops after the current step, and --resume goes on.
@@ -45,6 +47,7 @@ def train(
     Presets: nanogpt (its published CPU recipe), default (a better one over as many tokens), bundled (the model that
     comes with kvist), recall (a model of no language that finds values by their keys, for `kvist eval recall`).
     """
+    prepare(threads)
     if preset == RECALL:
         if corpus is not None or steps is not None or change or resume:
             raise KvistError("the recall preset makes its own data and takes minutes: only --out and --seed go with it")

@@ -1,6 +1,7 @@
 """Values over length and depth as a picture: a panel for each choice of codecs. Takes matplotlib."""
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,9 @@ class Heatmap:
     text: Callable[[float], str]
 
 
-def draw(path: Path, maps: Sequence[Heatmap], lengths: Sequence[str], depths: Sequence[str], depth_label: str) -> None:
+def draw(
+    path: Path, title: str, maps: Sequence[Heatmap], lengths: Sequence[str], depths: Sequence[str], depth_label: str
+) -> None:
     """Write the PNG `path`. Lengths run to the right; depths run down, as the context is read."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -45,9 +48,10 @@ def draw(path: Path, maps: Sequence[Heatmap], lengths: Sequence[str], depths: Se
     most = max(len(one.panels) for one in maps)
     columns = -(-most // -(-most // _MOST_COLUMNS))
     rows = [-(-len(one.panels) // columns) for one in maps]
-    size = (columns * _PANEL_INCHES[0] + 1.2, sum(rows) * _PANEL_INCHES[1] + 0.3)
+    size = (columns * _PANEL_INCHES[0] + 1.2, sum(rows) * _PANEL_INCHES[1] + 0.6)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
+    figure.suptitle(textwrap.fill(title, max(24, round(size[0] * 12))), fontsize=9)
     grid = figure.subplots(sum(rows), columns, squeeze=False)
     first = 0
     for one, count in zip(maps, rows, strict=True):

@@ -23,6 +23,7 @@ from kvist.text.tokenizer import Tokenizer
 QUESTION = " The secret number of the lighthouse is"
 DIGITS = 5
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+LEAST_GAINS = 1.0  # nats that a picture's colors cover: less is noise
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the text that stand before the needle
 TRIALS = 4
 SHORTEST, LONGEST = 256, 4096  # tokens, of the lengths measured by default
@@ -252,17 +253,22 @@ def _lengths(most: int) -> list[int]:
 
 
 def plot(report: NeedleReport, path: Path) -> None:
-    """Exact answers and the gain by length and depth, a panel for each choice of codecs, as PNG. Takes matplotlib."""
+    """Exact answers and the gain by length and depth, a panel for each choice of codecs, as PNG. Takes matplotlib.
+    Where all shares of exact answers are the same, the title says it, and no panel."""
     lengths = list(dict.fromkeys(cell.length for cell in report.rows[0].cells))
-    most = max(cell.gain for row in report.rows for cell in row.cells)
+    cells = [cell for row in report.rows for cell in row.cells]
+    low = min(0.0, *(cell.gain for cell in cells))
+    high = max(low + LEAST_GAINS, *(cell.gain for cell in cells))
     exact = [_panel(row, lengths, row.exact, lambda cell: cell.exact) for row in report.rows]
     gain = [_panel(row, lengths, row.gain, lambda cell: cell.gain) for row in report.rows]
-    maps = [
-        Heatmap("share of exact answers", exact, 0.0, 1.0, lambda value: f"{value:.2f}"),
-        Heatmap("gain by the needle (nats)", gain, 0.0, max(most, 1e-3), lambda value: f"{value:.1f}"),
-    ]
+    maps = [Heatmap("gain by the needle (nats)", gain, low, high, lambda value: f"{round(value, 1) + 0.0:.1f}")]
+    title, shares = f"{report.model}: a number in {report.text}", {cell.exact for cell in cells}
+    if len(shares) > 1:
+        maps.insert(0, Heatmap("share of exact answers", exact, 0.0, 1.0, lambda value: f"{value:.2f}"))
+    else:
+        title += f"; {shares.pop():.0%} of answers exact, everywhere"
     depths = [f"{100 * depth:.0f}" for depth in DEPTHS]
-    draw(path, maps, [f"{length:,}" for length in lengths], depths, "depth of the needle (%)")
+    draw(path, title, maps, [f"{length:,}" for length in lengths], depths, "depth of the needle (%)")
 
 
 def _panel(row: NeedleRow, lengths: Sequence[int], mean: float, value: Callable[[Cell], float]) -> Panel:

@@ -246,4 +246,11 @@ def plot(report: RecallReport, path: Path) -> None:
     lengths = [f"{length.length:,}" for length in report.rows[0].by_length]
     depths = [f"{bin / DEPTHS:.0%} to {(bin + 1) / DEPTHS:.0%}" for bin in range(DEPTHS)]
     accuracy = Heatmap("right answers (%)", panels, low, 100.0, lambda value: f"{value:.1f}")
-    draw(path, [accuracy], lengths, depths, "depth of the pair in its context")
+    draw(
+        path,
+        f"{report.model}: right answers, by codec",
+        [accuracy],
+        lengths,
+        depths,
+        "depth of the pair in its context",
+    )

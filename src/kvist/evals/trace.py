@@ -1,8 +1,8 @@
 """Each tensor of one prefill and one decode step, by name, shape and meaning, and how the cache grows."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -11,6 +11,8 @@ from kvist.base.events import CacheEvent
 from kvist.cache.step import Tie
 from kvist.cache.streams import StreamView
 from kvist.cache.view import LayerView, OpenView, PagedView
+from kvist.models.linear import weights_of
+from kvist.ops import packed
 from kvist.runtime.batch import Work
 from kvist.service.loaded import Loaded
 
@@ -105,7 +107,9 @@ _VIEWS = (PagedView, OpenView, StreamView)
 def _recording(model: nn.Module, rows: list[TensorRow]) -> ExitStack:
     """Hooks that note inputs and outputs, removed when the stack closes."""
 
-    def before_model(_: nn.Module, args: tuple[Tensor, Tensor, Sequence[LayerView]]) -> None:
+    def before_model(
+        _: nn.Module, args: tuple[Tensor, Tensor, Sequence[LayerView]]
+    ) -> tuple[Tensor, Tensor, list[LayerView]]:
         tokens, positions, layers = args
         view = layers[0]
         assert isinstance(view, _VIEWS)
@@ -125,6 +129,7 @@ def _recording(model: nn.Module, rows: list[TensorRow]) -> ExitStack:
             planes = view.planes if isinstance(view, StreamView) else (*view.keys, *view.values)
             for described, plane in zip(view.layout.planes, planes, strict=True):
                 rows.append(_row(f"plane {described.name}", plane, "of the first layer, all blocks"))
+        return tokens, positions, list(layers)  # one by one, not all in one operator
 
     def before_block(_: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
         return tuple(_RecordingView(one, rows) if isinstance(one, _VIEWS) else one for one in args)
@@ -133,6 +138,7 @@ def _recording(model: nn.Module, rows: list[TensorRow]) -> ExitStack:
     named = dict(model.named_modules())
     if "blocks.0" not in named:
         raise RequestError("kvist trace shows what our own families compute, and this model runs as transformers' code")
+    stack.enter_context(_apart(named["blocks.0"]))
     handles = [
         model.register_forward_pre_hook(before_model),
         named["blocks.0"].register_forward_pre_hook(before_block),
@@ -143,6 +149,24 @@ def _recording(model: nn.Module, rows: list[TensorRow]) -> ExitStack:
     for handle in handles:
         stack.callback(handle.remove)
     return stack
+
+
+@contextmanager
+def _apart(block: nn.Module) -> Iterator[None]:
+    """Within it gates and ups that are packed side by side lie as other packed matrices do, so that no fused operator
+    takes the block: each product is a module's, where a hook sees it."""
+    held = {weight: (weight.codes, weight.form) for weight in weights_of(block).values() if weight.is_paired}
+    for weight, (codes, form) in held.items():
+        assert codes is not None
+        assert form is not None
+        weight.form = replace(form, paired=False)
+        weight.codes = packed.empty(weight.form)
+        packed.put_codes(weight.codes, weight.form, 0, *packed.get_codes(codes, form))
+    try:
+        yield
+    finally:
+        for weight, (codes, form) in held.items():
+            weight.codes, weight.form = codes, form
 
 
 def _recorder(

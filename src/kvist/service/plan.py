@@ -6,13 +6,16 @@ from pathlib import Path
 
 import torch
 
+from kvist.base.errors import ConfigError
 from kvist.cache.choice import parse_choice
-from kvist.cache.layout import plan_layout
+from kvist.cache.layout import Layout, plan_layout
 from kvist.cache.spec import LayerSpec, Reading, Window
 from kvist.models.config import ModelConfig
 from kvist.models.families import describe, load_config
 from kvist.models.linear import uniform
+from kvist.models.load import stored_dtype
 from kvist.models.plain import PlainActivations
+from kvist.service.gguf import GgufModel, open_gguf
 from kvist.service.packing import BITS, weight_bytes
 
 CONTEXTS = (4096, 32_768, 131_072)
@@ -47,13 +50,15 @@ class ContextRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """`weights`: bytes by type."""
+    """`weights`: bytes by type, a GGUF file's own as `gguf`. `left_out`: codecs that cannot hold this model's keys and
+    values, and why."""
 
     model: str
     family: str
     kinds: list[LayerKind]
     rows: list[ContextRow]
     weights: dict[str, int]
+    left_out: dict[str, str]
 
     def to_json(self) -> dict[str, object]:
         """See docs/json.md."""
@@ -61,17 +66,33 @@ class Plan:
         return asdict(self) | {"rows": rows}
 
 
-def plan_model(name: str, directory: Path, kvs: Sequence[str], contexts: Sequence[int]) -> Plan:
-    """Nothing is read but the config. Raises `ConfigError` for a config that is not supported, or a codec that cannot
-    hold its streams."""
-    config = load_config(directory)
-    rows = [context_row(config, kv, context) for kv in kvs for context in contexts]
-    return Plan(name, config.family, layer_kinds(config), rows, _weights(config))
+def plan_model(name: str, source: Path, kvs: Sequence[str], contexts: Sequence[int]) -> Plan:
+    """`source`: a directory, of which nothing is read but the config, or a GGUF file, of which its beginning is. Raises
+    `ConfigError` for a model that is not supported, or a choice of codecs that is none."""
+    rows, left_out = list[ContextRow](), dict[str, str]()
+    found = open_gguf(source) if source.suffix == ".gguf" else None
+    config = load_config(source) if found is None else found.config
+    for kv in kvs:
+        choice = parse_choice(kv)
+        choice.check(config.layer_specs())
+        try:
+            layout = plan_layout(config.layer_specs(), choice)
+        except ConfigError as error:
+            left_out[kv] = str(error)
+            continue
+        rows += [_row(config, layout, kv, context) for context in contexts]
+    weights = _weights(config)
+    if found is not None:
+        weights = {"gguf": _own_weights(found)} | weights
+    return Plan(name, config.family, layer_kinds(config), rows, weights, left_out)
 
 
 def context_row(config: ModelConfig, kv: str, context: int) -> ContextRow:
     """One codec at one context, whole blocks and open ones included."""
-    layout = plan_layout(config.layer_specs(), parse_choice(kv))
+    return _row(config, plan_layout(config.layer_specs(), parse_choice(kv)), kv, context)
+
+
+def _row(config: ModelConfig, layout: Layout, kv: str, context: int) -> ContextRow:
     return ContextRow(kv, context, layout.bytes_for(context), context * config.naive_numbers() * NAIVE_BYTES)
 
 
@@ -101,3 +122,13 @@ def _weights(config: ModelConfig) -> dict[str, int]:
         model.pack(uniform(bits), None)  # type: ignore[arg-type]  # it is only measured
         found[name] = weight_bytes(model, torch.float32)
     return found
+
+
+def _own_weights(found: GgufModel) -> int:
+    """Those of a GGUF file, in memory as they are opened where nothing else is asked for."""
+    model = describe(found.config, PlainActivations())
+    grouping = found.grouping(model.slots())
+    if grouping is None:
+        return weight_bytes(model, stored_dtype(found.checkpoint))
+    model.pack(grouping, None)  # type: ignore[arg-type]  # it is only measured
+    return weight_bytes(model, torch.float32)
