@@ -381,7 +381,7 @@ class Soak:
         raw = self._raw(path, self._body(request))
         writer.write(raw[: self._random.randrange(len(raw))])
         await writer.drain()
-        await asyncio.sleep(self._random.choice([0, 0.1, 0.8]))  # the last is longer than the server waits
+        await asyncio.sleep(self._random.choice([0, 0.1, 2.5]))  # the last is longer than the server waits
         await self._close(writer)
         return 0
 

@@ -11,6 +11,7 @@ from soak import Soak, settle
 
 from kvist.runtime.request import Request
 from kvist.server.app import create_app
+from kvist.server.connections import BACKLOG
 from kvist.server.settings import ServerSettings
 from kvist.service.aside import THREAD_NAME
 from kvist.service.session import Job
@@ -33,7 +34,12 @@ def own_threads() -> list[str]:
 
 def soak(model: Path, seconds: float, most_body: int) -> None:
     settings = ServerSettings(
-        max_body_bytes=most_body, max_values=most_body // 16, body_timeout=0.5, timeout=50, max_connections=100
+        max_body_bytes=most_body,
+        max_values=most_body // 16,
+        body_timeout=2,
+        timeout=50,
+        # More than lie there at once: whoever has connected and is about to ask would else lose its place now and then.
+        max_connections=12 * BACKLOG,
     )
     serving = open_serving(model, blocks=96, running=4, max_waiting=4, timeout=50)
     process = psutil.Process()
