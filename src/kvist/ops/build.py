@@ -40,7 +40,7 @@ _FLAGS = (
     "-fvisibility=hidden",  # two builds of one source may be loaded side by side
     "-Wno-psabi",
 )
-_USUAL_SECONDS = 25
+_USUAL_SECONDS = 60
 _NEEDED = 64 << 20  # bytes that a compilation takes on disk for a while
 _REMEMBERED = 86_400.0  # seconds for which one that failed is not tried again
 
