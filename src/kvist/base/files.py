@@ -135,8 +135,7 @@ def private_folder(path: Path) -> None:
     """Make a folder that its owner alone may list, with what is missing above it; one of ours that others may enter is
     closed to them. Raises `KvistError`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(mode=0o700, exist_ok=True)
+        make_folders(path)
         found = path.lstat()
         if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and found.st_mode & 0o077:
             path.chmod(0o700)
