@@ -1,14 +1,16 @@
-"""Clients of every kind, well-behaved and not, for a while; and what must be true of a server that has met them.
+"""Clients of every kind, well-behaved and not, for a while.
 
-A library: `test_soak.py` runs it for seconds and for minutes.
+They run in a process of their own, so that what they do does not hold up the server that they ask. `test_soak.py` lets
+them come for seconds and for minutes, and says what must be true of a server that has met them.
 """
 
 import asyncio
 import contextlib
 import copy
-import gc
 import json
 import random
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -16,16 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import psutil
 from attacks import attacks
-from prober import probing
-
-from live import Live
 
 CLIENTS = 12
 TIMEOUT = 60.0  # seconds in which each client's affair must be over
 _SILENT = 60  # connections of one who says nothing
-_WARM = 0.4  # of the time: caches fill, memory is taken for the first time
 _FINE = range(200, 500)
 _WORDS = "a twig is the part of a branch that grows in one season; so is a cache".split()
 _TOOL = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -69,32 +66,23 @@ class Report:
 
     seen: Counter[tuple[str, int]] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
-    growth: int = 0  # bytes that the process holds more at the end than it did when it was warm
-    probes: list[tuple[float, float, int]] = field(default_factory=list)  # of `/health`: start, seconds, status
     spans: list[tuple[str, float, float]] = field(default_factory=list)  # what was under way, from when to when
+
+    def to_json(self) -> str:
+        seen = [[kind, status, number] for (kind, status), number in self.seen.items()]
+        return json.dumps({"seen": seen, "failures": self.failures, "spans": self.spans})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        told = json.loads(text)
+        seen = Counter({(kind, status): number for kind, status, number in told["seen"]})
+        return cls(seen, told["failures"], [tuple(span) for span in told["spans"]])
+
+    def __add__(self, other: "Report") -> "Report":
+        return Report(self.seen + other.seen, self.failures + other.failures, self.spans + other.spans)
 
     def count(self, kind: str) -> int:
         return sum(number for (name, _), number in self.seen.items() if name == kind)
-
-    def health(self) -> dict[str, tuple[int, float]]:
-        """By what was under way meanwhile: how many probes there were, and the seconds of the worst."""
-        found = {"anything at all": (len(self.probes), max((seconds for _, seconds, _ in self.probes), default=0.0))}
-        for name in sorted({name for name, _, _ in self.spans}):
-            spans = [(start, end) for other, start, end in self.spans if other == name]
-            met = [
-                seconds
-                for begun, seconds, _ in self.probes
-                if any(begun < end and begun + seconds > start for start, end in spans)
-            ]
-            found[name] = len(met), max(met, default=0.0)
-        return found
-
-    def table(self) -> str:
-        """What to read at the end."""
-        rows = [f"{'while there was under way':<36}{'probes':>8}{'worst /health, s':>18}"]
-        rows += [f"{name:<36}{count:>8}{worst:>18.3f}" for name, (count, worst) in self.health().items()]
-        statuses = ", ".join(f"{status}: {count}" for status, count in sorted(self.statuses().items()))
-        return "\n".join(["", *rows, f"statuses · {statuses}", f"memory · {self.growth / 2**20:+.1f} MiB since warm"])
 
     def statuses(self) -> Counter[int]:
         statuses: Counter[int] = Counter()
@@ -104,57 +92,28 @@ class Report:
 
 
 class Soak:
-    """Random clients of one server; the same seed gives the same clients."""
+    """Random clients of the server at a port; the same seed gives the same clients."""
 
-    def __init__(self, server: Live, seed: int, most_body: int) -> None:
-        self._server = server
+    def __init__(self, port: int, seed: int, most_body: int) -> None:
+        self._port = port
         self._attacks = attacks(most_body)
         self._random = random.Random(seed)
         self._most_body = most_body
         self.report = Report()
-        self.kinds: dict[str, Callable[[], Awaitable[int]]] = {
-            "whole": self._whole,
-            "streamed": self._streamed,
-            "asks about": self._asks_about,
-            "leaves in the middle": self._leaves_in_the_middle,
-            "leaves before": self._leaves_before,
-            "sends garbage": self._sends_garbage,
-            "sends too much": self._sends_too_much,
-            "sends no UTF-8": self._sends_no_utf8,
-            "asks for the absurd": self._asks_for_the_absurd,
-            "takes the wrong way": self._takes_the_wrong_way,
-            "reads slowly": self._reads_slowly,
-            "sends half": self._sends_half,
-            "attacks": self._attacks_others,
-            "lies there": self._lies_there,
-        }
 
     async def run(self, seconds: float) -> Report:
-        """Let them come for that long, and look at the server when they have gone."""
-        process = psutil.Process()
-        start = time.monotonic()
-        async with httpx.AsyncClient(base_url=self._server.url, timeout=TIMEOUT) as self._http:
-            with probing(self._server.port) as self.report.probes:
-                warm = await self._for(start + seconds * _WARM, process)
-                end = await self._for(start + seconds, process)
-        wrong = [status for _, _, status in self.report.probes if status != 200]
-        self.report.failures += [f"/health: {status}" for status in wrong]
-        self.report.growth = end - warm
+        """Let them come for that long."""
+        until = time.monotonic() + seconds
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self._port}", timeout=TIMEOUT) as self._http:
+            await asyncio.gather(*(self._client(until) for _ in range(CLIENTS)))
         return self.report
-
-    async def _for(self, until: float, process: psutil.Process) -> int:
-        """Clients until then; bytes that the process holds when they have gone."""
-        await asyncio.gather(*(self._client(until) for _ in range(CLIENTS)))
-        gc.collect()
-        await asyncio.sleep(0.2)
-        return int(process.memory_info().rss)
 
     async def _client(self, until: float) -> None:
         while time.monotonic() < until:
-            kind = self._random.choice(list(self.kinds))
+            kind = self._random.choice(list(KINDS))
             try:
                 async with asyncio.timeout(TIMEOUT):
-                    status = await self.kinds[kind]()
+                    status = await KINDS[kind](self)
             except Exception as error:
                 self.report.failures.append(f"{kind}: {error!r}")
             else:
@@ -265,7 +224,7 @@ class Soak:
 
     async def _leaves_before(self) -> int:
         path, request = self._request()
-        _, writer = await asyncio.open_connection("127.0.0.1", self._server.port)
+        _, writer = await asyncio.open_connection("127.0.0.1", self._port)
         writer.write(self._raw(path, self._body({**request, "max_tokens": 400})))
         await writer.drain()
         await asyncio.sleep(self._random.choice([0, 0.001, 0.05]))
@@ -342,7 +301,7 @@ class Soak:
 
     async def _reads_slowly(self) -> int:
         path, request = self._request()
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._server.port, limit=1024)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=1024)
         writer.write(self._raw(path, self._body({**request, "stream": True, "max_tokens": 200})))
         first = await reader.readline()
         for _ in range(self._random.randint(1, 20)):
@@ -365,7 +324,7 @@ class Soak:
         start, head = time.monotonic(), b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n"
         sent = self._random.choice([b"", b"GET /he", head])
         opened = await asyncio.gather(
-            *(asyncio.open_connection("127.0.0.1", self._server.port) for _ in range(_SILENT)), return_exceptions=True
+            *(asyncio.open_connection("127.0.0.1", self._port) for _ in range(_SILENT)), return_exceptions=True
         )
         made = [writer for each in opened if not isinstance(each, BaseException) for writer in each[1:]]
         for writer in made:
@@ -377,7 +336,7 @@ class Soak:
 
     async def _sends_half(self) -> int:
         path, request = self._request()
-        _, writer = await asyncio.open_connection("127.0.0.1", self._server.port)
+        _, writer = await asyncio.open_connection("127.0.0.1", self._port)
         raw = self._raw(path, self._body(request))
         writer.write(raw[: self._random.randrange(len(raw))])
         await writer.drain()
@@ -397,23 +356,34 @@ class Soak:
             await writer.wait_closed()
 
 
-def settle(server: Live, seconds: float = 20) -> list[str]:
-    """What is still not as in a server that nobody ever asked, once it has had time to clear up."""
-    until = time.monotonic() + seconds
-    while (left := _left(server)) and time.monotonic() < until:
-        time.sleep(0.05)
-    asyncio.run_coroutine_threadsafe(server.serving.check(), server.loop).result(20)
-    return left
+KINDS: dict[str, Callable[[Soak], Awaitable[int]]] = {
+    "whole": Soak._whole,
+    "streamed": Soak._streamed,
+    "asks about": Soak._asks_about,
+    "leaves in the middle": Soak._leaves_in_the_middle,
+    "leaves before": Soak._leaves_before,
+    "sends garbage": Soak._sends_garbage,
+    "sends too much": Soak._sends_too_much,
+    "sends no UTF-8": Soak._sends_no_utf8,
+    "asks for the absurd": Soak._asks_for_the_absurd,
+    "takes the wrong way": Soak._takes_the_wrong_way,
+    "reads slowly": Soak._reads_slowly,
+    "sends half": Soak._sends_half,
+    "attacks": Soak._attacks_others,
+    "lies there": Soak._lies_there,
+}
 
 
-def _left(server: Live) -> list[str]:
-    load, state = server.serving.load(), server.server.server_state
-    counts = {
-        "running sequences": load.running,
-        "waiting requests": load.waiting,
-        "used blocks": load.kv_blocks_used,
-        "connections": len(state.connections),
-        "tasks": len(state.tasks),
-        "a dead engine": not server.serving.alive,
-    }
-    return [f"{count} {name}" for name, count in counts.items() if count]
+def visit(port: int, seconds: float, seed: int, most_body: int) -> Report:
+    """Clients for so many seconds, in a process of their own; what they met."""
+    command = [sys.executable, __file__, str(port), str(seconds), str(seed), str(most_body)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return Report.from_json(done.stdout)
+
+
+def main(port: int, seconds: float, seed: int, most_body: int) -> None:
+    print(asyncio.run(Soak(port, seed, most_body).run(seconds)).to_json())
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

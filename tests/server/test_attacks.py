@@ -7,21 +7,24 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fastapi
 import httpx
 import pytest
 from attacks import Attack, attacks
 
 from kvist.base.errors import Overloaded, RequestError
 from kvist.server.app import create_app
-from kvist.server.connections import most_connections
+from kvist.server.connections import BACKLOG, most_connections
 from kvist.server.limits import _has_more_values
 from kvist.server.openai.chat_schema import ChatBody
 from kvist.server.settings import ServerSettings
 from kvist.service.aside import THREAD_NAME, Aside
 from kvist.text.schema_cost import MOST_DIVISOR, MOST_OPTIONAL, MOST_PARTS, check_cost
+from kvist.text.template_process import TemplateProcess
 from live import Live, answer_of, exchange, live
 from tiny_model import open_serving
 
@@ -77,6 +80,31 @@ def test_what_takes_long_is_not_done_on_the_event_loop(tiny_model: Path) -> None
         short = {"messages": [message], "max_tokens": 1}
         where = threads(server, "/v1/chat/completions", short, "render", serving.template)
         assert where == [server.thread.name], "what is short is done at once"
+        assert serving.template is not None
+        idle = serving.template._process._idle
+        there = [idle.pop() for _ in range(len(idle))]
+        where = threads(server, "/v1/chat/completions", short, "_started", TemplateProcess)
+        idle += there
+        assert where, "a process was started"
+        assert all(thread.startswith(THREAD_NAME) for thread in where)
+
+
+def test_the_description_is_made_once_and_not_on_the_event_loop(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, inner = list[str](), fastapi.applications.get_openapi
+
+    def describe(**given: Any) -> dict[str, Any]:
+        made.append(threading.current_thread().name)
+        return inner(**given)
+
+    monkeypatch.setattr(fastapi.applications, "get_openapi", describe)
+    with few_connections(tiny_model, 100) as server, ThreadPoolExecutor(4) as clients:
+        paths = ["/docs", "/openapi.json"] * 4
+        answers = list(clients.map(lambda path: httpx.get(f"{server.url}{path}", timeout=60), paths))
+        assert {answer.status_code for answer in answers} == {200}
+        assert len(made) == 1
+        assert made[0] != server.thread.name
 
 
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(
@@ -226,6 +254,18 @@ def test_those_who_say_nothing_make_room_for_those_who_ask(tiny_model: Path) -> 
         assert len(server.server.server_state.connections) <= 8
         assert silent[0].recv(1) == b"", "the first of them was ended"
         assert asking.recv(1), "who waits for an answer was not"
+
+
+def test_whoever_comes_while_the_server_is_busy_need_not_try_again(tiny_model: Path) -> None:
+    """Past the kernel's queue a connection is dropped, and tried again after a second."""
+    with few_connections(tiny_model, 500) as server, contextlib.ExitStack() as stack:
+        go = threading.Event()
+        stack.callback(go.set)
+        server.loop.call_soon_threadsafe(go.wait, 60)
+        for _ in range(6 * BACKLOG):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=0.9))
+        go.set()
+        assert answer_of(exchange(server.port, HEALTH))[0] == 200
 
 
 def test_a_head_has_its_time_however_it_trickles(tiny_model: Path) -> None:

@@ -1,13 +1,17 @@
 """The server under clients of every kind: no defect, no leak, and a clean engine at the end."""
 
 import asyncio
+import gc
+import math
 import os
 import threading
+import time
 from pathlib import Path
 
 import psutil
 import pytest
-from soak import Soak, settle
+from prober import Probe, probing, slowest
+from soak import KINDS, visit
 
 from kvist.runtime.request import Request
 from kvist.server.app import create_app
@@ -15,13 +19,14 @@ from kvist.server.connections import BACKLOG
 from kvist.server.settings import ServerSettings
 from kvist.service.aside import THREAD_NAME
 from kvist.service.session import Job
-from live import live
+from live import Live, live
 from tiny_model import open_serving
 
 MOST_BODY = 1 << 16
 LONG_BODY = 1 << 20  # of the long one
 SECONDS = 20
 LONG = float(os.environ.get("KVIST_SOAK_SECONDS", 20 * 60))
+WARM = 0.4  # of the time: caches fill, memory is taken for the first time
 TEMPLATE_PIPES = 6  # of the processes that are started when several chat templates are rendered at once
 MOST_GROWTH = 24 << 20  # bytes: the allocator's own play; what leaks grows with the time
 
@@ -30,6 +35,12 @@ def own_threads() -> list[str]:
     """Threads but for those that routes borrow, which stay for a while when they are not needed."""
     borrowed = ("AnyIO", THREAD_NAME)
     return sorted(thread.name for thread in threading.enumerate() if not thread.name.startswith(borrowed))
+
+
+def held() -> int:
+    """Bytes that this process, which is the server's, holds."""
+    gc.collect()
+    return int(psutil.Process().memory_info().rss)
 
 
 def soak(model: Path, seconds: float, most_body: int) -> None:
@@ -44,19 +55,59 @@ def soak(model: Path, seconds: float, most_body: int) -> None:
     serving = open_serving(model, blocks=96, running=4, max_waiting=4, timeout=50)
     process = psutil.Process()
     with live(create_app(serving, settings), serving, settings) as server:
-        clients = Soak(server, seed=1, most_body=most_body)
         files, threads = process.num_fds(), own_threads()
-        report = asyncio.run(clients.run(seconds))
+        with probing(server.port) as probes:
+            report = visit(server.port, seconds * WARM, 1, most_body)
+            warm = held()
+            report += visit(server.port, seconds * (1 - WARM), 2, most_body)
+        growth = held() - warm
         assert settle(server) == []
         assert process.num_fds() <= files + TEMPLATE_PIPES
         assert own_threads() == threads
-    print(report.table())
-    assert report.failures == [], f"{len(report.failures)} of {sum(report.seen.values())}, first of all"
-    assert report.growth < MOST_GROWTH
+    print(table(probes, report.spans))
+    print("statuses · " + ", ".join(f"{status}: {count}" for status, count in sorted(report.statuses().items())))
+    print(f"memory · {growth / 2**20:+.1f} MiB since warm")
+    assert report.failures == [], f"{len(report.failures)} of {report.seen.total()}, first of all"
+    assert [probe for probe in probes if probe.status != 200] == []
+    assert growth < MOST_GROWTH
     # All of them came, and met what they were to meet.
-    assert min(report.count(kind) for kind in clients.kinds) > 0, report.seen
+    assert min(report.count(kind) for kind in KINDS) > 0, report.seen
     assert report.statuses().keys() >= {200, 400, 404, 405, 413, 429}
     assert report.seen["whole", 200] + report.seen["streamed", 200] > seconds / 2
+
+
+def table(probes: list[Probe], spans: list[tuple[str, float, float]]) -> str:
+    """The slowest `/health` by what was under way meanwhile."""
+    under_way: dict[str, list[tuple[float, float]]] = {"anything at all": [(0, math.inf)]}
+    for name, start, end in sorted(spans):
+        under_way.setdefault(name, []).append((start, end))
+    rows = [f"{'while there was under way':<36}{'probes':>8}{'99 of 100, s':>14}{'worst /health, s':>18}"]
+    for name, its in under_way.items():
+        count, most, worst = slowest(probes, its)
+        rows.append(f"{name:<36}{count:>8}{most:>14.3f}{worst:>18.3f}")
+    return "\n".join(["", *rows])
+
+
+def settle(server: Live, seconds: float = 20) -> list[str]:
+    """What is still not as in a server that nobody ever asked, once it has had time to clear up."""
+    until = time.monotonic() + seconds
+    while (left := _left(server)) and time.monotonic() < until:
+        time.sleep(0.05)
+    asyncio.run_coroutine_threadsafe(server.serving.check(), server.loop).result(20)
+    return left
+
+
+def _left(server: Live) -> list[str]:
+    load, state = server.serving.load(), server.server.server_state
+    counts = {
+        "running sequences": load.running,
+        "waiting requests": load.waiting,
+        "used blocks": load.kv_blocks_used,
+        "connections": len(state.connections),
+        "tasks": len(state.tasks),
+        "a dead engine": not server.serving.alive,
+    }
+    return [f"{count} {name}" for name, count in counts.items() if count]
 
 
 def test_clients_of_every_kind_for_a_while(tiny_model: Path) -> None:
@@ -69,7 +120,7 @@ def test_a_defect_and_a_leak_are_found(tiny_model: Path, monkeypatch: pytest.Mon
     app = create_app(serving, settings)
     monkeypatch.setattr(serving.tokenizer, "encode", lambda text, add_special=True: 1 // 0)
     with live(app, serving, settings) as server:
-        report = asyncio.run(Soak(server, seed=1, most_body=MOST_BODY).run(1))
+        report = visit(server.port, 1, 1, MOST_BODY)
         assert any(failure.startswith("500 for /v1/chat/completions") for failure in report.failures)
 
         async def forget() -> None:

@@ -24,20 +24,23 @@ from kvist.service.serving import Serving
 def create_app(serving: Serving, settings: ServerSettings) -> FastAPI:
     """An ASGI application that starts `serving` when it is started itself, and stops it when it ends.
 
-    `/openapi.json` describes it, and `/docs` shows that; FastAPI's own pages would load their scripts from elsewhere.
+    `/openapi.json` describes it, and `/docs` shows that. FastAPI's own make the description on the event loop, and load
+    their pages' scripts from elsewhere.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         serving.start()
+        # FastAPI makes an included route when a request is first compared with it, which takes a while.
+        for route in app.routes:
+            route.matches({"type": "http", "method": "GET", "path": "/", "root_path": "", "headers": []})
         yield
         await serving.stop(0)
 
     app = FastAPI(
         title="Kvist",
         version=__version__,
-        docs_url=None,
-        redoc_url=None,
+        openapi_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
     )

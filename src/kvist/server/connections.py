@@ -13,6 +13,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 BACKLOG = 64  # connections that are accepted in a row, before anything looks at how many there are
+QUEUE = 1024  # that the kernel holds until then; whoever comes beyond these tries again after a second
 _RESERVE = 128  # file descriptors for everything else: `BACKLOG`, models, the cache on disk, its remote
 _LEAST = 16
 

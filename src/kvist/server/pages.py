@@ -1,11 +1,12 @@
-"""What a browser, or a client that looks whether anybody is there, sees: `/` and `/docs`."""
+"""What a browser, or a client that looks whether anybody is there, sees: `/`, `/docs` and `/openapi.json`."""
 
 import html
+import threading
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from kvist import __version__
 
@@ -21,15 +22,25 @@ _METHODS = ("get", "post", "put", "delete")
 
 
 def add_pages(app: FastAPI, name: str) -> None:
-    """Add both. `name`: of the model."""
+    """Add them. `name`: of the model."""
+    describing = threading.Lock()
+
+    def description() -> dict[str, Any]:
+        with describing:  # it is made once, and that takes a second
+            return app.openapi()
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False, response_class=PlainTextResponse)
     async def root() -> Response:
         return PlainTextResponse(f"Kvist {__version__} serves {name}: /docs lists the routes.\n")
 
+    # Neither is `async`, so they run on threads of their own.
     @app.get("/docs", include_in_schema=False, response_class=HTMLResponse)
-    async def docs() -> Response:
-        return HTMLResponse(page(app.openapi()), headers={"content-security-policy": _POLICY})
+    def docs() -> Response:
+        return HTMLResponse(page(description()), headers={"content-security-policy": _POLICY})
+
+    @app.get("/openapi.json", include_in_schema=False, response_class=JSONResponse)
+    def openapi() -> Response:
+        return JSONResponse(description())
 
 
 def page(description: Mapping[str, Any]) -> str:

@@ -200,7 +200,7 @@ class Chat:
 
     async def ask(self, request: ChatRequest) -> ChatSession:
         """As `start`, on the event loop, which does not wait for what takes long."""
-        if request.is_light:
+        if self._at_once(request):
             return self.start(request)
         return self._begin(await self._aside(request, lambda: self._prepare(request)))
 
@@ -212,7 +212,13 @@ class Chat:
 
     async def counted(self, request: ChatRequest) -> int:
         """As `count`, on the event loop, which does not wait for what takes long."""
-        return self.count(request) if request.is_light else await self._aside(request, lambda: self.count(request))
+        if self._at_once(request):
+            return self.count(request)
+        return await self._aside(request, lambda: self.count(request))
+
+    def _at_once(self, request: ChatRequest) -> bool:
+        """Whether the event loop may make a prompt of it: starting a process to render it takes a third of a second."""
+        return request.is_light and self._template.ready
 
     def _aside(self, request: ChatRequest, work: Callable[[], T]) -> Awaitable[T]:
         return self._serving.aside.run(request.options.tenant, work)

@@ -74,6 +74,11 @@ class ChatTemplate:
         """What it does with tools and calls, found by trying when it is first asked."""
         return traits_of(lambda messages, tools: self.render(messages, tools))
 
+    @property
+    def ready(self) -> bool:
+        """Whether one can be rendered without waiting for a process."""
+        return self._process.ready
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -50,6 +50,11 @@ class TemplateProcess:
     def __post_init__(self) -> None:
         weakref.finalize(self, _end_all, self._idle)
 
+    @property
+    def ready(self) -> bool:
+        """Whether a process waits for something to render."""
+        return bool(self._idle)
+
     def compile(self) -> None:
         """Raises `BadTemplate` for a template that is none. `render` may be called without."""
         with self._free:
