@@ -1,6 +1,8 @@
 """Choosing, forcing and building the operators."""
 
+import contextlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -90,7 +92,8 @@ def test_a_compiler_that_fails_leaves_its_messages_and_no_library(tmp_path):
     result = select_elsewhere(CXX=str(compiler), KVIST_CACHE=str(tmp_path / "cache"))
     assert result.stdout.startswith("reference")
     begun, line = result.stderr.splitlines()
-    assert "compiling the CPU kernels" in begun
+    count = len(list((Path(build.__file__).parent / "csrc").glob("*.cpp")))
+    assert begun == f"kvist: compiling the CPU kernels (once): {count} files with {compiler}"
     log = Path(line.split()[-1])
     assert "no such luck" in log.read_text()
     assert sorted(path.name for path in log.parent.iterdir()) == ["kvist_cpu.failed.json", "kvist_cpu.log", "lock"]
@@ -120,7 +123,8 @@ def test_a_compilation_that_failed_is_not_tried_again_at_once(tmp_path, monkeypa
     assert len(runs) == 1
     assert "the compiler's messages are in" in said[0]
     assert said[1].startswith(said[0])
-    assert "tried again after a day" in said[1]
+    assert re.search(r"it is tried again in (24h00|23h59)m, with another CXX or MAX_JOBS", said[1])
+    assert "\n" not in said[1]
     monkeypatch.setenv("CXX", "false")  # another compiler
     with pytest.raises(BackendError):
         build._library("kvist_cpu", build.Variant.NATIVE)
@@ -129,30 +133,104 @@ def test_a_compilation_that_failed_is_not_tried_again_at_once(tmp_path, monkeypa
     with pytest.raises(BackendError):
         build._library("kvist_cpu", build.Variant.NATIVE)
     assert len(runs) == 3
+    failed.write_text("{")  # what cannot be read is no reason
+    with pytest.raises(BackendError):
+        build._library("kvist_cpu", build.Variant.NATIVE)
+    assert len(runs) == 4
 
 
-@pytest.mark.parametrize(
-    ("messages", "cause"),
-    [
-        ("fatal error: No space left on device", "the disk is full"),
-        ("g++: fatal error: Killed signal", "memory is short"),
-    ],
-)
-def test_what_may_have_passed_is_named_and_tried_again(tmp_path, monkeypatch, messages, cause):
-    runs = failing(monkeypatch, tmp_path, messages)
+def test_a_compiler_that_was_killed_is_named_and_not_tried_for_an_hour(tmp_path, monkeypatch):
+    runs = failing(monkeypatch, tmp_path, "c++: fatal error: Killed signal terminated program cc1plus")
+    for said in (r"memory is short; with MAX_JOBS=1 it takes the least$", r"the least; it is tried again in (1h00|59)m"):
+        with pytest.raises(BackendError, match=said):
+            build._library("kvist_cpu", build.Variant.NATIVE)
+    assert len(runs) == 1
+    monkeypatch.setenv("MAX_JOBS", "1")  # fewer files at once take less memory
+    with pytest.raises(BackendError):
+        build._library("kvist_cpu", build.Variant.NATIVE)
+    [failed] = tmp_path.rglob("*.failed.json")
+    os.utime(failed, (time.time() - 3700,) * 2)
+    with pytest.raises(BackendError):
+        build._library("kvist_cpu", build.Variant.NATIVE)
+    assert len(runs) == 3
+
+
+def test_a_disk_that_was_full_is_named_and_tried_again(tmp_path, monkeypatch):
+    runs = failing(monkeypatch, tmp_path, "fatal error: No space left on device")
     for _ in range(2):
-        with pytest.raises(BackendError, match=cause):
+        with pytest.raises(BackendError, match="the disk is full; make room for"):
             build._library("kvist_cpu", build.Variant.NATIVE)
     assert len(runs) == 2
 
 
-def test_on_a_full_disk_nothing_is_compiled(tmp_path, monkeypatch):
+@pytest.mark.parametrize("full", ["ops", "temporary"])
+def test_on_a_full_disk_nothing_is_compiled(tmp_path, monkeypatch, full):
     runs = failing(monkeypatch, tmp_path, "not reached")
     usage = build.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
-    with pytest.raises(BackendError, match=r"the disk is full: .*where 1\.0 MiB are free"):
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(
+        build.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20 if full in path.parts else 1 << 40)
+    )
+    with pytest.raises(BackendError, match=rf"the disk is full: .*{full}.*, where 1\.0 MiB are free"):
         build._library("kvist_cpu", build.Variant.NATIVE)
     assert runs == []
+
+
+def test_what_a_killed_compilation_left_is_deleted_and_told(tmp_path, monkeypatch, capsys):
+    failing(monkeypatch, tmp_path, "no such luck")
+    for times in range(2):
+        with pytest.raises(BackendError):
+            build._library("kvist_cpu", build.Variant.NATIVE)
+        assert ("an earlier try was killed before its end" in capsys.readouterr().err) == bool(times)
+        [lock] = tmp_path.rglob("lock")
+        lock.with_name("kvist_cpu.failed.json").unlink()
+        (lock.parent / "building-xyz").mkdir(exist_ok=True)
+        (lock.parent / "building-xyz" / "attend.o").touch()
+    with pytest.raises(BackendError):
+        build._library("kvist_cpu", build.Variant.NATIVE)
+    assert sorted(path.name for path in lock.parent.iterdir()) == ["kvist_cpu.failed.json", "kvist_cpu.log", "lock"]
+
+
+def test_it_is_shown_how_many_files_are_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVIST_CACHE", str(tmp_path))
+    shown: list[tuple[int, int]] = []
+    seen = threading.Condition()
+
+    @contextlib.contextmanager
+    def progress(work: str, unit: str, at_once: int):
+        def watch(done: int, total: int) -> None:
+            with seen:
+                shown.append((done, total))
+                seen.notify_all()
+
+        yield watch
+
+    def run_compiler(namespace: str, flags: list[str], folder: str) -> None:
+        for done in range(3):
+            with seen:
+                assert seen.wait_for(lambda done=done: any(pair[0] == done for pair in shown), 20)
+            (Path(folder) / f"{done}.o").touch()
+        (Path(folder) / f"{namespace}.so").write_bytes(b"library")
+
+    monkeypatch.setattr(build, "progress", progress)
+    monkeypatch.setattr(build, "_run_compiler", run_compiler)
+    build._library("kvist_cpu", build.Variant.NATIVE)
+    assert [pair[0] for pair in shown] == sorted(pair[0] for pair in shown)
+    assert {pair[1] for pair in shown} == {len(build._sources())}
+    assert not [thread for thread in threading.enumerate() if thread.name == "kvist-compiling"]
+
+
+def test_who_waits_for_another_process_says_so(tmp_path, monkeypatch, capsys):
+    with build._locked(tmp_path):
+        assert capsys.readouterr().err == ""
+        waited = threading.Event()
+        monkeypatch.setattr(build, "_say", lambda text: (print(text), waited.set()))
+        waiting = threading.Thread(target=lambda: build._locked(tmp_path).__enter__())
+        waiting.start()
+        assert waited.wait(20)
+    waiting.join(20)
+    assert not waiting.is_alive()
+    assert "another process is compiling the CPU kernels" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to others")
@@ -240,7 +318,6 @@ def test_each_build_has_its_own_place(monkeypatch):
 
 def test_the_cause_of_a_failure_has_the_compilers_first_error(tmp_path):
     said = "ninja: build stopped\n  x.cpp:3:1: error: 'y' was not declared  \nz.cpp:1:1: error: another"
-    cause, lasts = build._cause(said, tmp_path / "log")
-    assert lasts
+    cause = build._failure(said, tmp_path / "log").cause
     assert cause.startswith("the C++ kernels did not compile: x.cpp:3:1: error: 'y' was not declared; the compiler's")
-    assert "did not compile; the" in build._cause("no such luck", tmp_path / "log")[0]
+    assert "did not compile; the" in build._failure("no such luck", tmp_path / "log").cause

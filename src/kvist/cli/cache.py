@@ -15,20 +15,22 @@ app = typer.Typer(help="What Kvist keeps in its cache folder, and clearing it.",
 @app.command("ls")
 def ls(as_json: Json = False) -> None:
     """What lies in the cache folder, what it takes, and when something there was last written."""
-    from rich.console import Console
     from rich.table import Table
 
+    from kvist.base.tables import output, show
     from kvist.service.cache_folder import entries
 
     found = entries()
     if as_json:
         print_json([entry.to_json() for entry in found])
         return
-    table = Table("name", "size", "last written", "what")
+    table = Table("name")
+    table.add_column("size", justify="right")
+    table.add_column("last written")
+    table.add_column("what")
     for entry in found:
         table.add_row(entry.name, format_bytes(entry.size), entry.day, entry.what)
-    console = Console()
-    console.print(table)
+    show(output(), table)
     for entry in found:
         typer.echo(entry.path)
 

@@ -1,15 +1,13 @@
 """`kvist context`: named prefixes that are computed once and read from disk from then on."""
 
-import contextlib
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvist.base.errors import KvistError
+from kvist.base.progress import progress
 from kvist.base.units import format_bytes, format_duration, plural
 from kvist.cli.options import CacheDir, CacheDisk, Dtype, Json, Kv, Weights, graceful_interrupt, note, print_json, size
 from kvist.cli.process import Threads, prepare
@@ -60,7 +58,8 @@ def create(
     sources = [document.name for document in reading.documents]
     started = time.perf_counter()
     settings, form, text = _settings(cache_dir, cache_disk), CHAT if chat else TEXT, reading.joined()
-    with open_kept(loaded, settings) as kept, _progress() as watch, graceful_interrupt() as interrupt:
+    watched = progress(f"computing {name}", "tokens")
+    with open_kept(loaded, settings) as kept, watched as watch, graceful_interrupt() as interrupt:
         made = make_context(loaded, kept, name, form, text, sources, watch=watch, cancelled=interrupt)
     if made is None:
         note("interrupted; nothing was kept under that name")
@@ -84,29 +83,28 @@ def list_contexts(cache_dir: CacheDir = None, as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
         return
-    from rich.console import Console
+    if not rows:
+        note("there are no contexts; kvist context create makes one")
+        return
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("name", "model", "form", "tokens", "on disk", "codec", "used", box=None, pad_edge=False)
+    from kvist.base.tables import output
+    from kvist.base.tables import show as show_table
+
+    table = Table("name", "model", "form", box=None, pad_edge=False)
+    for heading in ("tokens", "on disk"):
+        table.add_column(heading, justify="right")
+    table.add_column("codec")
+    table.add_column("used")
     for row in rows:
         if "damaged" in row:
             table.add_row(row["name"], "damaged")
             continue
         used = f"{format_duration(max(time.time() - row['used'], 0))} ago"
-        facts = (
-            Text(_shown(row["model"])),
-            row["form"],
-            f"{row['tokens']:,}",
-            format_bytes(row["bytes"]),
-            row["kv"],
-            used,
-        )
-        table.add_row(row["name"], *facts)
-    if rows:
-        Console(width=None if sys.stdout.isatty() else 140).print(table)
-    else:
-        note("there are no contexts; kvist context create makes one")
+        taken, codec = format_bytes(row["bytes"]), Text(_shown(row["kv"]))
+        table.add_row(row["name"], Text(_shown(row["model"])), row["form"], f"{row['tokens']:,}", taken, codec, used)
+    show_table(output(), table)
 
 
 @app.command()
@@ -174,7 +172,7 @@ def export(
     context, settings = _contexts(cache_dir).get(name), _settings(cache_dir, None)
     disk = DiskTier(settings.path, settings.budget())
     try:
-        with _progress() as watch:
+        with progress(f"writing {name}", "blocks") as watch:
             export_context(context, disk, file, watch)
     finally:
         disk.close()
@@ -215,7 +213,7 @@ def import_file(
 
     loaded = open_model(model, dtype=dtype, kv=kv, weights=weights)
     settings = _settings(cache_dir, cache_disk)
-    with open_kept(loaded, settings) as kept, _progress() as watch:
+    with open_kept(loaded, settings) as kept, progress("importing", "steps") as watch:
         made = import_context(
             file,
             name,
@@ -276,19 +274,3 @@ def _shown(text: str) -> str:
 
 def _date(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal's stderr; told what is done, of how much."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done, total: None
-        return
-    columns = (TextColumn("{task.completed:,.0f} of {task.total:,.0f}"), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("", total=1)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,8 +1,8 @@
 """`kvist explain` and `kvist tax`: ask a running server why a prompt was computed, and what a session pays."""
 
 import os
-import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -69,61 +69,71 @@ def _ask(url: str, path: str, query: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _show_explanation(found: Mapping[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    from kvist.base.tables import output, show
+
+    console = output()
+    say = partial(console.print, markup=False, highlight=False)  # much of it is from clients
     cached = " + ".join(f"{count:,} from {tier}" for tier, count in found["cached"].items()) or "none cached"
-    console.print(f"{plural(found['prompt_tokens'], 'prompt token')}: {cached}, {found['computed']:,} computed")
-    console.print(f"{found['reason']}: {found['why']}")
+    say(f"{plural(found['prompt_tokens'], 'prompt token')}: {cached}, {found['computed']:,} computed")
+    say(f"{found['reason']}: {found['why']}")
     if found["again"] and found["again_seconds"] is not None:
         seconds = format_duration(found["again_seconds"])
-        console.print(f"paid again: {plural(found['again'], 'token')} that an earlier request had, about {seconds}")
+        say(f"paid again: {plural(found['again'], 'token')} that an earlier request had, about {seconds}")
     elif found["again"] is None:
-        console.print("paid again: unknown")
+        say("paid again: unknown")
     if found["nearest"] is not None:
-        console.print(f"nearest earlier request: {found['nearest']}, alike in its first {found['common']:,} tokens")
+        say(f"nearest earlier request: {found['nearest']}, alike in its first {found['common']:,} tokens")
     if (difference := found["difference"]) is not None:
         table = Table("", "where", "text", "token", box=None, pad_edge=False)
         for name in ("earlier", "now"):
             side = difference[name]
             line = "" if side["line"] is None else f", line {side['line']}, column {side['column']}"
             text = Text(_shown(side["before"][-30:])) + Text(_shown(side["after"][:40]) or "(its end)", style="bold")
-            table.add_row(name, side["where"] + line, text, "" if side["token"] is None else repr(side["token"]))
-        console.print(f"the first difference, at token {difference['token']:,}:")
-        console.print(table)
+            token = Text("" if side["token"] is None else repr(side["token"]))
+            table.add_row(name, Text(_shown(side["where"]) + line), text, token)
+        say(f"the first difference, at token {difference['token']:,}:")
+        show(console, table)
     if found["note"] is not None:
-        console.print(found["note"])
+        say(found["note"])
 
 
 def _show_tax(found: Mapping[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    name = "the last session" if found["session"] is None else f"session {found['session']}"
-    console.print(f"{name}: {plural(found['requests'], 'request')}, {plural(found['prompt_tokens'], 'prompt token')}")
+    from kvist.base.tables import output, show
+
+    console = output()
+    say = partial(console.print, markup=False, highlight=False)
+    name = "the last session" if found["session"] is None else f"session {_shown(found['session'])}"
+    say(f"{name}: {plural(found['requests'], 'request')}, {plural(found['prompt_tokens'], 'prompt token')}")
     share = found["cached"] / max(found["cached"] + found["computed"], 1)
-    console.print(
+    say(
         f"{found['cached']:,} read from the cache ({share:.1%}), {found['computed']:,} computed where "
         f"{found['necessary']:,} were necessary, {found['again']:,} of them paid again "
         f"({format_duration(found['again_seconds'])})"
     )
-    console.print(
+    say(
         f"stable prefix: {plural(found['stable'], 'token')}; behind it, in the median prompt, "
         f"{plural(found['changing'], 'token')} that change"
     )
-    breaks = Table("what breaks the cache", "times", "tokens again", "time", box=None, pad_edge=False)
+    breaks = Table("what breaks the cache", box=None, pad_edge=False)
+    for heading in ("times", "tokens again", "time"):
+        breaks.add_column(heading, justify="right")
     for one in found["breaks"]:
-        breaks.add_row(one["what"], str(one["times"]), f"{one['again']:,}", format_duration(one["seconds"]))
+        again, seconds = f"{one['again']:,}", format_duration(one["seconds"])
+        breaks.add_row(Text(_shown(one["what"])), str(one["times"]), again, seconds)
     if found["breaks"]:
-        console.print(breaks)
-    parts = Table("part of the last prompt", "tokens", box=None, pad_edge=False)
+        show(console, breaks)
+    parts = Table("part of the last prompt", box=None, pad_edge=False)
+    parts.add_column("tokens", justify="right")
     for one in sorted(found["parts"], key=lambda part: -part["tokens"])[:_PARTS]:
-        parts.add_row(one["label"], f"{one['tokens']:,}")
+        parts.add_row(Text(_shown(one["label"])), f"{one['tokens']:,}")
     if found["parts"]:
-        console.print(parts)
+        show(console, parts)
 
 
 def _shown(text: str) -> str:

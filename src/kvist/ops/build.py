@@ -18,9 +18,11 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -29,7 +31,8 @@ import torch
 
 from kvist.base.errors import BackendError, KvistError
 from kvist.base.files import atomic_file, cache_folder, check_own_file, make_folders, own_folder, read_json
-from kvist.base.units import format_bytes
+from kvist.base.progress import progress
+from kvist.base.units import format_bytes, format_duration
 
 _SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = (
@@ -40,9 +43,10 @@ _FLAGS = (
     "-fvisibility=hidden",  # two builds of one source may be loaded side by side
     "-Wno-psabi",
 )
-_USUAL_SECONDS = 60
 _NEEDED = 64 << 20  # bytes that a compilation takes on disk for a while
-_REMEMBERED = 86_400.0  # seconds for which one that failed is not tried again
+_DAY, _HOUR = 86_400.0, 3600.0  # seconds
+_UNDER_WAY = "building-"  # folders of compilations
+_LOOK = 0.25  # seconds between two looks at how far one is
 
 
 class Variant(Enum):
@@ -113,70 +117,140 @@ def _locked(folder: Path) -> Iterator[None]:
     """Holds the folder for this process; the lock falls with the process, however it ends."""
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with open(descriptor, "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say("another process is compiling the CPU kernels, and this one waits for them")
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
+def _say(text: str) -> None:
+    print(f"kvist: {text}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How the kernels are compiled: another way may succeed where one has failed. `jobs`: of how many the user lets
+    run at once, as it was given."""
+
+    compiler: str
+    jobs: str
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a compilation failed, in one line, and the seconds for which it is not tried again."""
+
+    cause: str
+    lasts: float
+
+
 def _compile(namespace: str, flags: list[str], library: Path) -> None:
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        raise BackendError(
-            f"there is no C++ compiler {os.environ.get('CXX', 'c++')!r}; install g++, or name one in CXX"
-        )
-    if (free := shutil.disk_usage(library.parent).free) < _NEEDED:
-        raise BackendError(
-            f"the disk is full: compiling the C++ kernels takes {format_bytes(_NEEDED)} in {library.parent}, "
-            f"where {format_bytes(free)} are free"
-        )
+    way = _way()
+    for folder in (library.parent, Path(tempfile.gettempdir())):  # the compiler's own files are in the other
+        if (free := shutil.disk_usage(folder).free) < _NEEDED:
+            raise BackendError(
+                f"the disk is full: compiling the C++ kernels takes {format_bytes(_NEEDED)} in {folder}, "
+                f"where {format_bytes(free)} are free"
+            )
     failed = library.with_suffix(".failed.json")
-    if cause := _remembered(failed, compiler):
-        raise BackendError(f"{cause}; it is tried again after a day, with another CXX, or once {failed} is deleted")
-    print(f"kvist: compiling the CPU kernels (once, about {_USUAL_SECONDS} s)", file=sys.stderr, flush=True)
+    if told := _remembered(failed, way):
+        raise BackendError(told)
+    again = "; an earlier try was killed before its end" if _sweep(library.parent) else ""
+    _say(f"compiling the CPU kernels (once): {len(_sources())} files with {way.compiler}{again}")
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=_UNDER_WAY, dir=library.parent) as folder:
         try:
-            _run_compiler(namespace, flags, folder)
+            with _shown(Path(folder)):
+                _run_compiler(namespace, flags, folder)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # with what ninja and the compiler said
             log = library.with_suffix(".log")
-            cause, lasts = _cause(str(error), log)
+            failure = _failure(str(error), log)
             with contextlib.suppress(OSError, KvistError):  # a full disk takes neither
                 log.write_text(str(error))
-                if lasts:
-                    with atomic_file(failed) as target:
-                        target.write_text(json.dumps({"cause": cause, "compiler": compiler}))
-            raise BackendError(cause) from error
+                with atomic_file(failed) as target:
+                    target.write_text(json.dumps(asdict(failure) | asdict(way)))
+            raise BackendError(failure.cause) from error
         # Moved, not copied: PyTorch has already loaded this very file, and loading it by its new name is then free.
         with atomic_file(library) as target:
             os.replace(Path(folder) / library.name, target)
     failed.unlink(missing_ok=True)
-    print(f"kvist: the CPU kernels are compiled ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
+    _say(f"the CPU kernels are compiled ({format_duration(time.monotonic() - began)})")
 
 
-def _cause(messages: str, log: Path) -> tuple[str, bool]:
-    """Why a compilation failed, in one line, and whether it would fail again."""
-    if "No space left on device" in messages or "Disk quota exceeded" in messages:
-        return f"the C++ kernels did not compile: the disk is full; make room for {log.parent} and start again", False
-    if "Killed" in messages or "terminated signal" in messages:
-        return "the C++ kernels did not compile: the compiler was killed, as happens where memory is short", False
-    first = next((f": {line.strip()[:200]}" for line in messages.splitlines() if "error:" in line), "")
-    return f"the C++ kernels did not compile{first}; the compiler's messages are in {log}", True
+def _way() -> _Way:
+    """Raises `BackendError` where there is no compiler."""
+    compiler = shutil.which(name := os.environ.get("CXX", "c++"))
+    if compiler is None:
+        raise BackendError(f"there is no C++ compiler {name!r}; install g++, or name one in CXX")
+    return _Way(compiler, os.environ.get("MAX_JOBS", ""))
 
 
-def _remembered(failed: Path, compiler: str) -> str | None:
-    """The cause for which this compiler failed within the last day, or None."""
+def _sources() -> list[Path]:
+    return sorted(_SOURCES.glob("*.cpp"))
+
+
+def _sweep(folder: Path) -> bool:
+    """Delete what compilations left that were killed; whether there were any. The caller holds the lock."""
+    left = list(folder.glob(f"{_UNDER_WAY}*"))
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    return bool(left)
+
+
+@contextlib.contextmanager
+def _shown(folder: Path) -> Iterator[None]:
+    """Within it a thread looks how many files are compiled, and shows it."""
+    over, total = threading.Event(), len(_sources())
+
+    def look() -> None:
+        # As many at once as ninja lets run.
+        with progress("compiling the CPU kernels", "files", (os.cpu_count() or 1) + 1) as watch:
+            while not over.wait(_LOOK):
+                watch(len(list(folder.glob("*.o"))), total)
+
+    thread = threading.Thread(target=look, name="kvist-compiling", daemon=True)
+    thread.start()
     try:
-        if not 0 <= time.time() - failed.stat().st_mtime < _REMEMBERED:
-            return None
-        found = read_json(failed, 1 << 16)
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _failure(messages: str, log: Path) -> _Failure:
+    """What the messages of a compiler come to. A full disk is looked for before anything is compiled."""
+    begun = "the C++ kernels did not compile"
+    if "No space left on device" in messages or "Disk quota exceeded" in messages:
+        rooms = f"{log.parent} and {tempfile.gettempdir()}"
+        return _Failure(f"{begun}: the disk is full; make room for {rooms} and start again", 0.0)
+    if "Killed" in messages or "terminated signal" in messages:
+        why = "the compiler was killed, as happens where memory is short; with MAX_JOBS=1 it takes the least"
+        return _Failure(f"{begun}: {why}", _HOUR)
+    first = next((f": {line.strip()[:200]}" for line in messages.splitlines() if "error:" in line), "")
+    return _Failure(f"{begun}{first}; the compiler's messages are in {log}", _DAY)
+
+
+def _remembered(failed: Path, way: _Way) -> str | None:
+    """What there is to say where it failed in this way not long ago, or None."""
+    try:
+        age, found = time.time() - failed.stat().st_mtime, read_json(failed, 1 << 16)
     except (KvistError, OSError):
         return None
-    return str(found.get("cause")) if found.get("compiler") == compiler else None
+    cause, lasts = found.get("cause"), found.get("lasts")
+    if not isinstance(cause, str) or not isinstance(lasts, float) or not 0 <= age < lasts:
+        return None
+    if any(found.get(name) != value for name, value in asdict(way).items()):
+        return None
+    after = format_duration(lasts - age)
+    return f"{cause}; it is tried again in {after}, with another CXX or MAX_JOBS, or once {failed} is deleted"
 
 
 def _run_compiler(namespace: str, flags: list[str], folder: str) -> None:
     from torch.utils import cpp_extension  # takes a while to import, and is needed once per machine
 
-    sources = [str(path) for path in sorted(_SOURCES.glob("*.cpp"))]
+    sources = [str(path) for path in _sources()]
     logger = logging.getLogger(cpp_extension.__name__)
     path, silent = os.environ.get("PATH", ""), logger.disabled
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), path])  # where pip puts ninja
