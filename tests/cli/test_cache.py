@@ -8,10 +8,14 @@ import pytest
 from typer.testing import CliRunner
 
 import kvist
+from kvist.base.errors import ConfigError, KvistError
+from kvist.cache.disk import DiskTier
 from kvist.cli.app import app
-from kvist.service.cache_folder import WHAT
+from kvist.ops.build import _locked
+from kvist.service.cache_folder import WHAT, entries, unused
 
-PAGE = Path(__file__).parents[2] / "docs" / "files.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, JSON_PAGE = DOCS / "files.md", DOCS / "json.md"
 SOURCE = Path(kvist.__file__).parent
 
 
@@ -51,6 +55,39 @@ def test_a_link_is_neither_listed_nor_cleared(folder: Path) -> None:
     (folder / "packed").symlink_to(folder / "mine")
     assert CliRunner().invoke(app, ["cache", "clear", "--yes"]).exit_code == 0
     assert (folder / "mine" / "letter").exists()
+
+
+def test_what_is_in_use_is_not_cleared(folder: Path) -> None:
+    clear = ["cache", "clear", "kv", "ops", "--yes"]
+
+    def refused(name: str) -> None:
+        before = sorted(folder.rglob("*"))
+        result = CliRunner().invoke(app, clear)
+        assert isinstance(result.exception, KvistError)
+        assert str(result.exception).startswith(f"{name} is in use: a running process has {folder / name}")
+        assert sorted(folder.rglob("*")) == before, "nothing is deleted, not even what is not in use"
+
+    servers = [DiskTier(folder / "kv", 1 << 20) for _ in range(2)]  # they share it with each other
+    refused("kv")
+    servers[0].close()
+    refused("kv")
+    servers[1].close()
+    with _locked(folder / "ops" / "a"):  # kernels are compiled
+        refused("ops")
+    assert CliRunner().invoke(app, clear).exit_code == 0
+    assert names(folder) == ["mine"]
+
+
+def test_nobody_begins_to_use_what_is_being_cleared(folder: Path) -> None:
+    with unused(entries()), pytest.raises(ConfigError, match="is being cleared; start again once that is done"):
+        DiskTier(folder / "kv", 1 << 20)
+    DiskTier(folder / "kv", 1 << 20).close()
+
+
+def test_the_page_of_json_names_every_key(folder: Path) -> None:
+    (section,) = re.findall(r"## `kvist cache ls --json`\n(.*?)(?:\n## |\Z)", JSON_PAGE.read_text(), re.DOTALL)
+    for key in entries()[0].to_json():
+        assert f"`{key}`" in section
 
 
 def test_the_page_names_every_variable_and_folder() -> None:

@@ -141,7 +141,10 @@ def test_a_compilation_that_failed_is_not_tried_again_at_once(tmp_path, monkeypa
 
 def test_a_compiler_that_was_killed_is_named_and_not_tried_for_an_hour(tmp_path, monkeypatch):
     runs = failing(monkeypatch, tmp_path, "c++: fatal error: Killed signal terminated program cc1plus")
-    for said in (r"memory is short; with MAX_JOBS=1 it takes the least$", r"the least; it is tried again in (1h00|59)m"):
+    for said in (
+        r"memory is short; with MAX_JOBS=1 it takes the least$",
+        r"the least; it is tried again in (1h00|59)m",
+    ):
         with pytest.raises(BackendError, match=said):
             build._library("kvist_cpu", build.Variant.NATIVE)
     assert len(runs) == 1

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import grp
 import json
@@ -112,6 +113,32 @@ def _is_private(group: int) -> bool:
     except KeyError:
         return False
     return found.gr_name == user.pw_name and set(found.gr_mem) <= {user.pw_name}
+
+
+def join(descriptor: int) -> bool:
+    """Lock an open file or folder together with others who use it, until it is closed; False where somebody has it
+    alone. On file systems without locks there is none."""
+    return _lock(descriptor, fcntl.LOCK_SH)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[bool]:
+    """Whether nobody else has the file or folder locked; if so, it is locked meanwhile. Raises `OSError`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield _lock(descriptor, fcntl.LOCK_EX)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # there are none
+        return True
+    return True
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:

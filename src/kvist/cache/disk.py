@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvist.base.errors import ConfigError, KvistError
-from kvist.base.files import make_folders, own_folder
+from kvist.base.files import join, make_folders, own_folder
 from kvist.cache.shares import Share
 from kvist.cache.tier import Buffer, TierError
 
@@ -77,6 +77,9 @@ class DiskTier:
             own = own_folder(folder)
             make_folders(own)
             self._root = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if not join(self._root):
+                self.close()
+                raise ConfigError(f"the cache folder {folder} is being cleared; start again once that is done")
         except OSError as error:
             raise ConfigError(f"the cache folder {folder} cannot be used: {error.strerror or error}") from None
         except KvistError as error:

@@ -43,7 +43,7 @@ def clear(
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
 ) -> None:
     """Delete what can be made again: what is named, or all but `kv`, which holds contexts and goes only by name."""
-    from kvist.service.cache_folder import KEPT, delete, entries
+    from kvist.service.cache_folder import KEPT, delete, entries, unused
 
     there = {entry.name: entry for entry in entries()}
     if unknown := [name for name in names or () if name not in there]:
@@ -52,9 +52,10 @@ def clear(
     if not chosen:
         typer.echo("nothing to delete")
         return
-    for entry in chosen:
-        typer.echo(f"{entry.name}: {format_bytes(entry.size)} in {Path(entry.path)}")
-    if not yes and not typer.confirm("Delete these? Nothing that runs should use them"):
-        raise typer.Exit(1)
-    for entry in chosen:
-        delete(entry)
+    with unused(chosen):
+        for entry in chosen:
+            typer.echo(f"{entry.name}: {format_bytes(entry.size)} in {Path(entry.path)}")
+        if not yes and not typer.confirm("Delete these?"):
+            raise typer.Exit(1)
+        for entry in chosen:
+            delete(entry)

@@ -1,18 +1,20 @@
 """What lies in the cache folder: an entry for each folder that Kvist makes there, and nothing else that it finds."""
 
+import contextlib
 import os
 import shutil
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kvist.base.errors import KvistError
-from kvist.base.files import cache_folder
+from kvist.base.files import alone, cache_folder
 
-KEPT = "kv"
+KEPT, OPS = "kv", "ops"
 WHAT = {
-    "ops": "compiled kernels",
+    OPS: "compiled kernels",
     "packed": "weights packed for --weights",
     "gguf": "configs and tokenizers of GGUF files",
     "weights": "digests of weight files",
@@ -47,12 +49,36 @@ def entries() -> list[Entry]:
     return [_entry(root / name) for name in WHAT if (root / name).is_dir() and not (root / name).is_symlink()]
 
 
+@contextlib.contextmanager
+def unused(chosen: Sequence[Entry]) -> Iterator[None]:
+    """Keeps whoever would use these folders from it meanwhile. Raises `KvistError` where one of them is in use."""
+    with contextlib.ExitStack() as stack:
+        for entry in chosen:
+            for path in _locked(entry):
+                try:
+                    free = stack.enter_context(alone(path))
+                except OSError as error:
+                    raise KvistError(f"cannot delete {entry.path}: {error.strerror or error}") from None
+                if not free:
+                    raise KvistError(
+                        f"{entry.name} is in use: a running process has {path} locked; stop it (kvist serve, as a "
+                        "rule), then clear it again"
+                    )
+        yield
+
+
 def delete(entry: Entry) -> None:
     """The folder and all in it; no link is followed. Raises `KvistError`."""
     try:
         shutil.rmtree(entry.path)
     except OSError as error:
         raise KvistError(f"cannot delete {entry.path}: {error.strerror or error}") from None
+
+
+def _locked(entry: Entry) -> list[Path]:
+    """What those lock who may not lose it while they run. Others have read, or mapped, what they need."""
+    path = Path(entry.path)
+    return {KEPT: [path], OPS: sorted(path.glob("*/lock"))}.get(entry.name, [])
 
 
 def _entry(path: Path) -> Entry:
