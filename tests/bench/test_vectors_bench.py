@@ -74,11 +74,11 @@ def test_without_faiss(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setattr(sys, "argv", ["vectors", "--data", "small", "--json"])
     app(standalone_mode=False)
     said = capsys.readouterr()
-    assert "pip install 'kvist[bench]'" in said.err
+    assert "pip install -e '.[bench]' in Kvist's checkout" in said.err
     assert json.loads(said.out)["ratios"] == []
 
 
-@pytest.mark.skipif(not has_faiss(), reason="faiss is not installed: pip install 'kvist[bench]'")
+@pytest.mark.skipif(not has_faiss(), reason="faiss is not installed: pip install -e '.[bench]'")
 def test_beside_faiss() -> None:
     values = run_small()
     assert set(values) == {

@@ -54,7 +54,7 @@ def test_recall_refusals(kvist: Kvist, model: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     outcome = kvist("eval", "recall", "--plot", "x.png")
     assert outcome.code == 1
-    assert "pip install 'kvist[plots]'" in outcome.err
+    assert "pip install -e '.[plots]' in Kvist's checkout" in outcome.err
 
 
 def test_needle_over_a_model_of_letters(kvist: Kvist, text: Path) -> None:

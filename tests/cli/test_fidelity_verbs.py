@@ -111,7 +111,11 @@ def test_fidelity_refusals(kvist: Kvist, text: Path, model: Path, monkeypatch: p
     (model / "tokenizer.json").unlink()
     refused(kvist("fidelity", model, "--text", text, "--kv", "bf16"), "holds neither tokenizer.json")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    refused(kvist("fidelity", "--text", text, "--plot", "x.png"), "matplotlib", "kvist[plots]")
+    refused(
+        kvist("fidelity", "--text", text, "--plot", "x.png"),
+        "matplotlib",
+        "pip install -e '.[plots]' in Kvist's checkout",
+    )
 
 
 def test_calibrate_proposes_what_auto_then_is(kvist: Kvist, text: Path, own_folder: Path) -> None:

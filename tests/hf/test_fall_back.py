@@ -103,7 +103,9 @@ def test_what_does_not_go_through_the_interface_is_refused(kind: str, reason: st
 
 def test_without_transformers(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_config, "is_installed", lambda: False)
-    with pytest.raises(ConfigError, match=r"'olmo2' is not supported .*; with pip install 'kvist\[hf\]'"):
+    with pytest.raises(
+        ConfigError, match=r"'olmo2' is not supported .*; with pip install -e '\.\[hf\]' in Kvist's checkout"
+    ):
         open_model(str(written("olmo2")[1]))
 
 

@@ -53,7 +53,7 @@ def expected(directory: Path, question: str, choice: str) -> tuple[float, bool]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(HARNESS is None, reason="lm_eval is not installed: pip install 'kvist[clients]' brings it")
+@pytest.mark.skipif(HARNESS is None, reason="lm_eval is not installed: pip install -e '.[clients]'")
 def test_the_harness_scores_what_the_model_says(live_server: Live, tiny_model: Path, tmp_path: Path) -> None:
     assert HARNESS is not None
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in QUESTIONS))

@@ -180,7 +180,7 @@ def test_an_agents_session_that_overflows_is_compacted_and_goes_on(anthropic_cli
 @pytest.mark.parametrize(("package", "script"), [("litellm", LITELLM), ("langchain_openai", LANGCHAIN)])
 def test_unmodified_clients_know_it(server_url: str, package: str, script: str) -> None:
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed: pip install 'kvist[clients]'")
+        pytest.skip(f"{package} is not installed: pip install -e '.[clients]'")
     command = [sys.executable, "-W", "ignore", "-c", script, server_url, LONG]
     environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # it would ask the network for prices
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -18,6 +18,11 @@ def brief(value: object) -> str:
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
+def install(extra: str) -> str:
+    """What the user types to have the packages of an extra: Kvist is installed from its checkout."""
+    return f"pip install -e '.[{extra}]' in Kvist's checkout"
+
+
 class KvistError(Exception):
     """A mistake or a limit that the user can act on. The message is one line."""
 

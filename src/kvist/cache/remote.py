@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from kvist.base.errors import ConfigError
+from kvist.base.errors import ConfigError, install
 from kvist.cache.tier import Buffer, TierError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class RemoteTier:
             from redis.backoff import NoBackoff
             from redis.retry import Retry
         except ImportError:
-            raise ConfigError("--cache-remote needs the redis package; pip install 'kvist[remote]' brings it") from None
+            raise ConfigError(f"--cache-remote needs the redis package; {install('remote')} brings it") from None
         self._error = redis.RedisError
         self._clock = clock
         shown = _without_password(url)

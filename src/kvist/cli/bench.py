@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvist.base.errors import KvistError
+from kvist.base.errors import KvistError, install
 from kvist.cli.options import Json, Kv, Model, note, numbers, print_json
 from kvist.cli.process import Threads, prepare
 
@@ -212,7 +212,7 @@ def cache(
         )
     _print(report, as_json)
     if importlib.util.find_spec("matplotlib") is None:
-        note("no picture: matplotlib is missing; pip install 'kvist[plots]' brings it")
+        note(f"no picture: matplotlib is missing; {install('plots')} brings it")
         return
     bench.plot(report, plot)
     note(f"picture: {plot}")
@@ -313,7 +313,7 @@ def vectors(
     from kvist.bench import vectors as bench
 
     if not bench.has_faiss():
-        note("nothing to compare with: faiss is missing; pip install 'kvist[bench]' brings it")
+        note(f"nothing to compare with: faiss is missing; {install('bench')} brings it")
     names = list(bench.DATA) if data is None else data.split(",")
     with Console(stderr=True).status("measuring", spinner="line") as status:
         report = bench.run(names, observe=lambda what: status.update(f"measuring {what}"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvist.base.errors import KvistError
+from kvist.base.errors import KvistError, install
 from kvist.cli.options import Json, Model, note, numbers, print_json
 from kvist.cli.process import Threads, prepare
 
@@ -176,4 +176,4 @@ def _print_tables(tables: dict[str, list[tuple[str, ...]]]) -> None:
 
 def _require_matplotlib(plot: Path | None) -> None:
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise KvistError("a picture takes matplotlib, which is missing; pip install 'kvist[plots]' brings it")
+        raise KvistError(f"a picture takes matplotlib, which is missing; {install('plots')} brings it")

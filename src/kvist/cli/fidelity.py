@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvist.base.errors import KvistError
+from kvist.base.errors import KvistError, install
 from kvist.base.units import format_bytes
 from kvist.cli.options import Dtype, Json, Model, graceful_interrupt, note, print_json
 from kvist.cli.process import Threads, prepare
@@ -56,7 +56,7 @@ def fidelity(
     from kvist.text.reading import read_text
 
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise KvistError("--plot needs matplotlib, which is missing; pip install 'kvist[plots]' brings it")
+        raise KvistError(f"--plot needs matplotlib, which is missing; {install('plots')} brings it")
     words = None if text is None else read_text(text)
     base = open_model(model, dtype=dtype)
     packed = []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kvist.base.errors import ConfigError, TextError, UnknownFamily, WeightsError
+from kvist.base.errors import ConfigError, TextError, UnknownFamily, WeightsError, install
 from kvist.base.events import Listener
 from kvist.cache.choice import parse_choice
 from kvist.cache.codecs import BF16, FP16, FP32
@@ -292,9 +292,7 @@ def _config(directory: Path) -> ModelConfig:
         return load_config(directory)
     except UnknownFamily as error:
         if not hf_config.is_installed():
-            raise ConfigError(
-                f"{error}; with pip install 'kvist[hf]' transformers' own code runs what it knows"
-            ) from None
+            raise ConfigError(f"{error}; with {install('hf')} transformers' own code runs what it knows") from None
         try:
             return hf_config.load_hf_config(directory)
         except ConfigError as refusal:

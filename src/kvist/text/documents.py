@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvist.base.errors import TextError
+from kvist.base.errors import TextError, install
 from kvist.base.units import format_bytes, plural
 from kvist.text.reading import read_text
 
@@ -86,7 +86,7 @@ def _read_pdf(path: Path, most: int) -> str:
     try:
         import pypdf
     except ImportError:
-        raise TextError(f"{path} is a PDF, and pypdf is missing; pip install 'kvist[pdf]' brings it") from None
+        raise TextError(f"{path} is a PDF, and pypdf is missing; {install('pdf')} brings it") from None
     locked = f"{path} is encrypted; save it without a password first"
     try:
         reader = pypdf.PdfReader(path)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kvist.base.errors import install
 from kvist.base.files import atomic_folder
 from kvist.models.load import export
 from kvist.runtime.request import Sampling
@@ -19,7 +20,7 @@ from kvist.train.trainer import Evaluation, Trainer
 from kvist.weights.checkpoint import SINGLE_FILE, save
 
 CURVE = "losses.png"
-CURVE_HINT = "no loss curve was drawn: matplotlib is missing; pip install 'kvist[plots]' brings it"
+CURVE_HINT = f"no loss curve was drawn: matplotlib is missing; {install('plots')} brings it"
 _POSITION_BUCKETS = 8
 
 
