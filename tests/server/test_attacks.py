@@ -20,6 +20,7 @@ from kvist.base.errors import Overloaded, RequestError
 from kvist.server.app import create_app
 from kvist.server.connections import BACKLOG, most_connections
 from kvist.server.limits import _has_more_values
+from kvist.server.openai import rerank
 from kvist.server.openai.chat_schema import ChatBody
 from kvist.server.settings import ServerSettings
 from kvist.service.aside import THREAD_NAME, Aside
@@ -47,7 +48,7 @@ def test_it_is_answered_as_it_should_be(live_server: Live, attack: Attack) -> No
 def test_what_takes_long_is_not_done_on_the_event_loop(tiny_model: Path) -> None:
     settings, serving = ServerSettings(), open_serving(tiny_model)
 
-    def threads(server: Live, path: str, request: dict[str, Any], name: str, of: Any) -> list[str]:
+    def threads(server: Live, path: str, request: dict[str, Any] | None, name: str, of: Any) -> list[str]:
         """On which a function was called for a request."""
         where, inner = list[str](), getattr(of, name)
 
@@ -57,7 +58,10 @@ def test_what_takes_long_is_not_done_on_the_event_loop(tiny_model: Path) -> None
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(of, name, call)
-            httpx.post(f"{server.url}{path}", json={"model": "tiny", **request}, timeout=60)
+            if request is None:
+                httpx.get(f"{server.url}{path}", timeout=60)
+            else:
+                httpx.post(f"{server.url}{path}", json={"model": "tiny", **request}, timeout=60)
         return where
 
     text, schema = "a twig " * 1400, {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -77,9 +81,28 @@ def test_what_takes_long_is_not_done_on_the_event_loop(tiny_model: Path) -> None
             where = threads(server, path, request, name, of)
             assert where, f"{path} did not come to {name}"
             assert all(thread.startswith(THREAD_NAME) for thread in where), f"{path}: {where}"
+        # What texts stand in lists, and what is asked without a body.
+        for path, request, name, of in (
+            ("/v1/rerank", {"query": "a", "documents": [text]}, "encode", serving.tokenizer),
+            ("/v1/rerank", {"query": "a", "documents": ["b"]}, "_dot", rerank),
+            ("/completion", {"prompt": text, "n_predict": 1}, "encode", serving.tokenizer),
+            ("/completion", {"prompt": [1, 2], "n_predict": 1, "logit_bias": [[text, 1]]}, "encode", serving.tokenizer),
+            ("/completion", {"prompt": [1, 2], "n_predict": 1}, "decode", serving.tokenizer),
+            ("/apply-template", {"messages": [message]}, "render", serving.template),
+            ("/detokenize", {"tokens": [1, 2]}, "decode", serving.tokenizer),
+            ("/api/embed", {"input": text}, "encode", serving.tokenizer),
+            ("/api/generate", {"prompt": text, "raw": True}, "encode", serving.tokenizer),
+            ("/v1/messages/count_tokens", {"messages": [{**message, "content": text}]}, "render", serving.template),
+        ):
+            where = threads(server, path, request, name, of)
+            assert where, f"{path} did not come to {name}"
+            assert where[0].startswith(THREAD_NAME), f"{path}: {where}"
         short = {"messages": [message], "max_tokens": 1}
         where = threads(server, "/v1/chat/completions", short, "render", serving.template)
         assert where == [server.thread.name], "what is short is done at once"
+        where = threads(server, "/v1/cache/tax", None, "encode", serving.tokenizer)
+        assert where, "the parts of the last prompt are counted"
+        assert all(thread.startswith(THREAD_NAME) for thread in where), where
         assert serving.template is not None
         idle = serving.template._process._idle
         there = [idle.pop() for _ in range(len(idle))]

@@ -47,7 +47,7 @@ def context_of(serving: Serving, request: Request, name: str | None, form: str) 
 
 
 def router(serving: Serving) -> APIRouter:
-    """`/v1/contexts`."""
+    """`/v1/contexts`. Descriptions are read beside the event loop: there may be many, each with all of its tokens."""
     routes = APIRouter(tags=["Kvist"], responses=RESPONSES)
 
     @routes.post("/v1/contexts")
@@ -67,21 +67,24 @@ def router(serving: Serving) -> APIRouter:
     @routes.get("/v1/contexts")
     async def listed(request: Request) -> dict[str, Any]:
         """All that this tenant has."""
-        return {"object": "list", "data": _shelf(serving).list(tenant_of(request))}
+        shelf, tenant = _shelf(serving), tenant_of(request)
+        return {"object": "list", "data": await serving.aside.run(tenant, lambda: shelf.list(tenant))}
 
     @routes.get("/v1/contexts/{name}")
     async def show(name: Name, request: Request) -> dict[str, Any]:
         """One of them."""
+        shelf, tenant = _shelf(serving), tenant_of(request)
         try:
-            return _shelf(serving).show(tenant_of(request), name)
+            return await serving.aside.run(tenant, lambda: shelf.show(tenant, name))
         except NoSuchContext:
             raise _missing(name) from None
 
     @routes.delete("/v1/contexts/{name}")
     async def remove(name: Name, request: Request) -> dict[str, Any]:
         """Forget it. Its room on disk is given up when it is needed."""
+        shelf, tenant = _shelf(serving), tenant_of(request)
         try:
-            _shelf(serving).remove(tenant_of(request), name)
+            await serving.aside.run(tenant, lambda: shelf.remove(tenant, name))
         except NoSuchContext:
             raise _missing(name) from None
         return {"name": name, "object": "context", "deleted": True}

@@ -26,7 +26,6 @@ from kvist.service.explanation import (
 )
 from kvist.service.history import ALIKE, RUN, Asked, Grams, History, Ids, common
 from kvist.service.places import first_difference, spot
-from kvist.service.tax import Tax, tax_of
 
 _EXCERPT = 60  # characters on each side of a difference
 _KEPT = 1024  # explanations
@@ -84,11 +83,11 @@ class Explainer:
             self._told.popitem(last=False)
         return found
 
-    def tax(self, tenant: str, session: str | None, count: Callable[[str], int]) -> Tax | None:
-        """What a session paid; without a name, the one that the tenant's last request belongs to. None when nothing of
-        it is remembered. `count` gives the tokens of a text."""
+    def session(self, tenant: str, session: str | None) -> list[tuple[Asked, Explanation | None]]:
+        """What is remembered of a session, the oldest request first, as `tax_of` takes it; without a name, of the one
+        that the tenant's last request belongs to."""
         asked = self.history.of(tenant, session) if session is not None else self.history.thread(tenant)
-        return tax_of([(one, one.explanation) for one in asked], count) if asked else None
+        return [(one, one.explanation) for one in asked]
 
     def told(self, tenant: str, id: str) -> Explanation | None:
         """What a tenant may ask for; None for what is another's, and for what never was."""

@@ -1,6 +1,7 @@
 """The contexts of a server: each tenant makes, uses and removes its own."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -40,18 +41,23 @@ class Shelf:
     def __init__(self, serving: Host, kept: Kept) -> None:
         self._serving = serving
         self._kept = kept
+        self._pinning = threading.Lock()  # held by who changes which contexts there are, and with them what is pinned
 
     async def make(self, tenant: str, name: str, form: str, text: str) -> Context:
         """Compute a context and keep it. Raises `KvistError` for a name, or a text, that cannot be one, and `NoRoom`
         where its tenant has none on disk."""
         check_name(name)
         serving, kept, layout = self._serving, self._kept, self._serving.loaded.layout
-        tokens = await serving.aside.run(
-            tenant, lambda: context_tokens(form, text, serving.template, serving.tokenizer)
-        )
-        context = describe(name, tenant, form, text, tokens, (), kept.identity, layout.block_size, layout.block_bytes)
-        check_room(context, serving.loaded.config.max_positions, kept.disk)
-        if serving.manager.begins_public(tokens):
+
+        def read() -> Context:
+            tokens = context_tokens(form, text, serving.template, serving.tokenizer)
+            size, block_bytes = layout.block_size, layout.block_bytes
+            found = describe(name, tenant, form, text, tokens, (), kept.identity, size, block_bytes)
+            check_room(found, serving.loaded.config.max_positions, kept.disk)
+            return found
+
+        context = await serving.aside.run(tenant, read)
+        if serving.manager.begins_public(context.tokens):
             raise RequestError("the text begins with a prompt that this server keeps for all: ask with it, it is read")
         refused = kept.disk.refused
         try:
@@ -64,11 +70,16 @@ class Shelf:
                     "the context found no room on disk beside what you and others keep there; remove some of your "
                     "contexts, or have more room given"
                 )
-            finish(context, self._contexts(tenant), kept.disk)
+            await serving.aside.run(tenant, lambda: self._finish(context))
         except BaseException:
-            release([block.name for block in context.blocks], kept.disk)
+            with self._pinning:
+                release([block.name for block in context.blocks], kept.disk)
             raise
         return context
+
+    def _finish(self, context: Context) -> None:
+        with self._pinning:
+            finish(context, self._contexts(context.tenant), self._kept.disk)
 
     async def _compute(self, context: Context) -> None:
         """Have its tokens run, and its blocks handed over to be written."""
@@ -117,7 +128,8 @@ class Shelf:
 
     def remove(self, tenant: str, name: str) -> None:
         """Raises `NoSuchContext` when there is none of that name."""
-        self._contexts(tenant).remove(name, self._kept.disk)
+        with self._pinning:
+            self._contexts(tenant).remove(name, self._kept.disk)
 
     def _contexts(self, tenant: str) -> Contexts:
         return Contexts(self._kept.disk.folder, tenant)

@@ -27,6 +27,7 @@ from kvist.server.openai.stream import EventStream, event
 from kvist.service.chat import Chat, Options, check_length, text_job
 from kvist.service.explanation import Origin
 from kvist.service.serving import Serving
+from kvist.service.session import Job
 from kvist.text.grammar import GrammarCompiler
 from kvist.text.tokenizer import Tokenizer
 
@@ -45,14 +46,17 @@ def router(serving: Serving) -> APIRouter:
         """Continue a text, or token ids."""
         asked_of = served(serving, body.model)
         tenant = tenant_of(request)
-        options = replace(_options(body, serving, tenant), adapter=asked_of.adapter)
 
-        def read() -> tuple[list[int], Callable[[], Grammar] | None]:
-            return prompt_tokens(body.prompt, serving), grammar_of(body, serving.grammars)
+        def read() -> tuple[Options, str, Job]:
+            options = replace(_options(body, serving, tenant), adapter=asked_of.adapter)
+            tokens, grammar = prompt_tokens(body.prompt, serving), grammar_of(body, serving.grammars)
+            text = body.prompt
+            if not isinstance(text, str):
+                text = serving.tokenizer.decode(tokens, skip_special=False)
+            return options, text, text_job(serving, tokens, options, grammar, origin=Origin(text))
 
-        tokens, grammar = await serving.aside.run(tenant, read)
-        text = body.prompt if isinstance(body.prompt, str) else serving.tokenizer.decode(tokens, skip_special=False)
-        session = serving.submit(text_job(serving, tokens, options, grammar, origin=Origin(text)))
+        options, text, job = await serving.aside.run(tenant, read)
+        session = serving.submit(job)
         noted = note(request, session, asked_of.name)
         session.name(noted.request_id)
         answer = Completion(session, asked_of.name, text, options, body.n_predict, texts)

@@ -74,7 +74,7 @@ def add_rerank(routes: APIRouter, serving: Serving) -> None:
         tenant = tenant_of(request)
         prompts = [prompt.tokens for prompt in await read_prompts([body.query, *texts], serving, tenant)]
         query, *vectors = await serving.embed(prompts, tenant, asked_of.adapter)
-        scores = [_dot(query, vector) for vector in vectors]
+        scores = await serving.aside.run(tenant, lambda: [_dot(query, vector) for vector in vectors])
         # The more similar first; of equal ones, the one that was given first.
         order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))[: body.top_n]
         results: list[Ranked] = [{"index": index, "relevance_score": scores[index]} for index in order]
