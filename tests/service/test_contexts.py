@@ -1,6 +1,7 @@
 """Contexts: computed once, read afterwards, pinned, carried to another machine; and files that lie."""
 
 import json
+import os
 import random
 import shutil
 import struct
@@ -187,6 +188,24 @@ def test_names_that_lead_elsewhere_are_refused(name: str, tmp_path: Path) -> Non
     for act in (contexts.get, contexts.remove, contexts.used):
         with pytest.raises(KvistError, match="a context's name has"):
             act(name)
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022, 0])
+def test_exports_and_what_is_kept_are_their_owners_alone_whatever_the_umask(
+    loaded: Loaded, pristine: tuple[Path, Context, Path], tmp_path: Path, mask: int
+) -> None:
+    kept, exported = tmp_path / "kept", tmp_path / "exports" / "book.kvc"
+    before = os.umask(mask)
+    try:
+        with open_kept(loaded, KeepSettings(kept, BUDGET)) as opened:
+            import_context(pristine[2], None, Contexts(kept), opened.disk, opened.identity, loaded)
+            export_context(Contexts(kept).get("book"), opened.disk, exported)
+    finally:
+        os.umask(before)
+    assert list(kept.rglob("*.kv"))
+    assert list(kept.rglob("book.json"))
+    for path in (kept, *kept.rglob("*"), exported.parent, exported):
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
 
 
 def test_links_and_damage_are_not_followed(pristine: tuple[Path, Context, Path], tmp_path: Path) -> None:
