@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
+from itertools import takewhile
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -219,6 +220,18 @@ class Chat:
     def _at_once(self, request: ChatRequest) -> bool:
         """Whether the event loop may make a prompt of it: starting a process to render it takes a third of a second."""
         return request.is_light and self._template.ready
+
+    async def begins_with(self, request: ChatRequest, beginning: ChatRequest) -> int:
+        """How many first tokens the prompt of a request has in common with that of another. Raises as `start` does."""
+
+        def shared() -> int:
+            texts = self._prompt(request), self._prompt(beginning)
+            for text in texts:
+                check_length(self._serving, text)
+            both = zip(*(encode(self._serving.tokenizer, text, add_special=False)[0] for text in texts), strict=False)
+            return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
+
+        return await self._aside(request, shared)
 
     def _aside(self, request: ChatRequest, work: Callable[[], T]) -> Awaitable[T]:
         return self._serving.aside.run(request.options.tenant, work)

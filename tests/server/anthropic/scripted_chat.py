@@ -62,6 +62,7 @@ class Script:
     prompt_tokens: int = 10
     cached_tokens: int = 0
     refusal: KvistError | None = None
+    marked_tokens: int = 10**9
 
 
 class ScriptedSession:
@@ -111,6 +112,10 @@ class ScriptedChat:
 
     async def counted(self, request: ChatRequest) -> int:
         return self.count(request)
+
+    async def begins_with(self, request: ChatRequest, beginning: ChatRequest) -> int:
+        self.beginning = beginning
+        return self.script.marked_tokens
 
     @property
     def request(self) -> ChatRequest:

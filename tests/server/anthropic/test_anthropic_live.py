@@ -59,9 +59,9 @@ def whole(usage: Any) -> int:
 
 
 def test_the_second_time_the_prompt_is_read_from_the_cache(client: anthropic.Anthropic) -> None:
-    marked = [{"type": "text", "text": LONG, "cache_control": {"type": "ephemeral"}}]
-    asked = ask("Who lived there?", system=marked)
-    counted = client.messages.count_tokens(model="any", messages=asked["messages"], system=marked)  # type: ignore[arg-type]
+    marked = [{"type": "text", "text": "Who lived there?", "cache_control": {"type": "ephemeral"}}]
+    asked = ask("", messages=[{"role": "user", "content": marked}], system=LONG)
+    counted = client.messages.count_tokens(model="any", messages=asked["messages"], system=LONG)
     first, second = client.messages.create(**asked), client.messages.create(**asked)
     assert counted.input_tokens == whole(first.usage) == whole(second.usage)
     assert first.usage.cache_read_input_tokens == 0
@@ -77,6 +77,34 @@ def test_the_second_time_the_prompt_is_read_from_the_cache(client: anthropic.Ant
         streamed = stream.get_final_message()
     assert text_of(streamed) == text_of(first)
     assert streamed.usage == second.usage
+
+
+def test_what_stands_behind_the_last_mark_is_not_said_to_be_cached(client: anthropic.Anthropic) -> None:
+    marked = [{"type": "text", "text": f"Marks. {LONG}", "cache_control": {"type": "ephemeral"}}]
+    long = [{"type": "text", "text": f"{index} {LONG}"} for index in range(3)]
+
+    def usage(content: Any, system: Any = marked) -> tuple[int, int, int]:
+        body = ask("", messages=[{"role": "user", "content": content}], system=system, max_tokens=1)
+        found = client.messages.create(**body).usage
+        counted = client.messages.count_tokens(model="any", messages=body["messages"], system=system).input_tokens
+        assert whole(found) == counted
+        return found.input_tokens, found.cache_creation_input_tokens or 0, found.cache_read_input_tokens or 0
+
+    head = client.messages.count_tokens(model="any", messages=[{"role": "user", "content": "-"}], system=marked)  # type: ignore[arg-type]
+    first, created, read = usage(long)
+    assert read < BLOCK_SIZE
+    assert head.input_tokens - 2 * BLOCK_SIZE < created + read <= head.input_tokens
+    assert first > created, "the question is longer, and nobody asked for it to be cached"
+    again = usage(long)
+    assert again[1] == 0
+    assert again[2] > created, "it was, all the same, and is read"
+    # A mark between the blocks of a message, then at the end of all.
+    long[0]["text"] = f"Another {LONG}"
+    middle = usage([long[0] | {"cache_control": {"type": "ephemeral"}}, *long[1:]])
+    long[0]["text"] = f"Yet another {LONG}"
+    end = usage([*long[:2], long[2] | {"cache_control": {"type": "ephemeral"}}])
+    assert 0 < middle[1] < end[1]
+    assert middle[0] > BLOCK_SIZE > end[0] - BLOCK_SIZE
 
 
 def test_a_prompt_can_be_computed_beforehand(client: anthropic.Anthropic) -> None:

@@ -137,6 +137,24 @@ def test_usage_adds_up_to_the_prompt(
     assert usage.output_tokens == 5
 
 
+@pytest.mark.parametrize(
+    ("cached", "marked", "expected"),  # of a prompt of 1000 tokens; expected: input, created, read
+    [
+        (0, 700, (360, 640, 0)),
+        (128, 700, (360, 512, 128)),
+        (640, 700, (360, 0, 640)),
+        (900, 700, (100, 0, 900)),  # more is read than was asked for
+        (0, 63, (1000, 0, 0)),
+        (0, 2000, (40, 960, 0)),
+    ],
+)
+def test_created_is_what_stands_before_the_last_mark(cached: int, marked: int, expected: tuple[int, int, int]) -> None:
+    script = Script([said(Content("x")), said(finish=STOP)], 1000, cached, marked_tokens=marked)
+    usage = create(ScriptedChat(script), system=[MARKED_TEXT]).usage
+    assert (usage.input_tokens, usage.cache_creation_input_tokens, usage.cache_read_input_tokens) == expected
+    assert sum(expected) == 1000
+
+
 MARKED_TEXT = {"type": "text", "text": "t", "cache_control": EPHEMERAL}
 RESULT = {"type": "tool_result", "tool_use_id": "c", "content": "r"}
 

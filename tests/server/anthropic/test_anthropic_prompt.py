@@ -6,7 +6,7 @@ import pytest
 
 from kvist.base.errors import RequestError
 from kvist.runtime.request import Sampling
-from kvist.server.anthropic.prompt import chat_request
+from kvist.server.anthropic.prompt import chat_request, up_to_last_mark
 from kvist.server.anthropic.schema import Prompt
 from kvist.service.chat import ChatRequest, Options
 
@@ -259,3 +259,46 @@ def test_tools_that_the_client_runs_are_described(kind: str, name: str, command:
 def test_tools_that_a_server_would_run_are_refused_by_name(kind: str) -> None:
     with pytest.raises(RequestError, match=f"tools.0: .*{kind}"):
         request([USER], tools=[{"type": kind, "name": "any"}])
+
+
+MARK = {"cache_control": {"type": "ephemeral"}}
+TOOL = {"name": "read", "input_schema": {"type": "object"}}
+ASKED = {"role": "user", "content": [text("a") | MARK, text("b")]}
+PLACE = {"role": "user", "content": "-"}
+SYSTEM = [text("s"), text("t")]
+A = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),  # the messages of what is asked to be cached
+    [
+        ({"messages": [USER]}, None),
+        ({"messages": [USER], **MARK}, None),
+        ({"messages": [ASKED], **MARK}, None),  # the mark at the top stands behind all
+        ({"messages": [{"role": "user", "content": [text("a"), text("b") | MARK]}]}, None),
+        ({"messages": [ASKED], "system": SYSTEM}, [{"role": "system", "content": "s\nt"}, A]),
+        ({"messages": [ASKED, {"role": "assistant", "content": "c"}, USER]}, [A]),
+        ({"messages": [USER], "system": [text("s") | MARK, text("t")]}, [{"role": "system", "content": "s"}, PLACE]),
+        ({"messages": [USER], "system": "s", "tools": [TOOL | MARK, TOOL | {"name": "write"}]},
+         [{"role": "system", "content": "s"}, PLACE]),
+        ({"messages": [USER, {"role": "assistant", "content": [text("c"), CALL | MARK]},
+                       {"role": "user", "content": [result("c1", "r"), text("d")]}]},
+         [USER, {"role": "assistant", "content": "c", "tool_calls": [{"id": "c1"}]}, PLACE]),
+        ({"messages": [USER, {"role": "assistant", "content": [CALL]},
+                       {"role": "user", "content": [result("c1", [text("r") | MARK]), text("d")]}]},
+         [USER, {"role": "assistant", "content": "", "tool_calls": [{"id": "c1"}]},
+          {"role": "tool", "tool_call_id": "c1", "name": "read", "content": "r"}]),
+    ],
+)  # fmt: skip
+def test_what_is_asked_to_be_cached_ends_with_the_last_mark(fields: dict[str, Any], expected: Any) -> None:
+    part = up_to_last_mark(Prompt.model_validate({"model": "m", **fields}))
+    assert (part is None) == (expected is None)
+    if part is None:
+        return
+    found = [dict(message) for message in chat_request(part, Options(max_tokens=1, sampling=Sampling())).messages]
+    for message in found:
+        message.pop("reasoning_content", None)
+        if "tool_calls" in message:
+            message["tool_calls"] = [{"id": call["id"]} for call in message["tool_calls"]]
+    assert found == expected
+    assert part.tools == Prompt.model_validate({"model": "m", **fields}).tools

@@ -1,9 +1,9 @@
 """The routes of the Messages API: from a request to an answer, whole or as a stream.
 
 Usage. `input_tokens`, `cache_creation_input_tokens` and `cache_read_input_tokens` add up to the prompt's tokens. Read
-are those that the cache had. Created are those that this request computed and left in the cache, in whole blocks, where
-it asked for that with `cache_control`; without, they count as input, though they are kept all the same. At least the
-last token of a prompt is computed anew, so `input_tokens` is never 0.
+are those that the cache had. Created are those that this request computed and left in the cache, in whole blocks, up to
+the last `cache_control` of the body (all of it, where that stands at its top); the others count as input, though they
+are kept all the same. At least the last token of a prompt is computed anew, so `input_tokens` is never 0.
 
 In a stream, `message_start` comes with the first token, when it is known how much was read from the cache; if that
 takes longer than `PATIENCE`, it comes before, and counts the whole prompt as input. `message_delta` has the final
@@ -19,9 +19,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from kvist.base.errors import Stopping
+from kvist.base.errors import RequestError, Stopping
 from kvist.runtime.request import FinishReason, Sampling
-from kvist.server.anthropic.prompt import cache_ttl, chat_request, options_of
+from kvist.server.anthropic.prompt import cache_ttl, chat_request, options_of, up_to_last_mark
 from kvist.server.anthropic.replies import MessageReply, TokenCount, Usage
 from kvist.server.anthropic.schema import MessagesRequest, Prompt
 from kvist.server.anthropic.stream import Blocks, Event, Thinking, content_of, encoded, paced
@@ -33,7 +33,7 @@ from kvist.server.openai.models import served
 from kvist.server.openai.replies import answers, left_in_cache, new_id, noted_cache, reply
 from kvist.server.openai.stream import raise_failure
 from kvist.server.settings import ServerSettings
-from kvist.service.chat import Chat, ChatDelta, ChatSession, Options
+from kvist.service.chat import Chat, ChatDelta, ChatRequest, ChatSession, Options
 from kvist.service.contexts import CHAT
 from kvist.service.serving import Serving
 
@@ -60,9 +60,11 @@ def router(serving: Serving, settings: ServerSettings) -> APIRouter:
         asked_of = served(serving, body.model if known else None)
         options = options_of(body, tenant_of(request), serving.proposed)
         asked = chat_request(body, replace(options, adapter=asked_of.adapter))
-        session = await chat.ask(replace(asked, context=context_of(serving, request, body.context, CHAT)))
+        asked = replace(asked, context=context_of(serving, request, body.context, CHAT))
+        marked = await marked_tokens(chat, body, asked)
+        session = await chat.ask(asked)
         noted = note(request, session.session, asked_of.name)
-        answer = Answer(session, asked_of.name, body)
+        answer = Answer(session, asked_of.name, body, marked)
         session.session.name(answer.id, noted.request_id)
         if body.stream:
             return _Stream(answer, noted)
@@ -80,10 +82,22 @@ def router(serving: Serving, settings: ServerSettings) -> APIRouter:
     return routes
 
 
-class Answer:
-    """One message under way."""
+async def marked_tokens(chat: Chat, body: MessagesRequest, asked: ChatRequest) -> int | None:
+    """How many first tokens of the prompt are asked to be cached; None: all of them, or none. Where the template cannot
+    write a part alone, all of them are."""
+    part = up_to_last_mark(body)
+    if part is None:
+        return None
+    try:
+        return await chat.begins_with(asked, replace(chat_request(part, asked.options), context=asked.context))
+    except RequestError:
+        return None
 
-    def __init__(self, session: ChatSession, model: str, body: MessagesRequest) -> None:
+
+class Answer:
+    """One message under way. `marked`: how many first tokens of the prompt are asked to be cached, if not all."""
+
+    def __init__(self, session: ChatSession, model: str, body: MessagesRequest, marked: int | None = None) -> None:
         self.session = session
         self.ended = False
         self.id = new_id("msg_")
@@ -91,6 +105,7 @@ class Answer:
         self._max_tokens = body.max_tokens
         self._stops = body.stop_sequences or ()  # templates have stops of their own beside them
         self._ttl = cache_ttl(body)
+        self._marked = marked
         self._begun = False  # from then on it is known what was read from the cache
         self._thinking_tokens = 0  # drawn while it thinks, the mark that ends it included
         self._blocks = Blocks(_told_of_thinking(body))
@@ -180,7 +195,7 @@ class Answer:
     def _usage(self) -> Usage:
         session = self.session.session
         prompt, read = session.prompt_tokens, session.cached_tokens
-        created = left_in_cache(session) if self._ttl is not None and self._begun else 0
+        created = left_in_cache(session, self._marked) if self._ttl is not None and self._begun else 0
         return {
             "input_tokens": prompt - read - created,
             "cache_creation_input_tokens": created,

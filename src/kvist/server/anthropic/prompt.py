@@ -35,6 +35,7 @@ from kvist.service.sampling import Proposed
 
 _SAID = "an assistant message"
 _BILLING = "x-anthropic-billing-header:"
+_ANYTHING = Message(role="user", content="-")  # where a conversation must go on somehow
 _TTLS = {"5m": 300.0, "1h": 3600.0}
 _CHOICES = {
     "auto": ToolChoice.AUTO,
@@ -96,6 +97,36 @@ def cache_ttl(body: Prompt) -> float | None:
     plain = (ThinkingBlock, RedactedThinkingBlock)
     marks = [body.cache_control, *(block.cache_control for block in marked if not isinstance(block, plain))]
     return max((_TTLS[mark.ttl] for mark in marks if mark is not None), default=None)
+
+
+def up_to_last_mark(body: Prompt) -> Prompt | None:
+    """What of a body is asked to be cached: all up to its last `cache_control`. None where that is the whole, or
+    nothing is marked. Most templates write tools behind the system prompt or into it, so a mark at a tool is one behind
+    all of them and the system prompt."""
+    if body.cache_control is not None:
+        return None
+    for index, message in reversed(list(enumerate(body.messages))):
+        blocks = message.content if isinstance(message.content, list) else []
+        for place, block in reversed(list(enumerate(blocks))):
+            if _is_marked(block):
+                if index == len(body.messages) - 1 and place == len(blocks) - 1:
+                    return None
+                cut = message.model_copy(update={"content": blocks[: place + 1]})
+                rest = [_ANYTHING] if message.role == "assistant" else []  # it may end with a call
+                return body.model_copy(update={"messages": [*body.messages[:index], cut, *rest]})
+    system: list[TextBlock] = body.system if isinstance(body.system, list) else []
+    marked = [index for index, block in enumerate(system) if _is_marked(block)]
+    if not marked and not any(map(_is_marked, body.tools or ())):
+        return None
+    first = {"system": system[: marked[-1] + 1]} if marked else {}
+    return body.model_copy(update={"messages": [_ANYTHING], **first})
+
+
+def _is_marked(block: Block | ToolDefinition) -> bool:
+    if isinstance(block, ThinkingBlock | RedactedThinkingBlock):
+        return False
+    inner = block.content if isinstance(block, ToolResultBlock) and isinstance(block.content, list) else ()
+    return block.cache_control is not None or any(map(_is_marked, inner))
 
 
 @dataclass

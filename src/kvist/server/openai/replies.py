@@ -122,11 +122,12 @@ def usage_of(sessions: Sequence[Session], reasoning: int | None = None) -> Usage
     return usage
 
 
-def left_in_cache(session: Session) -> int:
-    """Tokens of the prompt that this request computed and left in the cache, in whole blocks. At least the last token
-    of a prompt is computed anew each time."""
+def left_in_cache(session: Session, first: int | None = None) -> int:
+    """Of the `first` tokens of the prompt, or of all: how many this request computed and left in the cache, in whole
+    blocks. At least the last token of a prompt is computed anew each time."""
     prompt = session.prompt_tokens
-    return max(min(prompt // BLOCK_SIZE * BLOCK_SIZE, prompt - 1) - session.cached_tokens, 0)
+    asked = prompt if first is None else min(first, prompt)
+    return max(min(asked // BLOCK_SIZE * BLOCK_SIZE, prompt - 1) - session.cached_tokens, 0)
 
 
 class TopLogprob(TypedDict):
