@@ -198,6 +198,7 @@ def import_file(
     weights: Weights = None,
     cache_dir: CacheDir = None,
     cache_disk: CacheDisk = None,
+    threads: Threads = None,
 ) -> None:
     """Take over a context from a file. Blocks of it are computed again and must be alike to the bit. Only where that
     were all of them, or with --trust, prompts that do not name it use it, too."""
@@ -205,6 +206,7 @@ def import_file(
         raise KvistError(f"--check is sample or all, not {check!r}")
     if trust and check == "all":
         raise KvistError("--check all compares everything, so that nobody needs to be trusted; leave out --trust")
+    prepare(threads)
     from kvist.service.context_check import Check
     from kvist.service.context_file import import_context
     from kvist.service.contexts import Contexts
