@@ -5,6 +5,8 @@ until when others go first. So nothing can disagree with the files, and two serv
 the other has written when it looks for it, and neither reads half a file, as files are renamed into place once they are
 synced. What is read is checked by whoever reads it.
 
+Whoever has the folder open holds a lock on it together with the others, so that nobody clears it meanwhile.
+
 Nothing here follows a symbolic link, and no part of a path comes from outside: names are digests in hexadecimal."""
 
 import contextlib
