@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from conftest import Program, Script
+from conftest import Script
 
 pytestmark = pytest.mark.slow
 
@@ -102,25 +102,3 @@ def test_ollama_js(script: Script, expected: str) -> None:
 
 def test_ai_sdk(script: Script, expected: str) -> None:
     same(script("npm", "ai_sdk.mjs"), expected, "text", "streamed", "responses", "anthropic")
-
-
-def test_claude_code(program: Program, roomy_url: str) -> None:
-    quiet = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "API_TIMEOUT_MS": "270000", "IS_SANDBOX": "1"}
-    server = {"ANTHROPIC_BASE_URL": roomy_url, "ANTHROPIC_API_KEY": "none", "ANTHROPIC_MODEL": "tiny"}
-    found = json.loads(
-        program("claude", "-p", "Hello", "--output-format", "json", "--max-turns", "1", **quiet, **server)
-    )
-    assert (found["subtype"], found["is_error"]) == ("success", False)
-    assert found["usage"]["output_tokens"] > 0
-    assert found["modelUsage"].keys() == {"tiny"}
-
-
-def test_codex(program: Program, roomy_url: str) -> None:
-    config = (
-        f'model = "tiny"\nmodel_provider = "kvist"\n[model_providers.kvist]\nname = "Kvist"\n'
-        f'base_url = "{roomy_url}/v1"\nwire_api = "responses"\n'
-    )
-    command = ("codex", "exec", "--skip-git-repo-check", "--sandbox", "read-only", "--json", "Hello")
-    events = [json.loads(line) for line in program(*command, files={"home/.codex/config.toml": config}).splitlines()]
-    assert events[-1]["type"] == "turn.completed"
-    assert events[-1]["usage"]["output_tokens"] > 0

@@ -7,8 +7,8 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
 
-class Place(BaseModel):
-    """Where."""
+class Place(BaseModel, extra="forbid"):
+    """Where, and nothing beside it: a tool that is not strict leaves the model free to add what it likes."""
 
     city: Literal["Paris"]
 
