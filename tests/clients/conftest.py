@@ -43,12 +43,12 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def server_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerOf]:
-    """Starts a server over a model that answers, with a context of so many tokens, or gives the one that there is.
-    Agents begin with long instructions, and the vocabulary has a token for nearly each letter."""
+    """Starts a server over a model that answers, with a context of so many tokens, or gives the one that there is,
+    which remembers of no exchange. Agents begin with long instructions, and the vocabulary has a token for nearly each letter."""
     with contextlib.ExitStack() as stack:
 
         @functools.cache
-        def start(context: int) -> Recorded:
+        def opened(context: int) -> Recorded:
             torch.set_num_threads(1)
             loaded = open_model(str(write_answering_model(tmp_path_factory.mktemp("models") / "tiny", context)))
             serving = Serving(loaded, loaded.serving_engine(loaded.budget(_KV_BYTES, 4)), name="tiny")
@@ -56,6 +56,11 @@ def server_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerOf]:
             app = create_app(serving, settings)
             app.add_middleware(Recorder, exchanges=exchanges)
             return Recorded(stack.enter_context(live(app, serving, settings)).url, exchanges)
+
+        def start(context: int) -> Recorded:
+            server = opened(context)
+            server.exchanges.clear()
+            return server
 
         yield start
 

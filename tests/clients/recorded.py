@@ -25,9 +25,16 @@ class Exchange:
     status: int
     answer: str
 
-    def text_of(self) -> str:
+    @property
+    def sent(self) -> str:
         """All that the client sent, to look for words in."""
         return json.dumps(self.body, ensure_ascii=False)
+
+    @property
+    def turn(self) -> str:
+        """The last that the user said, to look for words in. Some clients add to it what the system says."""
+        said = [item for item in self.body.get("messages") or self.body["input"] if item.get("role") == "user"]
+        return json.dumps(said[-1], ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Recorded:
         """The text that the same request gets, asked once more, whole, by no client of anybody's."""
         body = {name: value for name, value in asked.body.items() if name != "stream_options"} | {"stream": False}
         response = httpx.post(self.url + asked.path, json=body, timeout=60).raise_for_status()
+        self.exchanges.pop()  # this one
         return "".join(_TEXTS[asked.path](response.json()))
 
 

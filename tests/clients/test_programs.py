@@ -2,13 +2,12 @@
 session that outgrows the model's context is compacted and goes on."""
 
 import json
-import re
 from typing import Any
 
 import pytest
 
 from conftest import Program, ServerOf
-from recorded import Exchange, Recorded
+from recorded import Recorded
 
 pytestmark = pytest.mark.slow
 
@@ -59,29 +58,28 @@ def opencode(program: Program, server: Recorded, *arguments: str, window: int = 
     return program("opencode", "run", *arguments, files=files, **quiet)
 
 
-def answered(server: Recorded, printed: str) -> Exchange:
-    """The last exchange, whose prompt is in it and whose text was printed: what a plain request gets, too."""
-    last = server.exchanges[-1]
-    assert last.status == 200
-    assert PROMPT in last.text_of()
-    text = server.plain(last)
-    assert text
-    assert printed.strip().endswith(text)
-    server.exchanges.pop()  # the plain one
-    return last
+def answered(server: Recorded, printed: str, prompt: str = PROMPT) -> None:
+    """A request whose turn is the prompt was answered, and what was printed is what a plain request gets."""
+    asked = [exchange for exchange in server.exchanges if exchange.status == 200 and prompt in exchange.turn]
+    texts = [server.plain(exchange) for exchange in asked]
+    assert "" not in texts
+    assert set(texts) & set(printed.split()), (texts, printed)
 
 
-def compacted(server: Recorded, first: str) -> list[int]:
-    """Which exchanges asked for a summary; what came after each holds it, and not the prompt that the session began
-    with."""
-    found = []
-    for index, exchange in enumerate(server.exchanges):
-        if exchange.status == 200 and re.search(r"(?i)summar", last_said(exchange)):
-            found.append(index)
-            after = server.exchanges[index + 1]
-            assert first in exchange.text_of()
-            assert first not in after.text_of()
-            server.plain(exchange)
+def tell(chapters: int, times: int) -> list[str]:
+    """The turns of a session that becomes too long."""
+    return [f"Chapter {number}. {STORY * times}{PROMPT}" for number in range(chapters)]
+
+
+def compacted(server: Recorded, asking: str) -> list[int]:
+    """Which exchanges asked for a summary, by the words that do so. What is asked after the first of them holds the
+    summary and no longer the first chapter."""
+    found = [index for index, exchange in enumerate(server.exchanges) if asking in exchange.sent]
+    first, *later = server.exchanges[found[0] :]
+    assert first.status == 200
+    assert "Chapter 0." in first.sent
+    assert server.plain(first) in later[0].sent
+    assert [exchange for exchange in later if "Chapter 0." in exchange.sent] == []
     return found
 
 
@@ -126,4 +124,48 @@ def test_aider(program: Program, server_of: ServerOf) -> None:
     quiet = {"AIDER_ANALYTICS": "false", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     switches = ("--no-git", "--yes-always", "--no-check-update", "--no-show-model-warnings", "--no-pretty")
     printed = program("aider", "--model", "openai/tiny", *switches, "--message", PROMPT, **asked, **quiet)
-    answered(server, printed.partition("\nTokens: ")[0])
+    answered(server, printed)
+
+
+def test_claude_code_compacts_and_goes_on(program: Program, server_of: ServerOf) -> None:
+    """It believes in a context of 200,000 tokens, and learns of the server's from the refusal."""
+    server = server_of(80_000)
+    for turn in tell(6, 200):
+        found = claude(program, server, "--continue", turn)
+        answered(server, found["result"], turn[:12])
+    summaries = compacted(server, "an <analysis> block followed by a <summary> block")
+    refused = [index for index, exchange in enumerate(server.exchanges) if exchange.status == 400]
+    assert refused == [index - 1 for index in summaries]
+    for index in refused:
+        before, after = server.exchanges[index], server.exchanges[index + 2]
+        assert "prompt is too long" in before.answer
+        assert after.status == 200
+        assert after.turn == before.turn  # the very turn that was refused
+
+
+def test_claude_code_compacts_before_it_is_refused(program: Program, server_of: ServerOf) -> None:
+    server = server_of(120_000)
+    for turn in tell(5, 200):
+        found = claude(program, server, "--continue", turn, CLAUDE_CODE_AUTO_COMPACT_WINDOW="120000")
+        answered(server, found["result"], turn[:12])
+    assert compacted(server, "an <analysis> block followed by a <summary> block")
+    assert {exchange.status for exchange in server.exchanges} == {200}
+
+
+def test_codex_compacts_and_goes_on(program: Program, server_of: ServerOf) -> None:
+    """It keeps the last 80,000 letters of what the user said, whatever tokens they are."""
+    server = server_of(131_072)
+    for number, turn in enumerate(tell(8, 310)):
+        session = ("resume", "--last") if number else ()
+        answered(server, codex(program, server, *session, turn, window=120_000), turn[:12])
+    assert compacted(server, "CONTEXT CHECKPOINT COMPACTION")
+    assert {exchange.status for exchange in server.exchanges} == {200}
+
+
+def test_opencode_compacts_and_goes_on(program: Program, server_of: ServerOf) -> None:
+    server = server_of(65_536)
+    for number, turn in enumerate(tell(6, 200)):
+        session = ("--continue",) if number else ()
+        answered(server, opencode(program, server, *session, turn, window=60_000), turn[:12])
+    assert compacted(server, "context summarization agent")
+    assert {exchange.status for exchange in server.exchanges} == {200}
