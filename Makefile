@@ -21,16 +21,17 @@ test-slow: $(VENV)/.dev ## the tests that take minutes
 	@$(BIN)/pytest -m slow
 
 # Each group in an environment of its own, for what one wants another forbids.
-test-clients: $(VENV)/.dev ## other people's clients against the server (installs them first, several hundred MB)
+test-clients: $(VENV)/.dev ## other people's clients against the server (installs them first, 3 GB)
+	@echo "installing what the tests of clients need into $(VENV)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[plots,dev,clients]'
-	@for name in sdks chains agents; do \
+	@for name in sdks chains agents aider; do \
 	  test -x build/clients/$$name/bin/python || $(PYTHON) -m venv build/clients/$$name; \
 	  echo "installing build/clients/$$name"; \
-	  build/clients/$$name/bin/pip install --quiet --disable-pip-version-check --requirement tests/clients/requirements/$$name.txt; \
+	  build/clients/$$name/bin/pip install --quiet --disable-pip-version-check --requirement tests/clients/requirements/$$name.txt || exit 1; \
 	done
 	@mkdir -p build/clients/npm && cp tests/clients/requirements/package.json build/clients/npm/
-	@if command -v npm >/dev/null; then npm install --prefix build/clients/npm --no-audit --no-fund --silent; else echo "npm is not here: clients in JavaScript are left out"; fi
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m slow tests/server/test_lm_eval.py tests/server/test_too_long.py tests/clients
+	@if command -v npm >/dev/null; then echo "installing build/clients/npm"; npm install --prefix build/clients/npm --no-audit --no-fund --silent; else echo "npm is not here: clients in JavaScript are left out"; fi
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m slow --durations 10 tests/server/test_lm_eval.py tests/server/test_too_long.py tests/clients
 
 test-remote: $(VENV)/.dev ## the shared cache against a real Redis or Valkey (Debian's package redis-server)
 	@command -v valkey-server redis-server >/dev/null || { echo "neither valkey-server nor redis-server is here; on Debian: apt-get install redis-server"; exit 1; }

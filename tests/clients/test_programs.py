@@ -164,7 +164,7 @@ def test_codex_compacts_and_goes_on(program: Program, server_of: ServerOf) -> No
 
 def test_opencode_compacts_and_goes_on(program: Program, server_of: ServerOf) -> None:
     server = server_of(65_536)
-    for number, turn in enumerate(tell(6, 200)):
+    for number, turn in enumerate(tell(5, 200)):
         session = ("--continue",) if number else ()
         answered(server, opencode(program, server, *session, turn, window=60_000), turn[:12])
     assert compacted(server, "context summarization agent")
