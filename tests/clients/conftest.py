@@ -13,14 +13,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
-
 from answering_model import write_answering_model
+from recorded import Exchange, Recorded, Recorder
+
 from kvist.server.app import create_app
 from kvist.server.settings import ServerSettings
 from kvist.service.loaded import open_model
 from kvist.service.serving import Serving
 from live import live
-from recorded import Exchange, Recorded, Recorder
 from tiny_model import open_serving, write_tiny_model
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -44,7 +44,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def server_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerOf]:
     """Starts a server over a model that answers, with a context of so many tokens, or gives the one that there is,
-    which remembers of no exchange. Agents begin with long instructions, and the vocabulary has a token for nearly each letter."""
+    its exchanges forgotten. Agents begin with long instructions, and the vocabulary has a token for nearly each letter.
+    """
     with contextlib.ExitStack() as stack:
 
         @functools.cache

@@ -80,3 +80,11 @@ class Recorder:
             await send(message)
 
         await self._app(scope, receiving, sending)
+
+
+def answered(server: Recorded, printed: str, prompt: str) -> None:
+    """Fails unless a request whose turn has the prompt was answered, and a plain one gets what was printed for it."""
+    asked = [exchange for exchange in server.exchanges if exchange.status == 200 and prompt in exchange.turn]
+    texts = [server.plain(exchange) for exchange in asked]
+    assert "" not in texts
+    assert set(texts) & set(printed.split()), f"a plain request gets one of {texts}, and this was printed:\n{printed}"

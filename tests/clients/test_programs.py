@@ -5,9 +5,9 @@ import json
 from typing import Any
 
 import pytest
+from recorded import Recorded, answered
 
 from conftest import Program, ServerOf
-from recorded import Recorded
 
 pytestmark = pytest.mark.slow
 
@@ -58,14 +58,6 @@ def opencode(program: Program, server: Recorded, *arguments: str, window: int = 
     return program("opencode", "run", *arguments, files=files, **quiet)
 
 
-def answered(server: Recorded, printed: str, prompt: str = PROMPT) -> None:
-    """A request whose turn is the prompt was answered, and what was printed is what a plain request gets."""
-    asked = [exchange for exchange in server.exchanges if exchange.status == 200 and prompt in exchange.turn]
-    texts = [server.plain(exchange) for exchange in asked]
-    assert "" not in texts
-    assert set(texts) & set(printed.split()), (texts, printed)
-
-
 def tell(chapters: int, times: int) -> list[str]:
     """The turns of a session that becomes too long."""
     return [f"Chapter {number}. {STORY * times}{PROMPT}" for number in range(chapters)]
@@ -86,18 +78,18 @@ def compacted(server: Recorded, asking: str) -> list[int]:
 def test_claude_code(program: Program, server_of: ServerOf) -> None:
     server = server_of(ROOM)
     found = claude(program, server, PROMPT, "--max-turns", "1")
-    answered(server, found["result"])
+    answered(server, found["result"], PROMPT)
     assert found["modelUsage"].keys() == {"tiny"}
 
 
 def test_codex(program: Program, server_of: ServerOf) -> None:
     server = server_of(ROOM)
-    answered(server, codex(program, server, PROMPT))
+    answered(server, codex(program, server, PROMPT), PROMPT)
 
 
 def test_opencode(program: Program, server_of: ServerOf) -> None:
     server = server_of(ROOM)
-    answered(server, opencode(program, server, PROMPT))
+    answered(server, opencode(program, server, PROMPT), PROMPT)
 
 
 def test_qwen_code(program: Program, server_of: ServerOf) -> None:
@@ -105,7 +97,7 @@ def test_qwen_code(program: Program, server_of: ServerOf) -> None:
     asked = {"OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": "none", "OPENAI_MODEL": "tiny"}
     settings = {"privacy": {"usageStatisticsEnabled": False}, "general": {"disableAutoUpdate": True}}
     files = {"home/.qwen/settings.json": json.dumps(settings)}
-    answered(server, program("qwen", "-p", PROMPT, files=files, **asked))
+    answered(server, program("qwen", "-p", PROMPT, files=files, **asked), PROMPT)
 
 
 def test_continue(program: Program, server_of: ServerOf) -> None:
@@ -115,7 +107,7 @@ def test_continue(program: Program, server_of: ServerOf) -> None:
         f"  - {{name: tiny, provider: openai, model: tiny, apiBase: {server.url}/v1, apiKey: none}}\n"
     )
     command = ("cn", "-p", PROMPT, "--config", "../config.yaml")
-    answered(server, program(*command, files={"config.yaml": config}, CONTINUE_TELEMETRY_ENABLED="0"))
+    answered(server, program(*command, files={"config.yaml": config}, CONTINUE_TELEMETRY_ENABLED="0"), PROMPT)
 
 
 def test_aider(program: Program, server_of: ServerOf) -> None:
@@ -124,7 +116,7 @@ def test_aider(program: Program, server_of: ServerOf) -> None:
     quiet = {"AIDER_ANALYTICS": "false", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     switches = ("--no-git", "--yes-always", "--no-check-update", "--no-show-model-warnings", "--no-pretty")
     printed = program("aider", "--model", "openai/tiny", *switches, "--message", PROMPT, **asked, **quiet)
-    answered(server, printed)
+    answered(server, printed, PROMPT)
 
 
 def test_claude_code_compacts_and_goes_on(program: Program, server_of: ServerOf) -> None:
