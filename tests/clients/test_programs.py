@@ -58,6 +58,17 @@ def opencode(program: Program, server: Recorded, *arguments: str, window: int = 
     return program("opencode", "run", *arguments, files=files, **quiet)
 
 
+def qwen(program: Program, server: Recorded, *arguments: str, window: int = ROOM) -> str:
+    asked = {"OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": "none", "OPENAI_MODEL": "tiny"}
+    settings = {
+        "privacy": {"usageStatisticsEnabled": False},
+        "general": {"disableAutoUpdate": True},
+        "model": {"generationConfig": {"contextWindowSize": window}},
+    }
+    files = {"home/.qwen/settings.json": json.dumps(settings)}
+    return program("qwen", *arguments[:-1], "-p", arguments[-1], files=files, **asked)
+
+
 def tell(chapters: int, times: int) -> list[str]:
     """The turns of a session that becomes too long."""
     return [f"Chapter {number}. {STORY * times}{PROMPT}" for number in range(chapters)]
@@ -94,10 +105,7 @@ def test_opencode(program: Program, server_of: ServerOf) -> None:
 
 def test_qwen_code(program: Program, server_of: ServerOf) -> None:
     server = server_of(ROOM)
-    asked = {"OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": "none", "OPENAI_MODEL": "tiny"}
-    settings = {"privacy": {"usageStatisticsEnabled": False}, "general": {"disableAutoUpdate": True}}
-    files = {"home/.qwen/settings.json": json.dumps(settings)}
-    answered(server, program("qwen", "-p", PROMPT, files=files, **asked), PROMPT)
+    answered(server, qwen(program, server, PROMPT), PROMPT)
 
 
 def test_continue(program: Program, server_of: ServerOf) -> None:
@@ -160,4 +168,13 @@ def test_opencode_compacts_and_goes_on(program: Program, server_of: ServerOf) ->
         session = ("--continue",) if number else ()
         answered(server, opencode(program, server, *session, turn, window=60_000), turn[:12])
     assert compacted(server, "context summarization agent")
+    assert {exchange.status for exchange in server.exchanges} == {200}
+
+
+def test_qwen_code_compacts_and_goes_on(program: Program, server_of: ServerOf) -> None:
+    server = server_of(80_000)
+    for number, turn in enumerate(tell(5, 200)):
+        session = ("--continue",) if number else ()
+        answered(server, qwen(program, server, *session, turn, window=80_000), turn[:12])
+    assert compacted(server, "summarizes internal chat history")
     assert {exchange.status for exchange in server.exchanges} == {200}
