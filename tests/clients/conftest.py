@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import httpx
 import pytest
 import torch
 from answering_model import write_answering_model
+from fixture_types import Program, Script, ServerOf
 from recorded import Exchange, Recorded, Recorder
 
 from kvist.server.app import create_app
@@ -27,10 +28,6 @@ SCRIPTS = Path(__file__).parent / "scripts"
 INSTALLED = Path(__file__).parents[2] / "build" / "clients"  # where `make test-clients` puts them
 SECONDS = 280  # for a client: some look around before they ask
 _KV_BYTES = 256 << 20
-
-Script = Callable[[str, str], dict[str, Any]]
-Program = Callable[..., str]
-ServerOf = Callable[[int], Recorded]
 
 
 @pytest.fixture(scope="session")

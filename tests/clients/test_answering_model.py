@@ -3,9 +3,8 @@
 import httpx
 import pytest
 from answering_model import VOWELS
+from fixture_types import ServerOf
 from recorded import answered
-
-from conftest import ServerOf
 
 
 def test_answers_end_and_hang_on_the_prompt(server_of: ServerOf) -> None:

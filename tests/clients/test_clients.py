@@ -4,8 +4,7 @@ a plain request. docs/clients.md says which there are. `make test-clients` insta
 import json
 
 import pytest
-
-from conftest import Script
+from fixture_types import Script
 
 pytestmark = pytest.mark.slow
 

@@ -5,9 +5,8 @@ import json
 from typing import Any
 
 import pytest
+from fixture_types import Program, ServerOf
 from recorded import Recorded, answered
-
-from conftest import Program, ServerOf
 
 pytestmark = pytest.mark.slow
 
