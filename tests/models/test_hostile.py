@@ -1,14 +1,9 @@
-"""Hostile configs, adapters and weight files: each ends soon, read or refused in one line of at most 400 characters.
-
-KVIST_FUZZ: how many mutations each reader is given (default 150).
-"""
+"""Hostile configs, adapters and weight files: each ends soon, read or refused in one line of at most 400 characters."""
 
 import copy
 import json
-import os
 import random
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +12,7 @@ import pytest
 import torch
 from hf_checkpoints import CASES, Written
 
+from hostile import ends, fuzz
 from kvist.base.errors import KvistError
 from kvist.hf.config import load_hf_config
 from kvist.models.families import describe, load_config, read_config
@@ -26,26 +22,13 @@ from kvist.models.plain import PlainActivations
 from kvist.service.plan import context_row
 from kvist.weights.checkpoint import Checkpoint, save
 
-COUNT = int(os.environ.get("KVIST_FUZZ", "150"))
-SECONDS, CHARACTERS = 10, 400
+INPUTS = 150
 VALUES = [
     *(None, True, False, 0, 1, -1, 2, 3, 7, 0.5, -0.0, 1e-300, 1e308, float("nan"), float("inf"), -float("inf")),
     *(10**300, -(10**300), 2**31, 2**53, 2**63, 2**64, 10**4000, 1025, 16_384, 1 << 24),
     *("", "x", "x" * 100_000, "a\nb", "\x00", "\ud800", "1e400", "full_attention", "yarn", "llama3", "longrope"),
     *([], {}, [[]], [None], [0] * 10_000, ["x" * 99] * 999, {"": {}}, {"x" * 20_000: 1}, {"rope_type": "yarn"}),
 ]
-
-
-def ends(read: Callable[[], object]) -> bool:
-    """Whether it was read. Anything else than one line of refusal is a failure."""
-    start, refusal = time.process_time(), None
-    try:
-        read()
-    except KvistError as error:
-        refusal = str(error)
-    assert time.process_time() - start < SECONDS
-    assert refusal is None or ("\n" not in refusal and len(refusal) <= CHARACTERS), refusal[:2000]
-    return refusal is None
 
 
 def nested(rng: random.Random, depth: int) -> Any:
@@ -89,23 +72,28 @@ def hostile_text(rng: random.Random, text: str) -> str:
     return text
 
 
+def write_hostile(rng: random.Random, path: Path, raw: dict[str, Any]) -> None:
+    path.write_bytes(hostile_text(rng, json.dumps(raw)).encode(errors="surrogatepass"))
+
+
 def test_configs(written: Callable[[str], Written], tmp_path: Path) -> None:
-    rng, path = random.Random(0), tmp_path / "config.json"
     raws = [json.loads((written(case).directory / "config.json").read_text()) for case in CASES]
-    read = 0
 
-    def whole() -> None:
-        config = load_config(tmp_path)
-        context_row(config, "bf16", 4096)
-        if rng.random() < 0.2:  # which takes most of the time
-            describe(config, PlainActivations())
-
-    for _ in range(COUNT):
+    def prepare(rng: random.Random) -> Callable[[], object]:
         raw = copy.deepcopy(rng.choice(raws))
         mutate(rng, raw)
-        path.write_bytes(hostile_text(rng, json.dumps(raw)).encode(errors="surrogatepass"))
-        read += ends(whole)
-    assert 0 < read < COUNT
+        write_hostile(rng, tmp_path / "config.json", raw)
+        described = rng.random() < 0.2  # which takes most of the time
+
+        def whole() -> None:
+            config = load_config(tmp_path)
+            context_row(config, "bf16", 4096)
+            if described:
+                describe(config, PlainActivations())
+
+        return whole
+
+    assert 0 < fuzz("configs", INPUTS, prepare) < 1
 
 
 @pytest.mark.slow
@@ -121,15 +109,15 @@ def test_the_deepest_is_built_soon() -> None:
 def test_configs_of_others(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
-    rng, path = random.Random(0), tmp_path / "config.json"
     raws = [AutoConfig.for_model(name).to_dict() for name in ("olmo2", "granite", "starcoder2", "cohere")]
-    read = 0
-    for _ in range(max(COUNT // 10, 20)):
+
+    def prepare(rng: random.Random) -> Callable[[], object]:
         raw = copy.deepcopy(rng.choice(raws))
         mutate(rng, raw)
-        path.write_bytes(hostile_text(rng, json.dumps(raw)).encode(errors="surrogatepass"))
-        read += ends(lambda: load_hf_config(tmp_path))
-    assert read
+        write_hostile(rng, tmp_path / "config.json", raw)
+        return lambda: load_hf_config(tmp_path)
+
+    assert fuzz("configs of other families", 20, prepare) > 0
 
 
 def damaged(rng: random.Random, good: bytes) -> bytes:
@@ -178,11 +166,11 @@ def packed(header: dict[str, Any], data: bytes, name: str, empty: dict[str, Any]
 
 def test_weights(written: Callable[[str], Written], tmp_path: Path) -> None:
     """Opened, streamed, and loaded into a decoder."""
-    rng, theirs = random.Random(0), written("llama-48-biased").directory
+    theirs = written("llama-48-biased").directory
     config, path = load_config(theirs), tmp_path / "model.safetensors"
     source = Checkpoint(theirs)
     save(path, {name: tensor.clone() for name, tensor in source.stream(source.names())})
-    good, read = path.read_bytes(), 0
+    good = path.read_bytes()
 
     def whole() -> None:
         opened = Checkpoint(tmp_path)
@@ -190,28 +178,32 @@ def test_weights(written: Callable[[str], Written], tmp_path: Path) -> None:
             tensor.numel()
         load(tmp_path, config, PlainActivations())
 
-    assert ends(whole)
-    for _ in range(COUNT):
+    def prepare(rng: random.Random) -> Callable[[], object]:
         path.write_bytes(damaged(rng, good))
-        read += ends(whole)
-    assert read < COUNT
+        return whole
+
+    assert ends(whole)
+    assert fuzz("weights", INPUTS, prepare) < 1
 
 
 def test_an_index(tmp_path: Path) -> None:
-    rng, path = random.Random(0), tmp_path / "model.safetensors.index.json"
+    path = tmp_path / "model.safetensors.index.json"
     save(tmp_path / "a.safetensors", {"x": torch.ones(3)})
     good = {"metadata": {"total_size": 12}, "weight_map": {"x": "a.safetensors"}}
     path.write_text(json.dumps(good))
     assert ends(lambda: Checkpoint(tmp_path))
-    for _ in range(COUNT):
+
+    def prepare(rng: random.Random) -> Callable[[], object]:
         raw = copy.deepcopy(good)
         mutate(rng, raw)
-        path.write_bytes(hostile_text(rng, json.dumps(raw)).encode(errors="surrogatepass"))
-        ends(lambda: Checkpoint(tmp_path))
+        write_hostile(rng, path, raw)
+        return lambda: Checkpoint(tmp_path)
+
+    fuzz("indices", INPUTS, prepare)
 
 
 def test_adapters(tmp_path: Path) -> None:
-    rng, names = random.Random(0), ("q_proj", "v_proj")
+    names = ("q_proj", "v_proj")
     modules = [f"base_model.model.model.layers.{n}.self_attn.{name}" for n in range(2) for name in names]
     shapes = {"A": (4, 32), "B": (32, 4)}
     save(
@@ -221,7 +213,7 @@ def test_adapters(tmp_path: Path) -> None:
     config: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": list(names)}
     config |= {"alpha_pattern": {"q_proj": 3, r"layers\.\d": 4}, "rank_pattern": {"q_proj": 4}, "bias": "none"}
     config |= {"layers_to_transform": [0, 1], "layers_pattern": ["layers"], "exclude_modules": ["lm_head"]}
-    good, read = (tmp_path / FILE).read_bytes(), 0
+    good = (tmp_path / FILE).read_bytes()
     patterns = [
         "(" * 500,
         "(a*)*" * 99,
@@ -238,7 +230,7 @@ def test_adapters(tmp_path: Path) -> None:
         for delta in load_adapter(tmp_path).deltas.values():
             delta.matrix()
 
-    for _ in range(COUNT):
+    def prepare(rng: random.Random) -> Callable[[], object]:
         raw = copy.deepcopy(config)
         if rng.random() < 0.7:
             mutate(rng, raw)
@@ -247,11 +239,11 @@ def test_adapters(tmp_path: Path) -> None:
             raw[key] = (
                 {rng.choice(patterns): 4} if key.endswith("_pattern") and key[0] in "ar" else rng.choice(patterns)
             )
-        text = hostile_text(rng, json.dumps(raw))
-        (tmp_path / CONFIG).write_bytes(text.encode(errors="surrogatepass"))
+        write_hostile(rng, tmp_path / CONFIG, raw)
         (tmp_path / FILE).write_bytes(damaged(rng, good) if rng.random() < 0.4 else good)
-        read += ends(whole)
-    assert 0 < read < COUNT
+        return whole
+
+    assert 0 < fuzz("adapters", INPUTS, prepare) < 1
 
 
 def test_the_check_sees_what_it_should() -> None:
@@ -264,3 +256,5 @@ def test_the_check_sees_what_it_should() -> None:
     for read, kind in ((long, AssertionError), (other, TypeError)):
         with pytest.raises(kind):
             ends(read)
+        with pytest.raises(AssertionError, match="raises, input 0: "):
+            fuzz("raises", 3, lambda rng, read=read: read)
