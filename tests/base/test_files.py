@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,38 @@ def test_json_that_is_not_an_object_is_refused_in_one_line(tmp_path: Path, conte
         read_json(path, limit=150_000)
     assert str(path) in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ('{"a": 1, "b": 2, "a": 1}', {"a": 1, "b": 2}),
+        ('{"a": {"x": [1.5], "y": null}, "a": {"y": null, "x": [1.5]}}', {"a": {"x": [1.5], "y": None}}),
+        ('{"x": {"a": "\\u0061", "a": "a"}}', {"x": {"a": "a"}}),
+        ('{"x": {"a": 1}, "y": {"a": 2}}', {"x": {"a": 1}, "y": {"a": 2}}),
+    ],
+)
+def test_what_json_says_twice_alike_is_read(tmp_path: Path, content: str, found: dict[str, object]) -> None:
+    (tmp_path / "a.json").write_text(content)
+    assert read_json(tmp_path / "a.json") == found
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"a": 1, "a": 2}', "'a' twice, 1 and 2"),
+        ('{"a": 1, "a": true}', "'a' twice, 1 and True"),
+        ('{"a": 1, "b": 0, "a": null, "a": 1}', "'a' twice, None and 1"),
+        ('{"x": [{"\\u0061": 1, "b": 0, "a": [1]}]}', "'a' twice, 1 and [1]"),
+        ('{"a": {"b": [1, 2]}, "a": {"b": [2, 1]}}', "'a' twice, {'b': [1, 2]} and {'b': [2, 1]}"),
+        (f'{{"{"k" * 9999}": "{"v" * 9999}", "{"k" * 9999}": 2}}', "kkk' twice, 'vvv"),
+    ],
+)
+def test_json_that_contradicts_itself_is_refused_in_one_line(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(KvistError, match=rf"a\.json says .*{re.escape(said)}") as refusal:
+        read_json(tmp_path / "a.json")
+    assert len(str(refusal.value).removeprefix(str(tmp_path))) < 300
 
 
 def test_json_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Families that are not ours, run by transformers' own code over our cache: the same logits, and exact to the bit."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,27 @@ def test_what_transformers_does_not_know_either(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ConfigError, match=r"'vit' is not supported .* continues no text"):
         open_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("num_key_value_heads", 10**4000, r"num_key_value_heads should be within 2\^53, got 1000"),
+        ("max_position_embeddings", 2**60, r"max_position_embeddings should be within 2\^53"),
+        ("vocab_size", 2**40, "vocab_size must be from 1 to 16,777,216, got 1099511627776"),
+    ],
+)
+def test_absurd_numbers_are_refused_in_one_line(name: str, value: int, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(AutoConfig.for_model("granite").to_dict() | {name: value}))
+    with pytest.raises(ConfigError, match=said) as refusal:
+        hf_config.load_hf_config(tmp_path)
+    assert len(str(refusal.value)) <= 400
+
+
+def test_a_key_with_two_values_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "granite", "vocab_size": 100, "vocab_size": 200}')
+    with pytest.raises(ConfigError, match=r"config\.json says 'vocab_size' twice, 100 and 200"):
+        hf_config.load_hf_config(tmp_path)
 
 
 def test_the_config_says_what_decides_the_mathematics(written: Written) -> None:

@@ -191,6 +191,11 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
             {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 0}},
             "original_max_position_embeddings must be at least 1",
         ),
+        *(
+            (case, {"partial_rotary_factor": share, "rope_parameters": None}, "partial_rotary_factor must lie between")
+            for case in ("stablelm", "phi3-long", "llama-8-scaled")
+            for share in (0.0, -0.5, 1.5, 1e308)
+        ),
         ("mistral-128", {"attention_bias": True}, "unknown key 'attention_bias'"),
         ("mistral-128", {"use_sliding_window": False}, "unknown key 'use_sliding_window'"),
         ("qwen2-64", {"use_mrope": True}, "use_mrope=True changes the maths"),

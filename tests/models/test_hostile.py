@@ -32,7 +32,7 @@ VALUES = [
 
 
 def nested(rng: random.Random, depth: int) -> Any:
-    value: Any = rng.choice(VALUES)
+    value: Any = copy.deepcopy(rng.choice(VALUES))
     for _ in range(depth):
         value = [value] if rng.random() < 0.5 else {"a": value}
     return value
@@ -53,7 +53,7 @@ def mutate(rng: random.Random, value: dict[str, Any]) -> None:
         elif kind < 0.2:
             at[rng.choice(["new", "x" * 9999, "a\nb", "quantization_config", key * 3])] = nested(rng, 0)
         elif kind < 0.3:
-            at[key] = at[rng.choice(list(at))]
+            at[key] = json.loads(json.dumps(at[rng.choice(list(at))]))  # a copy: it may hold where it goes
         else:
             at[key] = nested(rng, rng.choice([0, 0, 0, 1, 3, 400]))
 
@@ -217,6 +217,7 @@ def test_adapters(tmp_path: Path) -> None:
     patterns = [
         "(" * 500,
         "(a*)*" * 99,
+        f"(?P={'x' * 900})",
         ".*" * 400 + "x",
         "a{1,9999}" * 90,
         "(?i)q",

@@ -175,6 +175,25 @@ def test_adapters_of_a_changed_base_are_refused(init: object, tmp_path: Path) ->
         PeftConfig(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "value"), [("a\nb", "much"), ("a" * 900, "much"), (f"(?P={'x' * 900})", 4), ("(?P<a\nb>c)", 4)]
+)
+def test_a_refusal_shows_a_pattern_in_one_line(pattern: str, value: object, tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_text(json.dumps({"alpha_pattern": {pattern: value}}))
+    with pytest.raises(ConfigError, match="alpha_pattern: ") as refusal:
+        PeftConfig(tmp_path)
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) <= 400
+
+
+def test_a_key_with_two_values_is_refused(tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_text('{"r": 8, "lora_alpha": 16, "lora_alpha": 32}')
+    with pytest.raises(KvistError, match=r"adapter_config\.json says 'lora_alpha' twice, 16 and 32"):
+        PeftConfig(tmp_path)
+    (tmp_path / CONFIG).write_text('{"r": 8, "lora_alpha": 16, "lora_alpha": 16}')
+    assert PeftConfig(tmp_path).alpha("q_proj") == 16
+
+
 def test_a_pattern_that_would_match_for_ever_ends(tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text(json.dumps({"alpha_pattern": {"(?:(?:a|aa)+)+b": 1}}))
     start = time.process_time()

@@ -1,6 +1,7 @@
 """Tokenizers of checkpoints: what transformers says is the oracle, mistakes get one line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,31 @@ def test_the_two_files_of_gpt2_are_read_as_transformers_reads_them(tmp_path: Pat
         assert ids == oracle(text)["input_ids"] == trained.encode(text).ids
         assert ours.decode(ids, skip_special=False) == text
     assert ours.decode(ours.encode(f"a{END_OF_TEXT}b")) == "ab"
+
+
+def test_a_file_that_says_two_things_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Where the library would take the last: an id of a token, a part of the model, what ends a text."""
+    whole = (folder / "tokenizer.json").read_text()
+    for old, new, said in (
+        ('"vocab":', '"vocab": {"a": 7}, "vocab":', "'vocab' twice"),
+        ('"a":', '"a": 7, "a":', "'a' twice, 7 and "),
+        ('"added_tokens":', '"added_tokens": [], "added_tokens":', "'added_tokens' twice"),
+    ):
+        spoiled = re.sub(re.escape(old) + r"\s*", new, whole, count=1)
+        assert spoiled != whole
+        (folder / "tokenizer.json").write_text(spoiled)
+        with pytest.raises(TextError, match=rf"tokenizer\.json says {said}"):
+            Tokenizer.load(folder)
+    (folder / "tokenizer.json").write_text(whole)
+    for name in ("generation_config.json", "config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).write_text('{"eos_token_id": 1, "eos_token_id": 2}')
+        with pytest.raises(TextError, match=rf"{name} says 'eos_token_id' twice, 1 and 2"):
+            Tokenizer.load(folder)
+        (folder / name).unlink()
+    for name, content in (("vocab.json", '{"a": 0, "b": 1, "a": 2}'), ("merges.txt", "#version: 0.2\n")):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(TextError, match=r"vocab\.json says 'a' twice, 0 and 2"):
+        Tokenizer.load(tmp_path)
 
 
 def test_special_tokens_are_added_as_the_file_says_and_skipped_on_request() -> None:

@@ -205,6 +205,15 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path: Path, name: object) 
     assert f"{name!r} is not the plain name" in refusal(folder)
 
 
+def test_an_index_that_names_two_files_for_a_tensor_is_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"x.safetensors": {"a": torch.ones(2)}, "y.safetensors": {"b": torch.ones(3)}}, {})
+    index = '{"weight_map": {"a": "x.safetensors", "b": "y.safetensors", "a": "y.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert "says 'a' twice, 'x.safetensors' and 'y.safetensors'" in refusal(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(index.replace('"a": "y.', '"a": "x.'))
+    assert sorted(Checkpoint(tmp_path).names()) == ["a", "b"]
+
+
 def test_index_and_shards_must_agree(tmp_path: Path) -> None:
     one, two = {"a": torch.ones(2)}, {"b": torch.ones(3)}
     files = {"a": "x.safetensors", "b": "y.safetensors"}

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from kvist.base.errors import KvistError
+from kvist.base.errors import KvistError, brief
 
 MAX_JSON_BYTES = 64 << 20
 _PROBE = ".modes"
@@ -142,11 +142,12 @@ def _lock(descriptor: int, kind: int) -> bool:
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in `path`. Raises `KvistError` naming the file when it is absent, too large or not an object."""
+    """The JSON object in `path`. Raises `KvistError` naming the file when it is absent, too large or not an object, or
+    when a key stands in one object twice with values that are not the same."""
     try:
         if path.stat().st_size > limit:
             raise KvistError(f"{path} is larger than {limit:,} bytes, too large for a JSON file of this kind")
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=functools.partial(_object, path))
     except FileNotFoundError:
         raise KvistError(f"{path} does not exist") from None
     except OSError as error:
@@ -156,6 +157,18 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise KvistError(f"{path} holds a JSON {type(value).__name__} where an object is expected")
     return cast(dict[str, Any], value)
+
+
+def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What the pairs of one JSON object say. Others read the first or the last of two that do not agree."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if json.dumps(value, sort_keys=True) != json.dumps(found[key], sort_keys=True):
+                raise KvistError(
+                    f"{path} says {brief(key)} twice, {brief(value)} and {brief(found[key])}: leave one of them"
+                )
+    return found
 
 
 def private_folder(path: Path) -> None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvist.base.errors import ConfigError, brief
+from kvist.base.errors import ConfigError, KvistError, brief
+from kvist.base.files import read_json
 from kvist.cache.spec import Full, LayerSpec, Window, key_value
 from kvist.models.config import MAX_LAYERS, Activation, ModelConfig
+from kvist.models.keys import MOST
 
 _SAID = 160  # characters of what transformers says
 
@@ -42,6 +44,10 @@ def load_hf_config(directory: Path) -> HfConfig:
 
     where = directory / "config.json"
     try:
+        read_json(where)  # which refuses what says two things; transformers takes the last
+    except KvistError as error:
+        raise ConfigError(str(error)) from None
+    try:
         found = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         text = found.get_text_config()
         raw = json.dumps(text.to_dict(), sort_keys=True, default=str)
@@ -55,6 +61,8 @@ def load_hf_config(directory: Path) -> HfConfig:
         for name in names:
             value = getattr(text, name, None)
             if type(value) is int:
+                if abs(value) > MOST:
+                    raise ConfigError(f"{where}: {name} should be within 2^53, got {brief(value)}")
                 return value
         if default is None:
             raise ConfigError(f"{where}: transformers' config of {brief(found.model_type)} has no {names[0]}")
@@ -93,7 +101,7 @@ def _windows(text: Any, layers: int, positions: int, where: Path) -> tuple[int, 
     window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
     if kinds is None:
         kinds = ["sliding_attention" if window else "full_attention"] * layers
-    if window is not None and type(window) is not int:
+    if window is not None and (type(window) is not int or abs(window) > MOST):
         raise ConfigError(f"{where}: sliding_window should be a whole number, got {brief(window)}")
     known = {"full_attention": 0, "sliding_attention": window or 0}
     if not isinstance(kinds, list) or len(kinds) != layers:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-from kvist.base.errors import ConfigError
+from kvist.base.errors import ConfigError, brief
 from kvist.cache.spec import Full, LayerSpec, Window, key_value
 
 # Far above any model; what is larger is a damaged file, and would be built for hours before memory ran out.
@@ -111,12 +111,14 @@ class ModelConfig:
             "kv_heads",
             "head_dim",
         ):
-            if not 1 <= getattr(self, name) <= MAX_SIZE:
-                raise ConfigError(f"{self.family}: {name} must be from 1 to {MAX_SIZE:,}, got {getattr(self, name)}")
+            if not 1 <= (size := getattr(self, name)) <= MAX_SIZE:
+                raise ConfigError(f"{self.family}: {name} must be from 1 to {MAX_SIZE:,}, got {brief(size)}")
         if self.layers > MAX_LAYERS:
             raise ConfigError(f"{self.family}: at most {MAX_LAYERS:,} layers are built, got {self.layers}")
         if not 1 <= self.max_positions < 2**31:
-            raise ConfigError(f"{self.family}: the context must be from 1 to 2^31 - 1 tokens, got {self.max_positions}")
+            raise ConfigError(
+                f"{self.family}: the context must be from 1 to 2^31 - 1 tokens, got {brief(self.max_positions)}"
+            )
         if not 0 <= self.norm_eps < math.inf:
             raise ConfigError(f"{self.family}: the norms' epsilon must be finite and not negative, got {self.norm_eps}")
         if self.heads % self.kv_heads:

@@ -161,6 +161,8 @@ def read_rope(
     kind = parameters.take("rope_type", str, legacy)
     theta = parameters.take("rope_theta", float, theta)
     share = parameters.take("partial_rotary_factor", float, keys.take("partial_rotary_factor", float, default_share))
+    if not 0 < share <= 1:
+        raise ConfigError(f"{keys.where}: partial_rotary_factor must lie between 0 and 1, got {share}")
     rope = Rope(theta)
     if kind == "linear":
         rope = Rope(theta, linear_factor=parameters.take("factor", float))

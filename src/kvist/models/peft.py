@@ -16,6 +16,7 @@ from kvist.models.keys import Keys
 CONFIG = "adapter_config.json"
 _MOST_BYTES = 1 << 20
 _MOST_PATTERN = 1000  # characters of one, and patterns of one key
+_SAID = 120  # characters of what is said of a pattern
 _MOST_NAME = 300  # characters of a module's name
 _MOST_SECONDS, _ONE = 2.0, 0.05  # of computing, for all matches of one adapter and for one
 _REPEAT = re.compile(r"\{(?!\d+(?:,\d*)?\}|,\d+\})")  # a brace that is no count
@@ -156,9 +157,12 @@ class PeftConfig:
         found = keys.take(name, dict, {})
         if len(found) > _MOST_PATTERN:
             raise ConfigError(f"{self.where}: {name} has {len(found):,} patterns, and {_MOST_PATTERN:,} are read")
-        values = Keys(found, f"{self.where}: {name}")
+        where = f"{self.where}: {name}"
         return [
-            (self._compile(f"(.*\\.)?({pattern})$", name, pattern), values.take(pattern, kind))
+            (
+                self._compile(f"(.*\\.)?({pattern})$", name, pattern),
+                Keys({brief(pattern): value}, where).take(brief(pattern), kind),
+            )
             for pattern, value in found.items()
             if value is not None
         ]
@@ -184,7 +188,9 @@ class PeftConfig:
             re.compile(expression)
             return regex.compile(expression)
         except (re.error, regex.error, RecursionError, OverflowError) as error:
-            raise ConfigError(f"{self.where}: {name}: cannot read the pattern {brief(given)} ({error})") from None
+            raise ConfigError(
+                f"{self.where}: {name}: cannot read the pattern {brief(given)} ({str(error)[:_SAID]})"
+            ) from None
 
     def _first(self, patterns: _Patterns, module: str, otherwise: float) -> float:
         return next((value for pattern, value in patterns if self._match(pattern, module)), otherwise)

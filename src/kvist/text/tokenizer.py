@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from kvist.base.errors import KvistError, TextError
-from kvist.base.files import read_json
+from kvist.base.files import MAX_JSON_BYTES, read_json
 
 TOKENIZER = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's
@@ -163,9 +163,11 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     if path.stat().st_size > _MOST_BYTES:
         raise TextError(f"{path} is larger than {_MOST_BYTES:,} bytes, too large for a tokenizer")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_file(str(path))
     except BaseException as error:
         raise TextError(f"{path} is not a tokenizer that can be read: {_one_line(_failure(error))}") from error
+    _object(path, _MOST_BYTES)  # the library takes the last of two values
+    return backend
 
 
 def _read_gpt2(directory: Path, special: Iterable[str | None]) -> tokenizers.Tokenizer:
@@ -174,6 +176,7 @@ def _read_gpt2(directory: Path, special: Iterable[str | None]) -> tokenizers.Tok
         model = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
     except Exception as error:  # the library raises plain Exception
         raise TextError(f"{directory}: vocab.json and merges.txt cannot be read: {_one_line(error)}") from error
+    _object(directory / "vocab.json", _MOST_BYTES)
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -184,10 +187,13 @@ def _read_gpt2(directory: Path, special: Iterable[str | None]) -> tokenizers.Tok
 
 def _optional(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; empty when there is no such file."""
-    if not path.exists():
-        return {}
+    return _object(path) if path.exists() else {}
+
+
+def _object(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in `path`; no key in it has two values."""
     try:
-        return read_json(path)
+        return read_json(path, limit)
     except KvistError as error:
         raise TextError(str(error)) from error
 
