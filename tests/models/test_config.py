@@ -193,7 +193,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ),
         *(
             (case, {"partial_rotary_factor": share, "rope_parameters": None}, "partial_rotary_factor must lie between")
-            for case in ("stablelm", "phi3-long", "llama-8-scaled")
+            for case in ("stablelm", "phi2", "phi3-long", "llama-8-scaled")
             for share in (0.0, -0.5, 1.5, 1e308)
         ),
         ("mistral-128", {"attention_bias": True}, "unknown key 'attention_bias'"),
