@@ -41,6 +41,8 @@ def attacks(size: int) -> list[Attack]:
 
     busy = (200, 429)
     divisor = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 999_999_937}}}
+    deep = json.loads("[" * 90 + "]" * 90)
+    keys = {str(index): 1 for index in range(min(size // 12, 60_000))}
     function = {"name": "f", "parameters": properties(1000), "strict": True}
     return [
         Attack("a long prompt", "/v1/completions", {**head, "prompt": text}, (400, 429)),
@@ -74,6 +76,12 @@ def attacks(size: int) -> list[Attack]:
             (*busy, 400),
         ),
         Attack("many embeddings", "/v1/embeddings", {"model": "tiny", "input": ["twig"] * min(size >> 11, 2048)}, busy),
+        Attack("many token ids", "/v1/completions", {**head, "prompt": [1] * min(size // 2, 500_000)}, (400, 429)),
+        Attack("many short texts", "/v1/completions", {**head, "prompt": ["ab"] * min(size // 8, 60_000)}, (400, 413)),
+        Attack("many pieces", "/completion", {"prompt": [1, "ab"] * min(size // 8, 50_000)}, (400, 413, 429)),
+        Attack("many fractions", "/v1/completions", {**head, "prompt": [0.5, *[-1.5e-300] * (size // 10)]}, (400, 413)),
+        Attack("many lists", "/v1/completions", {**head, "prompt": "a", "x": [deep] * min(size // 180, 700)}, busy),
+        Attack("many words of logit_bias", "/v1/completions", {**head, "prompt": "a", "logit_bias": keys}, (400, 413)),
         Attack(
             "long stop strings",
             "/v1/completions",

@@ -204,6 +204,7 @@ def test_work_that_takes_too_long_is_given_up_and_keeps_its_place() -> None:
         [[[]]] * 5,
         list(range(40)),
         {"text": "a, b" * 1000},
+        [0.5, 1e300, -2.5e-7, True, False, None, {"a": 1.0, "b": "1.5e3"}],
     ],
 )
 def test_values_are_counted_and_what_stands_in_texts_is_not(value: Any) -> None:
@@ -213,7 +214,9 @@ def test_values_are_counted_and_what_stands_in_texts_is_not(value: Any) -> None:
             return 8 + sum(8 + weight(item) for item in value.values()) + max(len(value) - 1, 0)
         if isinstance(value, list):
             return 8 + sum(map(weight, value)) + max(len(value) - 1, 0)
-        return 8 * isinstance(value, str)
+        if isinstance(value, float):
+            return 8 * sum(map(json.dumps(value).count, ".e"))
+        return 8 * isinstance(value, str | bool)
 
     body, most = json.dumps(value).encode(), -(-weight(value) // 8)
     assert not _has_more_values(body, most)

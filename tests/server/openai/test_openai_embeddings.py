@@ -1,11 +1,15 @@
 """Embeddings, as the official client reads them."""
 
+import asyncio
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 from scripted_openai import MODEL, ScriptedServing, application, post, with_client
 
+from kvist.server.openai.replies import reply_with
 from kvist.server.settings import ServerSettings
 
 
@@ -14,6 +18,30 @@ def embed(serving: ScriptedServing, **fields: Any) -> Any:
 
 
 @pytest.mark.parametrize("form", ["float", "base64", None])
+def test_a_long_list_is_written_in_turns() -> None:
+    async def main() -> tuple[dict[str, object], list[int]]:
+        begun, seen = list[int](), list[int]()
+
+        def items() -> Iterator[dict[str, object]]:
+            for index in range(20):
+                begun.append(index)
+                yield {"index": index, "text": 'é"'}
+
+        async def other() -> None:
+            while len(begun) < 20:
+                seen.append(len(begun))
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(other())
+        answer = await reply_with({"object": "list", "n": 1}, "data", items())
+        await task
+        return json.loads(answer.body), seen
+
+    answer, seen = asyncio.run(main())
+    assert answer == {"object": "list", "n": 1, "data": [{"index": index, "text": 'é"'} for index in range(20)]}
+    assert seen == list(range(1, 20)), "between two of them the other task had its turn"
+
+
 def test_vectors_in_both_encodings(form: str | None) -> None:
     """The client asks for base64 by itself and decodes it."""
     serving = ScriptedServing()

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from kvist.server.llamacpp.sampling import Sampler
-from kvist.server.openai.body import MOST_LOGPROBS, Body, Integer, TokenId
+from kvist.server.openai.body import MOST_LOGPROBS, Body, Integer, TokenId, whole_list
 from kvist.server.openai.chat_schema import ChatBody
 
 _MOST_BIASES = 1024
@@ -19,7 +19,9 @@ def prompt_kind(prompt: Any) -> str:
 
 Prompt = Annotated[
     Annotated[str, Tag("text")]
-    | Annotated[list[TokenId | str], Field(min_length=1, max_length=_MOST_PIECES), Tag("pieces")],
+    | Annotated[
+        list[TokenId | str], Field(min_length=1, max_length=_MOST_PIECES), BeforeValidator(whole_list), Tag("pieces")
+    ],
     Discriminator(prompt_kind),
 ]
 
@@ -29,7 +31,7 @@ def _pair(value: Any) -> Any:
 
 
 # A token, or a text whose tokens are meant; and what is added to the logit, or False: never.
-Bias = Annotated[tuple[TokenId | str, float | Literal[False]], BeforeValidator(_pair)]
+Bias = Annotated[tuple[Annotated[Integer, Field(ge=0, lt=2**31)] | str, float | Literal[False]], BeforeValidator(_pair)]
 
 
 class LlamaCompletionBody(Body, Sampler):

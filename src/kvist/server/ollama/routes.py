@@ -23,7 +23,7 @@ from kvist.server.openai.body import Generation
 from kvist.server.openai.conversation import chat_request
 from kvist.server.openai.logprobs import TokenTexts
 from kvist.server.openai.models import Served
-from kvist.server.openai.replies import reply
+from kvist.server.openai.replies import reply, reply_with
 from kvist.server.openai.stream import LINES, EventStream
 from kvist.service.chat import Chat, ChatSession, Options, check_length, encode, text_job
 from kvist.service.explanation import Origin
@@ -76,9 +76,8 @@ def router(serving: Serving) -> APIRouter:
             raise ApiError(400, text, param="dimensions")
         clock.note(0)
         counts = {"total_duration": round(clock.total * _NANO), "load_duration": 0}
-        return reply(
-            {"model": asked_of.name, "embeddings": vectors, **counts, "prompt_eval_count": sum(map(len, prompts))}
-        )
+        said = {"model": asked_of.name, **counts, "prompt_eval_count": sum(map(len, prompts))}
+        return await reply_with(said, "embeddings", vectors)
 
     @routes.post("/api/embeddings", response_model=None)
     async def embeddings(body: OldEmbedBody, request: Request) -> Response:

@@ -38,6 +38,9 @@ _MOST_BIASES = 1024
 _MOST_DEPTH = 100  # of arrays and objects in each other
 _MOST_STOP_IDS = 1024
 _DAY, _HALF_HOUR = 86_400.0, 1800.0  # seconds
+_LEAST, _MOST = -(2**63), 2**64 - 1  # whole numbers
+_NESTED = frozenset({dict, list})
+_MANY = 32  # values of a list, from which on it pays to look at them together
 _INERT: tuple[Any, ...] = (None, False, "", [], {})  # what any field may be at which it asks for nothing
 _NOTHING = Proposed()
 _SMALLEST_TOP_P = 1e-6  # OpenAI allows 0: only the likeliest token
@@ -48,9 +51,15 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def whole_list(values: Any) -> Any:
+    """`_whole` of a list, which may be as long as a context."""
+    return [*map(_whole, values)] if isinstance(values, list) and float in set(map(type, values)) else values
+
+
 Integer = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[Integer, Field(ge=1, lt=2**31)]
-TokenId = Annotated[Integer, Field(ge=0, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], BeforeValidator(whole_list)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
 Stop = Annotated[str, Field(min_length=1, max_length=_MOST_STOP)]
 
@@ -143,7 +152,7 @@ class Generation(Body):
     )
     seed: Integer | None = Field(None, ge=-(2**63), lt=2**64, description="Another one for each request by default.")
     stop: Stops | None = None
-    stop_token_ids: list[TokenId] | None = Field(
+    stop_token_ids: TokenIds | None = Field(
         None, max_length=_MOST_STOP_IDS, description="Tokens that end the answer, and are not part of its text."
     )
     min_tokens: Annotated[Integer, Field(ge=0, lt=2**31)] | None = Field(
@@ -260,30 +269,53 @@ def _check_token(field: str, token: int, tokenizer: Tokenizer) -> None:
         raise ApiError(400, f"{field}: {text}", param=field)
 
 
+# A place in a body: where the object or list lies that it is in, and its key there. None: the body itself.
+_Place = tuple["_Place", str | int] | None
+
+
 def _check_json(body: Any) -> None:
     """Raises for numbers that are none or that no 64 bits hold, for lone surrogates, and for what is nested too deeply,
     wherever in a body it stands: these would fail later, in places that cannot say so."""
-    waiting: list[tuple[Any, tuple[str | int, ...]]] = [(body, ())]
+    waiting: list[tuple[Any, _Place, int]] = [(body, None, 0)]
     while waiting:
-        value, path = waiting.pop()
-        if len(path) > _MOST_DEPTH:
+        value, place, depth = waiting.pop()
+        if depth > _MOST_DEPTH:
             raise PydanticCustomError(
                 "too_deep", "the body is nested more than {most} levels deep", {"most": _MOST_DEPTH}
             )
-        if isinstance(value, list) and set(map(type, value)) == {int}:  # of token ids there may be very many
-            if _reason_against(min(value)) or _reason_against(max(value)):
-                place = ".".join(map(str, path))[:200]
-                raise PydanticCustomError(
-                    "bad_value", "{place}: {reason}", {"place": place, "reason": "a number does not fit 64 bits"}
-                )
+        if isinstance(value, list) and len(value) > _MANY and _are_fine(value):
+            waiting += [(item, (place, index), depth + 1) for index, item in enumerate(value) if type(item) in _NESTED]
             continue
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
-            if isinstance(item, dict | list):
-                waiting.append((item, (*path, key)))
-            if reason := _reason_against(item) or _reason_against(key):
-                place = ".".join(map(str, (*path, key))).encode("ascii", "backslashreplace").decode()
-                raise PydanticCustomError("bad_value", "{param}: {reason}", {"param": place[:200], "reason": reason})
+        is_object = isinstance(value, dict)
+        for key, item in value.items() if is_object else enumerate(value):
+            if type(item) in _NESTED:
+                waiting.append((item, (place, key), depth + 1))
+            if reason := _reason_against(item) or (is_object and _reason_against(key)):
+                param = _name_of((place, key))
+                raise PydanticCustomError("bad_value", "{param}: {reason}", {"param": param, "reason": reason})
+
+
+def _are_fine(values: list[Any]) -> bool:
+    """Whether none of the values is refused. There may be half a million numbers, so each kind is looked at by what
+    runs without the interpreter."""
+    kinds = set(map(type, values))
+
+    def of(kind: type) -> list[Any]:
+        return values if len(kinds) == 1 else [value for value in values if type(value) is kind]
+
+    if int in kinds and not (min(of(int)) >= _LEAST and max(of(int)) <= _MOST):
+        return False
+    if float in kinds and not all(map(math.isfinite, of(float))):
+        return False
+    return str not in kinds or not _reason_against("".join(of(str)))
+
+
+def _name_of(place: _Place) -> str:
+    path = []
+    while place is not None:
+        place, key = place
+        path.append(str(key))
+    return ".".join(reversed(path)).encode("ascii", "backslashreplace").decode()[:200]
 
 
 def _reason_against(value: Any) -> str:
@@ -297,5 +329,5 @@ def _reason_against(value: Any) -> str:
     elif isinstance(value, float):
         return "" if math.isfinite(value) else "the number is not finite"
     elif isinstance(value, int):
-        return "" if -(2**63) <= value < 2**64 else "the number does not fit 64 bits"
+        return "" if _LEAST <= value <= _MOST else "the number does not fit 64 bits"
     return ""

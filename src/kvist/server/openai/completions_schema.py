@@ -11,7 +11,7 @@ from kvist.server.openai.body import (
     Body,
     Integer,
     StreamOptions,
-    TokenId,
+    TokenIds,
 )
 from kvist.server.openai.guided import Guided
 
@@ -30,7 +30,7 @@ def prompt_kind(prompt: Any) -> str:
     return "tokens" if isinstance(first, int | float) else "texts"
 
 
-Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=_MOST_TOKENS)]
+Tokens = Annotated[TokenIds, Field(min_length=1, max_length=_MOST_TOKENS)]
 Prompt = Annotated[
     Annotated[str, Tag("text")]
     | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS), Tag("texts")]

@@ -1,9 +1,10 @@
 """The shapes of answers, as OpenAI's types name their fields: what is sent is built of these, and the served schema
 shows them. Those of the Responses API stand in `response_shapes.py`."""
 
+import asyncio
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NotRequired
 
 from fastapi.responses import Response
@@ -29,6 +30,15 @@ def answers(shape: Any, streams: bool = False) -> dict[int | str, dict[str, Any]
 def reply(data: Mapping[str, Any]) -> Response:
     """The response that carries an answer."""
     return Response(encode(data), media_type="application/json")
+
+
+async def reply_with(data: Mapping[str, Any], name: str, items: Iterable[Any]) -> Response:
+    """As `reply`, with a list under `name` that may be long: between two of its items others have their turn."""
+    written = []
+    for item in items:
+        written.append(encode(item))
+        await asyncio.sleep(0)
+    return Response(f"{encode(data)[:-1]},{encode(name)}:[{','.join(written)}]}}", media_type="application/json")
 
 
 def new_id(kind: str) -> str:
