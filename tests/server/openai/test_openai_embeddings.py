@@ -18,30 +18,6 @@ def embed(serving: ScriptedServing, **fields: Any) -> Any:
 
 
 @pytest.mark.parametrize("form", ["float", "base64", None])
-def test_a_long_list_is_written_in_turns() -> None:
-    async def main() -> tuple[dict[str, object], list[int]]:
-        begun, seen = list[int](), list[int]()
-
-        def items() -> Iterator[dict[str, object]]:
-            for index in range(20):
-                begun.append(index)
-                yield {"index": index, "text": 'é"'}
-
-        async def other() -> None:
-            while len(begun) < 20:
-                seen.append(len(begun))
-                await asyncio.sleep(0)
-
-        task = asyncio.create_task(other())
-        answer = await reply_with({"object": "list", "n": 1}, "data", items())
-        await task
-        return json.loads(answer.body), seen
-
-    answer, seen = asyncio.run(main())
-    assert answer == {"object": "list", "n": 1, "data": [{"index": index, "text": 'é"'} for index in range(20)]}
-    assert seen == list(range(1, 20)), "between two of them the other task had its turn"
-
-
 def test_vectors_in_both_encodings(form: str | None) -> None:
     """The client asks for base64 by itself and decodes it."""
     serving = ScriptedServing()
@@ -75,3 +51,27 @@ def test_other_dimensions_are_refused() -> None:
 @pytest.mark.parametrize("given", [[], [[]], None, {"a": 1}, 3, ["a", 3], ["a"] * 2049])
 def test_inputs_that_are_none(given: Any) -> None:
     assert post(application(), "/v1/embeddings", {"input": given}).status_code == 400
+
+
+def test_a_long_list_is_written_in_turns() -> None:
+    async def main() -> tuple[dict[str, object], list[int]]:
+        begun, seen = list[int](), list[int]()
+
+        def items() -> Iterator[dict[str, object]]:
+            for index in range(20):
+                begun.append(index)
+                yield {"index": index, "text": 'é"'}
+
+        async def other() -> None:
+            while len(begun) < 20:
+                seen.append(len(begun))
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(other())
+        answer = await reply_with({"object": "list", "n": 1}, "data", items())
+        await task
+        return json.loads(answer.body), seen
+
+    answer, seen = asyncio.run(main())
+    assert answer == {"object": "list", "n": 1, "data": [{"index": index, "text": 'é"'} for index in range(20)]}
+    assert seen == list(range(1, 20)), "between two of them the other task had its turn"
