@@ -29,7 +29,7 @@ ROUTES = {
 }
 GET_MODES = [GenerationMode.POSITIVE]
 EXAMPLES = 20
-CONTEXT = 512
+CONTEXT = 256
 # A body that the schema allows may still ask for what cannot be: more tokens than the context, a tool that is not
 # given. So its refusal is no failure, as long as it is one that is described.
 
