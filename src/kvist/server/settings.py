@@ -12,7 +12,7 @@ class ServerSettings:
     from `origins` ("*": any), and `hosts` are names that the server may be asked under, beside addresses and localhost.
     `tenants`: whom a key stands for, where that is said; any other key is a tenant of its own.
 
-    `max_body_bytes`, `max_values` (eight integers are one): of a request's JSON; `head_timeout`, `body_timeout`: seconds
+    `max_body_bytes`, `max_values` (8 integers are one): of a request's JSON; `head_timeout`, `body_timeout`: seconds
     in which its head and its body must have arrived. `max_connections`: open at once, or fewer where the process may
     open fewer files. `max_waiting`: requests in the queue before others are refused. `timeout`: seconds that a request
     may take; `grace`: seconds that a shut-down waits for those under way.
