@@ -101,11 +101,14 @@ class Soak:
         self._most_body = most_body
         self.report = Report()
 
-    async def run(self, seconds: float) -> Report:
-        """Let them come for that long."""
+    async def run(self, seconds: float, attack: str | None = None) -> Report:
+        """Let them come for that long; or one alone, who does nothing but that attack, again and again."""
         until = time.monotonic() + seconds
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self._port}", timeout=TIMEOUT) as self._http:
-            await asyncio.gather(*(self._client(until) for _ in range(CLIENTS)))
+            if attack is None:
+                await asyncio.gather(*(self._client(until) for _ in range(CLIENTS)))
+            while attack is not None and time.monotonic() < until:
+                self.report.seen[attack, await self._attacks_others(attack)] += 1
         return self.report
 
     async def _client(self, until: float) -> None:
@@ -311,8 +314,9 @@ class Soak:
         await self._close(writer)
         return int(first.split()[1])
 
-    async def _attacks_others(self) -> int:
-        attack, start = self._random.choice(self._attacks), time.monotonic()
+    async def _attacks_others(self, name: str | None = None) -> int:
+        wanted = [attack for attack in self._attacks if name in (None, attack.name)]
+        attack, start = self._random.choice(wanted), time.monotonic()
         response = await self._post(attack.path, attack.body)
         self.report.spans.append((attack.name, start, time.monotonic()))
         # On a busy machine a body may come slowly; and where bodies are small, one of these is larger than they may be.
@@ -374,16 +378,16 @@ KINDS: dict[str, Callable[[Soak], Awaitable[int]]] = {
 }
 
 
-def visit(port: int, seconds: float, seed: int, most_body: int) -> Report:
-    """Clients for so many seconds, in a process of their own; what they met."""
-    command = [sys.executable, __file__, str(port), str(seconds), str(seed), str(most_body)]
+def visit(port: int, seconds: float, seed: int, most_body: int, attack: str | None = None) -> Report:
+    """Clients for so many seconds, in a process of their own; what they met. `attack`: see `Soak.run`."""
+    command = [sys.executable, __file__, str(port), str(seconds), str(seed), str(most_body), *filter(None, [attack])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return Report.from_json(done.stdout)
 
 
-def main(port: int, seconds: float, seed: int, most_body: int) -> None:
-    print(asyncio.run(Soak(port, seed, most_body).run(seconds)).to_json())
+def main(port: int, seconds: float, seed: int, most_body: int, attack: str | None = None) -> None:
+    print(asyncio.run(Soak(port, seed, most_body).run(seconds, attack)).to_json())
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])

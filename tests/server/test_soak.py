@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from attacks import attacks
 from prober import Probe, probing, slowest
-from soak import KINDS, visit
+from soak import KINDS, Report, visit
 
 from kvist.runtime.request import Request
 from kvist.server.app import create_app
@@ -28,6 +29,7 @@ MOST_BODY = 1 << 16
 LONG_BODY = 1 << 20  # of the long one
 SECONDS = 20
 LONG = float(os.environ.get("KVIST_SOAK_SECONDS", 20 * 60))
+ATTACK_SECONDS = 8
 WARM = 0.4  # of the time: caches fill, memory is taken for the first time
 TEMPLATE_PIPES = 6  # of the processes that are started when several chat templates are rendered at once
 MOST_GROWTH = 24 << 20  # bytes: the allocator's own play; what leaks grows with the time
@@ -132,6 +134,20 @@ def test_a_defect_and_a_leak_are_found(tiny_model: Path, monkeypatch: pytest.Mon
 
         asyncio.run_coroutine_threadsafe(forget(), server.loop).result(5)
         assert settle(server, 0) != []
+
+
+@pytest.mark.slow
+def test_others_are_answered_under_each_attack(tiny_model: Path) -> None:
+    """One client repeats an attack for a while, and then the next; the table says how long `/health` took meanwhile."""
+    settings, serving = ServerSettings(), open_serving(tiny_model, blocks=96)
+    report = Report()
+    with live(create_app(serving, settings), serving, settings) as server, probing(server.port) as probes:
+        for attack in attacks(LONG_BODY):
+            report += visit(server.port, ATTACK_SECONDS, 1, LONG_BODY, attack.name)
+    print(table(probes, report.spans))
+    assert report.failures == []
+    assert [probe for probe in probes if probe.status != 200] == []
+    assert {name for name, _ in report.seen} == {attack.name for attack in attacks(LONG_BODY)}
 
 
 @pytest.mark.slow

@@ -26,11 +26,13 @@ from kvist.base.units import format_bytes
 from kvist.server.errors import ApiError, error_response, problem_of
 from kvist.server.logs import note_of
 from kvist.server.settings import ServerSettings
+from kvist.server.turns import Turns
 from kvist.service.tenants import tenant_id
 
 OPEN = frozenset({"/health"})  # for load balancers: they have no key, and ask by any name
 OPERATORS = frozenset({"/metrics", "/slots"})  # where there are several tenants
 _KEYS = ("x-api-key", "api-key")  # headers that hold one: Anthropic's and Azure's
+_LONG = 1 << 16  # bytes of a body that is read when it has its turn
 _LINGER = 1.0  # seconds in which a client that is still sending gets to read why it was refused
 _MOST_DIGITS = 18  # of a length
 _LATE = 1.1  # by how much a request may pass its time: whoever works on it ends it in time, and better
@@ -142,6 +144,7 @@ class Intake:
         self._body_timeout = settings.body_timeout
         self._timeout = settings.timeout * _LATE
         self._most_values = settings.max_values
+        self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -158,7 +161,8 @@ class Intake:
             except ApiError as error:
                 await _refuse(error, scope, receive, send)
                 return
-            await _answer(self._app, body, self._timeout, scope, receive, send)
+            turns = self._turns if len(body) > _LONG else None
+            await _answer(self._app, body, turns, self._timeout, scope, receive, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The body; None when the client went away before its end."""
@@ -197,8 +201,11 @@ class Intake:
         return ApiError(413, f"the body is larger than {format_bytes(self._most)}", code="body_too_large")
 
 
-async def _answer(app: ASGIApp, body: bytes, timeout: float, scope: Scope, receive: Receive, send: Send) -> None:
-    """Run `app` on a body that has arrived, for as long as its client is there, and at most so many seconds."""
+async def _answer(
+    app: ASGIApp, body: bytes, turns: Turns | None, timeout: float, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Run `app` on a body that has arrived, for as long as its client is there, and at most so many seconds. `turns`:
+    where it waits for its own before it is read."""
     waiting: list[bytes] = [body]
     gone = anyio.Event()
     started = answered = False
@@ -206,6 +213,8 @@ async def _answer(app: ASGIApp, body: bytes, timeout: float, scope: Scope, recei
 
     async def hand_on() -> Message:
         if waiting:
+            if turns is not None:
+                await turns.wait()
             return {"type": "http.request", "body": waiting.pop(), "more_body": False}
         await gone.wait()
         return {"type": "http.disconnect"}
