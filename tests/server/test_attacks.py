@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
 import threading
@@ -23,6 +24,7 @@ from kvist.server.limits import _has_more_values
 from kvist.server.openai import rerank
 from kvist.server.openai.chat_schema import ChatBody
 from kvist.server.settings import ServerSettings
+from kvist.server.turns import Turns
 from kvist.service.aside import THREAD_NAME, Aside
 from kvist.text.schema_cost import MOST_DIVISOR, MOST_OPTIONAL, MOST_PARTS, check_cost
 from kvist.text.template_process import TemplateProcess
@@ -191,6 +193,26 @@ def test_work_that_takes_too_long_is_given_up_and_keeps_its_place() -> None:
         aside.close()
 
     asyncio.run(main())
+
+
+def test_long_bodies_take_turns_and_others_have_as_long_in_between() -> None:
+    async def main() -> None:
+        turns, spans = Turns(), list[tuple[float, float]]()
+
+        async def read() -> None:
+            await turns.wait()
+            began = time.monotonic()
+            time.sleep(0.05)  # the event loop is held
+            spans.append((began, time.monotonic()))
+
+        tasks = [asyncio.create_task(read()) for _ in range(4)]
+        await asyncio.sleep(0.01)
+        tasks[2].cancel()  # whoever leaves while it waits takes no turn with it
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert len(spans) == 3
+        assert all(after[0] - before[1] >= 0.045 for before, after in itertools.pairwise(spans))
+
+    asyncio.run(asyncio.wait_for(main(), 30))
 
 
 # ---- bodies
