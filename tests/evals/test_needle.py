@@ -114,7 +114,7 @@ def test_a_model_that_copies_finds_the_needle(copier: Loaded, haystack: Haystack
 
 
 def test_exactness_is_that_of_greedy_decoding(copier: Loaded, haystack: Haystack) -> None:
-    runner = copier.engine(256).runner
+    runner = copier.engine(copier.room(256)).runner
 
     def next_logits(tokens: list[int]) -> Tensor:
         lease = runner.manager.open()

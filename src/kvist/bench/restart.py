@@ -208,8 +208,8 @@ def _engine(loaded: Loaded, tokens: int, running: int, kept: Kept | None) -> Eng
     """An engine for `running` sequences of `tokens` tokens."""
     budget = loaded.budget_of(running * -(-tokens // loaded.layout.block_size) + 1, running)
     if kept is None:
-        return loaded.serving_engine(budget)
-    return loaded.serving_engine(budget, kept=kept.cache, identity=kept.identity.digest)
+        return loaded.engine(budget)
+    return loaded.engine(budget, kept)
 
 
 def prompt_of(loaded: Loaded, tokens: int) -> tuple[int, ...]:

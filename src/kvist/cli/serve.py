@@ -214,10 +214,9 @@ def _serving(
     from kvist.service.tenants import tenant_id
     from kvist.text.reading import read_text
 
-    tiers, identity = (None, b"") if kept is None else (kept.cache, kept.identity.digest)
     serving = Serving(
         loaded,
-        loaded.serving_engine(budget, kept=tiers, identity=identity),
+        loaded.engine(budget, kept),
         name=name,
         strict_model=strict_model,
         template=template,

@@ -155,7 +155,9 @@ def run(
     """
     layouts, length, tokens = [other.layout for other in others.values()], max(map(len, parts)), 0
     vectors = VectorMeter(layouts) if layouts else None
-    predictions = _Predictions([loaded.engine(length).runner for loaded in (base, *others.values(), *packed)])
+    predictions = _Predictions(
+        [loaded.engine(loaded.room(length)).runner for loaded in (base, *others.values(), *packed)]
+    )
     for number, window in enumerate(parts, start=1):
         if stop():
             break

@@ -197,7 +197,7 @@ class NeedleEval:
 
     def score(self, loaded: Loaded, kv: str, observe: Callable[[str], None] = lambda what: None) -> NeedleRow:
         """The trials over the cache of `loaded`, named `kv`. `observe` is told what begins."""
-        runner = loaded.engine(max(self._lengths)).runner
+        runner = loaded.engine(loaded.room(max(self._lengths))).runner
         cells = []
         for length in self._lengths:
             numbers = range(self._trials)

@@ -189,7 +189,7 @@ class RecallEval:
         return KvScore(kv, layout.bits_per_value, layout.bytes_per_token, every.score(), by_length, every.by_depth())
 
     def _run(self, loaded: Loaded, observe: Callable[[int], None]) -> list[_Answers]:
-        runner = loaded.engine(max(batch.tokens.shape[1] for batch in self._batches)).runner
+        runner = loaded.engine(loaded.room(max(batch.tokens.shape[1] for batch in self._batches))).runner
         answers = []
         for batch in self._batches:
             observe(batch.tokens.shape[1])

@@ -103,7 +103,7 @@ class Verifier:
         self.loaded = loaded
         self.random = random.Random(seed)
         self.copies = 0
-        self.engine = loaded.engine(self.length + self.steps, sequences=6, listener=self._count)
+        self.engine = loaded.engine(loaded.room(self.length + self.steps, sequences=6), listener=self._count)
         self.runner: Runner = self.engine.runner
 
     def run(self) -> Iterator[Check]:
