@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kvist.base.errors import RequestError, TextError
 from kvist.cache.view import PagedView
-from kvist.evals.forced import feed
 from kvist.evals.needle import DEPTHS, QUESTION, WORDS, Haystack, NeedleEval, NeedleReport, _ask, plot
+from kvist.runtime.feed import feed
 from kvist.service.loaded import RECALL, Loaded, open_model
 from kvist.text.reading import read_text
 from kvist.text.recall import VOCAB_SIZE

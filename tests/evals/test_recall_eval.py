@@ -15,9 +15,10 @@ from kvist.cache.manager import Lease
 from kvist.cache.store import Store
 from kvist.cache.view import PagedView
 from kvist.evals import recall as recall_eval
-from kvist.evals.forced import feed, kl_divergences
+from kvist.evals.divergence import kl_divergences
 from kvist.evals.recall import RecallEval, RecallReport, plot
 from kvist.models.plain import PlainView
+from kvist.runtime.feed import feed
 from kvist.runtime.runner import Runner
 from kvist.service.loaded import RECALL, Loaded, open_model
 from kvist.text.recall import recall_batch

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kvist.base.errors import RequestError, TextError
-from kvist.evals.forced import feed, kl_divergences
+from kvist.evals.divergence import kl_divergences
 from kvist.models.linear import weights_of
+from kvist.runtime.feed import feed
 from kvist.runtime.runner import Runner
 from kvist.service.calibration import observe
 from kvist.service.loaded import Loaded

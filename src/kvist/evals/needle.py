@@ -14,8 +14,8 @@ from statistics import fmean
 import torch
 
 from kvist.base.errors import RequestError, TextError
-from kvist.evals.forced import feed
 from kvist.evals.heatmap import Heatmap, Panel, draw
+from kvist.runtime.feed import feed
 from kvist.runtime.runner import Runner
 from kvist.service.loaded import Loaded
 from kvist.text.tokenizer import Tokenizer

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kvist.base.errors import RequestError
-from kvist.evals.forced import feed, kl_divergences
+from kvist.evals.divergence import kl_divergences
 from kvist.evals.heatmap import Heatmap, Panel, draw
+from kvist.runtime.feed import feed
 from kvist.runtime.runner import Runner
 from kvist.service.loaded import Loaded
 from kvist.text.recall import VOCAB_SIZE, RecallBatch, recall_batch
