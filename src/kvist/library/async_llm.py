@@ -103,7 +103,7 @@ class AsyncLLM:
     def _open(self) -> Serving:
         if self._process != os.getpid():
             raise Closed(
-                "this LLM belongs to the process that made it, and its threads are not in this one; make another"
+                "this LLM belongs to the process that made it, and cannot be asked in this one; make another"
             )
         if self._serving is None:
             raise Closed("this LLM is closed; make another")
