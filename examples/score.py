@@ -31,8 +31,7 @@ text = "The king is dead; long live the fish!"
 score = llm.score(text)
 worst = sorted(range(len(score.logprobs)), key=score.logprobs.__getitem__)[:3]
 for place in sorted(worst):
-    print(
-        f"{score.logprobs[place]:8.2f}  {llm.detokenize(score.tokens[: place + 1])}|{llm.detokenize(score.tokens[place + 1 : place + 2])}"
-    )
+    before, here = llm.detokenize(score.tokens[: place + 1]), llm.detokenize(score.tokens[place + 1 : place + 2])
+    print(f"{score.logprobs[place]:8.2f}  {before}|{here}")
 
 llm.close()
