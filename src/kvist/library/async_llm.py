@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvist.base.errors import Closed, RequestError
+from kvist.base.progress import Watch
 from kvist.library import cache_view
 from kvist.library.asking import (
     MAX_TOKENS,
@@ -39,7 +40,6 @@ T = TypeVar("T")
 
 _NONE: Mapping[str, str] = {}
 _NAME = "answer-{}"  # under which explanations are asked for
-Progress = Callable[[int, int], None]  # is told how many of how many answers have ended
 
 
 class AsyncLLM:
@@ -102,9 +102,7 @@ class AsyncLLM:
 
     def _open(self) -> Serving:
         if self._process != os.getpid():
-            raise Closed(
-                "this LLM belongs to the process that made it, and cannot be asked in this one; make another"
-            )
+            raise Closed("this LLM belongs to the process that made it, and cannot be asked in this one; make another")
         if self._serving is None:
             raise Closed("this LLM is closed; make another")
         return self._serving
@@ -122,7 +120,7 @@ class AsyncLLM:
         schema: Mapping[str, Any] | None = None,
         regex: str | None = None,
         adapter: str | None = None,
-        watch: Progress = lambda done, total: None,
+        watch: Watch = lambda done, total: None,
     ) -> Any:
         """How each prompt goes on, in order: a `Completion` for one prompt, a list for several."""
         serving = self._open()

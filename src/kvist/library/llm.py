@@ -6,16 +6,17 @@ import os
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Self, TypeVar, overload
 
 from torch import Tensor
 
 from kvist.base.errors import Closed
+from kvist.base.progress import Watch, is_watched, progress
 from kvist.library.asking import MAX_TOKENS, Message, Prompt, is_one
 from kvist.library.async_llm import AsyncLLM
 from kvist.library.cache_view import CacheUsage, PrefixNode
 from kvist.library.opening import Bytes
-from kvist.library.progress import progress
 from kvist.library.results import Answer, ChatDelta, Completion, Score, TextDelta
 from kvist.runtime.request import Sampling
 from kvist.service.chat import Tool
@@ -90,7 +91,9 @@ class LLM:
         loop, self._loop = self._loop, None
         if loop is None or self._process != os.getpid():
             return
-        asyncio.run_coroutine_threadsafe(self._llm.close(), loop).result()
+        closed = Future[None]()
+        loop.call_soon_threadsafe(_begin, self._llm.close, closed)
+        closed.result()
         loop.call_soon_threadsafe(loop.stop)
         self._thread.join()
 
@@ -150,7 +153,7 @@ class LLM:
 
         Raises `RequestError` for what can never run (`PromptTooLong` among them), and ends the others.
         """
-        with progress(1 if is_one(prompts) else len(prompts), show_progress) as watch:
+        with _watching(not is_one(prompts) if show_progress is None else show_progress) as watch:
             return self._run(
                 self._llm.generate,
                 prompts,
@@ -283,18 +286,18 @@ class LLM:
         return self._loop
 
     def _run(self, work: Callable[..., Coroutine[Any, Any, T]], *given: Any, **named: Any) -> T:
-        """What it returns or raises on the loop of this LLM. Whoever is interrupted ends it, and waits until it has
-        ended."""
-        loop = self._live()
-        asked = asyncio.run_coroutine_threadsafe(work(*given, **named), loop)
+        """What it returns or raises on the loop of this LLM. Whoever is interrupted ends it."""
+        loop, told = self._live(), Future[T]()
+        # It is known before anything begins: an interrupt may come between any two steps of this thread.
         try:
-            return asked.result()
+            loop.call_soon_threadsafe(_begin, lambda: work(*given, **named), told)
+            return told.result()
         except BaseException:
-            asked.cancel()
+            told.cancel()
             raise
 
     def _stream(self, make: Callable[[], AsyncIterator[T]]) -> Iterator[T]:
-        """What an iterator of the loop gives. It is begun now, so that what cannot be is refused now."""
+        """What an iterator of the loop gives, begun when it is first read. Whoever stops reading ends it."""
         loop = self._live()
         arrived: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
@@ -310,7 +313,9 @@ class LLM:
                     raise
 
         def read() -> Iterator[T]:
+            told = Future[None]()
             try:
+                loop.call_soon_threadsafe(_begin, pump, told)
                 while True:
                     delta, error = arrived.get()
                     if isinstance(error, StopIteration):
@@ -320,9 +325,8 @@ class LLM:
                     assert delta is not None
                     yield delta
             finally:
-                pumping.cancel()
+                told.cancel()
 
-        pumping = asyncio.run_coroutine_threadsafe(pump(), loop)
         return read()
 
 
@@ -350,6 +354,39 @@ class Cache:
     def check(self) -> None:
         """Raises `InvariantError` unless the cache is consistent."""
         self._run(self._llm.cache.check)
+
+
+@contextlib.contextmanager
+def _watching(wanted: bool) -> Iterator[Watch]:
+    """Shows how many of several prompts are answered, where somebody can see it."""
+    if wanted and is_watched():
+        with progress("answering", "prompts") as watch:
+            yield watch
+    else:
+        yield lambda done, total: None
+
+
+def _begin(make: Callable[[], Coroutine[Any, Any, T]], told: "Future[T]") -> None:
+    """On the loop: do something, and tell what comes of it; when nobody wants to be told any more, end it."""
+    if told.cancelled():
+        return
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(make())
+
+    def ended(task: "asyncio.Task[T]") -> None:
+        error = Closed("this LLM was closed") if task.cancelled() else task.exception()
+        if not told.set_running_or_notify_cancel():
+            return
+        if error is None:
+            told.set_result(task.result())
+        else:
+            told.set_exception(error)
+
+    def given_up(told: "Future[T]") -> None:
+        if told.cancelled():
+            loop.call_soon_threadsafe(task.cancel)
+
+    task.add_done_callback(ended)
+    told.add_done_callback(given_up)
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
