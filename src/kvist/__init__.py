@@ -24,6 +24,9 @@ _PLACES = {
     "Score": "kvist.library.results",
     "TextDelta": "kvist.library.results",
     "ToolCall": "kvist.library.results",
+    "fidelity": "kvist.evals.studies",
+    "plan": "kvist.evals.studies",
+    "verify": "kvist.evals.studies",
     "FinishReason": "kvist.runtime.request",
     "Sampling": "kvist.runtime.request",
     "Closed": "kvist.base.errors",
@@ -38,6 +41,9 @@ if TYPE_CHECKING:
     from kvist.base.errors import KvistError as KvistError
     from kvist.base.errors import RequestError as RequestError
     from kvist.base.process import LateImport as LateImport
+    from kvist.evals.studies import fidelity as fidelity
+    from kvist.evals.studies import plan as plan
+    from kvist.evals.studies import verify as verify
     from kvist.library.async_llm import AsyncLLM as AsyncLLM
     from kvist.library.llm import LLM as LLM
     from kvist.library.results import Answer as Answer

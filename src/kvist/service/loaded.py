@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from kvist.service.keeping import Kept
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
+BUNDLED_NAME = "kvist-shakespeare"
 RECALL = BUNDLED / "recall"
 _FULL = {codec.dtype: codec for codec in (FP32, BF16, FP16)}
 ACTIVATIONS = ("int8", "bf16")  # what rows are made of before they meet packed weights
@@ -227,7 +228,7 @@ def open_model(
 
         warn(model, origin.directory, layout, weights_digest())
     return Loaded(
-        "kvist-shakespeare" if name is None else plain_name(name),
+        BUNDLED_NAME if name is None else plain_name(name),
         config,
         model,
         layout,
