@@ -1,5 +1,6 @@
 """The documents' Python runs, from top to bottom of each page, and so do the examples."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -24,12 +25,25 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / f"{name}.py"], capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, ROOT / "examples" / f"{name}.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") > 3
     assert done.stderr == ""
+
+
+def test_documents_are_read_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "rag.py"))
+    for _ in range(2):
+        example["main"](None, example["PLAYS"], str(tmp_path / "kv"))
+    first, second = capsys.readouterr().out.split("asked verona:")[:2]
+    assert [line for line in first.splitlines() if line.startswith("read ")] == [
+        "read verona",
+        "read denmark",
+        "read rome",
+    ]
+    assert "read verona" not in second
+    assert "{'disk': " in second
 
 
 def test_the_readme_is_one_page() -> None:

@@ -230,6 +230,34 @@ def test_what_is_computed_is_kept_beyond_the_process(tiny: str, tmp_path: Path) 
         assert llm.cache.usage().by_tier["disk"] > 0
 
 
+def test_prompts_begin_with_a_kept_context(tiny: str, tmp_path: Path) -> None:
+    text = "so is a cache " * 40
+    kept = {"cache_disk": "100MB", "cache_dir": str(tmp_path / "kv"), "memory": "8MiB"}
+    with kvist.LLM(tiny, **kept) as llm:  # type: ignore[arg-type]
+        llm.contexts.make("handbook", text)
+        llm.contexts.make("manners", text, chat=True)
+        assert [one["name"] for one in llm.contexts.list()] == ["handbook", "manners"]
+        plain = llm.generate(text + PROMPTS[0], max_tokens=9)
+    with kvist.LLM(tiny, **kept) as llm:  # type: ignore[arg-type]
+        answer = llm.generate(PROMPTS[0], context="handbook", max_tokens=9)
+        assert answer.tokens == plain.tokens, "as if the text stood there"
+        assert answer.usage.prompt_tokens == plain.usage.prompt_tokens
+        assert answer.usage.cached["disk"] >= 128
+        told = llm.chat(HELLO, context="manners", max_tokens=9)
+        assert told.usage.cached["disk"] >= 128
+        assert told.tokens == llm.chat([{"role": "system", "content": text}, *HELLO], max_tokens=9).tokens
+        assert "".join(delta.text for delta in llm.stream_chat(HELLO, context="manners", max_tokens=9)) == told.text
+        with pytest.raises(kvist.RequestError, match="'manners' was made for conversations"):
+            llm.generate(PROMPTS[0], context="manners")
+        with pytest.raises(kvist.RequestError, match="'handbook' was made for texts"):
+            llm.chat(HELLO, context="handbook")
+        llm.contexts.remove("handbook")
+        with pytest.raises(kvist.KvistError, match="handbook"):
+            llm.generate(PROMPTS[0], context="handbook")
+    with kvist.LLM(tiny, memory="8MiB") as llm, pytest.raises(kvist.RequestError, match="cache_disk"):
+        llm.contexts.list()
+
+
 # ---- what goes wrong
 
 

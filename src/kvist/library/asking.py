@@ -3,17 +3,19 @@
 import json
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvist.base.errors import RequestError
 from kvist.library.results import Answer, Completion, Timings, ToolCall, Usage
 from kvist.runtime.request import FinishReason, Grammar, Sampling, TokenLogprobs
 from kvist.service.chat import Chat, ChatRequest, Options, Tool, ToolChoice, check_length, encode, text_job
+from kvist.service.contexts import CHAT, TEXT, Context
 from kvist.service.explanation import Origin
 from kvist.service.sampling import Proposed
 from kvist.service.serving import Serving
 from kvist.service.session import Job, NewToken, Session
+from kvist.service.shelf import check_begins
 from kvist.text.response import Content, Part, Reasoning, ToolCallArguments, ToolCallBegin
 
 Message = Mapping[str, Any]
@@ -40,22 +42,42 @@ def default_sampling(serving: Serving) -> Sampling:
     return serving.proposed.over(_GREEDY).sampling()
 
 
-def prompt_job(serving: Serving, prompt: Prompt, options: Options, grammar: Callable[[], Grammar] | None) -> Job:
-    """A job that continues a text, token ids, or what the chat template makes of a conversation. Raises `RequestError`
-    and `TextError`."""
+def prompt_job(
+    serving: Serving,
+    prompt: Prompt,
+    options: Options,
+    grammar: Callable[[], Grammar] | None,
+    context: Context | None = None,
+) -> Job:
+    """A job that continues a text, token ids, or what the chat template makes of a conversation; behind a context where
+    one is given. Raises `RequestError` and `TextError`."""
+    begun = () if context is None else context.tokens
+    if context is not None:
+        options = replace(options, imported=context.imported)
+        check_form(context, CHAT if is_chat(prompt) else TEXT)
     if is_chat(prompt):
-        text = Chat(serving).render(ChatRequest(tuple(prompt), options))  # type: ignore[arg-type]
+        text = Chat(serving).render(ChatRequest(tuple(prompt), options, context=context))  # type: ignore[arg-type]
         check_length(serving, text)
         # The template has written the special tokens; the tokenizer would put those that begin a text there again.
         tokens, warnings = encode(serving.tokenizer, text, add_special=False)
+        if context is not None:
+            check_begins(tokens, context)
         return text_job(serving, tokens, options, grammar, origin=Origin(text), warnings=warnings)
     if isinstance(prompt, str):
         check_length(serving, prompt)
-        tokens, warnings = encode(serving.tokenizer, prompt, add_special=True)
-        return text_job(serving, tokens, options, grammar, origin=Origin(prompt), warnings=warnings)
+        tokens, warnings = encode(serving.tokenizer, prompt, add_special=context is None)
+        origin = Origin(prompt if context is None else context.text + prompt)
+        return text_job(serving, [*begun, *tokens], options, grammar, origin=origin, warnings=warnings)
     if not all(isinstance(token, int) for token in prompt):
         raise RequestError("a prompt that is no text is a list of token ids, or of messages")
-    return text_job(serving, prompt, options, grammar)  # type: ignore[arg-type]
+    return text_job(serving, [*begun, *prompt], options, grammar)
+
+
+def check_form(context: Context, form: str) -> None:
+    """Raises `RequestError` for a context that was made for the other kind of prompt."""
+    if context.form != form:
+        wanted = "conversations" if context.form == CHAT else "texts"
+        raise RequestError(f"the context {context.name!r} was made for {wanted}")
 
 
 def tool_of(tool: Tool | Mapping[str, Any]) -> Tool:

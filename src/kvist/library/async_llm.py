@@ -11,12 +11,12 @@ from torch import Tensor
 
 from kvist.base.errors import Closed, RequestError
 from kvist.base.progress import Watch
-from kvist.library import cache_view
 from kvist.library.asking import (
     MAX_TOKENS,
     Gathered,
     Message,
     Prompt,
+    check_form,
     choice_of,
     default_sampling,
     is_chat,
@@ -24,15 +24,15 @@ from kvist.library.asking import (
     prompt_job,
     tool_of,
 )
-from kvist.library.cache_view import CacheUsage, PrefixNode
 from kvist.library.opening import Bytes, Wanted, open_serving
 from kvist.library.results import Answer, ChatDelta, Completion, Score, TextDelta
+from kvist.library.views import AsyncCache, AsyncContexts
 from kvist.runtime.engine import Engine
 from kvist.runtime.feed import feed
 from kvist.runtime.request import Grammar, Sampling
 from kvist.service.aside import LIGHT
 from kvist.service.chat import Chat, ChatRequest, Options, Tool
-from kvist.service.explanation import Explanation
+from kvist.service.contexts import CHAT, Context
 from kvist.service.serving import Serving
 from kvist.service.session import Job, Session
 
@@ -79,6 +79,7 @@ class AsyncLLM:
         self.name = self._serving.name
         self.context = self._serving.context
         self.cache = AsyncCache(self._open)
+        self.contexts = AsyncContexts(self._open)
 
     # ---- opening and closing
 
@@ -120,6 +121,7 @@ class AsyncLLM:
         schema: Mapping[str, Any] | None = None,
         regex: str | None = None,
         adapter: str | None = None,
+        context: str | None = None,
         watch: Watch = lambda done, total: None,
     ) -> Any:
         """How each prompt goes on, in order: a `Completion` for one prompt, a list for several."""
@@ -127,14 +129,14 @@ class AsyncLLM:
         one = is_one(prompts)
         many: list[Any] = [prompts] if one else list(prompts)
         samplings = self._samplings(sampling, len(many))
-        grammar = await self._grammar(serving, schema, regex)
+        grammar, begun = await self._grammar(serving, schema, regex), self.contexts.get(context)
         width, done = asyncio.Semaphore(2 * serving.most_running), 0
 
         async def answer(prompt: Prompt, sampled: Sampling) -> Completion:
             nonlocal done
             async with width:
                 options = self._options(serving, sampled, max_tokens, stop, logprobs, adapter, streamed=False)
-                session = await self._submit(serving, prompt, options, grammar)
+                session = await self._submit(serving, prompt, options, grammar, begun)
                 async for delta in self._deltas(session):
                     if delta.completion is not None:
                         done += 1
@@ -156,13 +158,14 @@ class AsyncLLM:
         schema: Mapping[str, Any] | None = None,
         regex: str | None = None,
         adapter: str | None = None,
+        context: str | None = None,
     ) -> AsyncIterator[TextDelta]:
         """How one prompt goes on, as it comes; the last delta has the whole `completion`."""
         serving = self._open()
         grammar = await self._grammar(serving, schema, regex)
         sampled = default_sampling(serving) if sampling is None else sampling
         options = self._options(serving, sampled, max_tokens, stop, logprobs, adapter, streamed=True)
-        session = await self._submit(serving, prompt, options, grammar)
+        session = await self._submit(serving, prompt, options, grammar, self.contexts.get(context))
         async for delta in self._deltas(session):
             yield delta
 
@@ -180,11 +183,12 @@ class AsyncLLM:
         stop: Sequence[str] = (),
         logprobs: int | None = None,
         adapter: str | None = None,
+        context: str | None = None,
     ) -> Answer:
         """The answer to a conversation: text, reasoning and calls apart. `schema`: the text is JSON that follows it;
         `{}`: any object."""
         asked = self._chat_request(
-            messages, sampling, tools, tool_choice, schema, max_tokens, stop, logprobs, adapter, streamed=False
+            messages, sampling, tools, tool_choice, schema, max_tokens, stop, logprobs, adapter, context, streamed=False
         )
         async for delta in self._chat_deltas(asked):
             if delta.answer is not None:
@@ -203,10 +207,11 @@ class AsyncLLM:
         stop: Sequence[str] = (),
         logprobs: int | None = None,
         adapter: str | None = None,
+        context: str | None = None,
     ) -> AsyncIterator[ChatDelta]:
         """The same as it comes; the last delta has the whole `answer`."""
         asked = self._chat_request(
-            messages, sampling, tools, tool_choice, schema, max_tokens, stop, logprobs, adapter, streamed=True
+            messages, sampling, tools, tool_choice, schema, max_tokens, stop, logprobs, adapter, context, streamed=True
         )
         async for delta in self._chat_deltas(asked):
             yield delta
@@ -287,10 +292,15 @@ class AsyncLLM:
         return None if regex is None else await asyncio.to_thread(serving.grammars.regex, regex)
 
     async def _submit(
-        self, serving: Serving, prompt: Prompt, options: Options, grammar: Callable[[], Grammar] | None
+        self,
+        serving: Serving,
+        prompt: Prompt,
+        options: Options,
+        grammar: Callable[[], Grammar] | None,
+        context: Context | None = None,
     ) -> Session:
         def read() -> Job:
-            return prompt_job(serving, prompt, options, grammar)
+            return prompt_job(serving, prompt, options, grammar, context)
 
         light = not is_chat(prompt) and len(prompt) <= LIGHT
         session = serving.submit(read() if light else await asyncio.to_thread(read))
@@ -326,6 +336,7 @@ class AsyncLLM:
         stop: Sequence[str],
         logprobs: int | None,
         adapter: str | None,
+        context: str | None,
         *,
         streamed: bool,
     ) -> ChatRequest:
@@ -336,7 +347,10 @@ class AsyncLLM:
         choice, name = choice_of(tool_choice, told)
         sampled = default_sampling(serving) if sampling is None else sampling
         options = self._options(serving, sampled, max_tokens, stop, logprobs, adapter, streamed=streamed)
-        return ChatRequest(tuple(messages), options, tuple(told), choice, name, schema=schema)
+        begun = self.contexts.get(context)
+        if begun is not None:
+            check_form(begun, CHAT)
+        return ChatRequest(tuple(messages), options, tuple(told), choice, name, schema=schema, context=begun)
 
     async def _chat_deltas(self, asked: ChatRequest) -> AsyncIterator[ChatDelta]:
         session = await Chat(self._open()).ask(asked)
@@ -352,32 +366,6 @@ class AsyncLLM:
                 yield ChatDelta(text, reasoning, whole)
         finally:
             session.cancel()
-
-
-class AsyncCache:
-    """What an LLM's cache holds, and why prompts were computed. `last`: the name of the last answer."""
-
-    def __init__(self, serving: Callable[[], Serving]) -> None:
-        self._serving = serving
-        self.last = ""
-
-    async def usage(self) -> CacheUsage:
-        """Blocks and bytes in use, by codec, tenant and tier."""
-        serving = self._serving()
-        disk = None if serving.shelf is None else serving.shelf.used
-        return await serving.call(lambda engine: cache_view.usage(engine, disk))
-
-    async def prefixes(self) -> dict[str, tuple[PrefixNode, ...]]:
-        """The tree of what is computed, by namespace; the library's own has the name ""."""
-        return await self._serving().call(cache_view.prefixes)
-
-    def explain(self) -> Explanation | None:
-        """What of the last prompt was computed, and why; None before there is one, and where nothing can be told."""
-        return self._serving().explainer.told("", self.last)
-
-    async def check(self) -> None:
-        """Raises `InvariantError` unless the cache is consistent."""
-        await self._serving().check()
 
 
 def _logits(engine: Engine, tokens: tuple[int, ...]) -> Tensor:

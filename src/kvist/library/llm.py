@@ -15,12 +15,11 @@ from kvist.base.errors import Closed
 from kvist.base.progress import Watch, is_watched, progress
 from kvist.library.asking import MAX_TOKENS, Message, Prompt, is_one
 from kvist.library.async_llm import AsyncLLM
-from kvist.library.cache_view import CacheUsage, PrefixNode
 from kvist.library.opening import Bytes
 from kvist.library.results import Answer, ChatDelta, Completion, Score, TextDelta
+from kvist.library.views import Cache, Contexts
 from kvist.runtime.request import Sampling
 from kvist.service.chat import Tool
-from kvist.service.explanation import Explanation
 
 T = TypeVar("T")
 
@@ -78,7 +77,8 @@ class LLM:
         self._thread = threading.Thread(target=_serve, args=(self._loop,), name="kvist-library", daemon=True)
         self._thread.start()
         self._run(self._llm.__aenter__)
-        self.cache = Cache(self._llm, self._run)
+        self.cache = Cache(self._llm.cache, self._run)
+        self.contexts = Contexts(self._llm.contexts, self._run)
 
     def __enter__(self) -> Self:
         return self
@@ -111,6 +111,7 @@ class LLM:
         schema: Mapping[str, Any] | None = None,
         regex: str | None = None,
         adapter: str | None = None,
+        context: str | None = None,
         show_progress: bool | None = None,
     ) -> Completion: ...
 
@@ -126,6 +127,7 @@ class LLM:
         schema: Mapping[str, Any] | None = None,
         regex: str | None = None,
         adapter: str | None = None,
+        context: str | None = None,
         show_progress: bool | None = None,
     ) -> Any: ...
 
@@ -140,6 +142,7 @@ class LLM:
         schema: Mapping[str, Any] | None = None,
         regex: str | None = None,
         adapter: str | None = None,
+        context: str | None = None,
         show_progress: bool | None = None,
     ) -> Any:
         """How each prompt goes on, in order: a `Completion` for one prompt, a list for several. They are computed
@@ -149,7 +152,8 @@ class LLM:
         prompt; by default what the model's makers propose, or else the likeliest token each time. `stop`: end before
         these texts. `logprobs`: of how many of the likeliest tokens they are wanted beside each new one's. `schema`:
         the text is JSON that follows it; `regex`: all of the text is matched. `adapter`: the name of one of `adapters`.
-        `show_progress`: by default for several prompts on a terminal or in a notebook.
+        `context`: the name of one of `contexts`, with which the prompts begin. `show_progress`: by default for several
+        prompts on a terminal or in a notebook.
 
         Raises `RequestError` for what can never run (`PromptTooLong` among them), and ends the others.
         """
@@ -164,6 +168,7 @@ class LLM:
                 schema=schema,
                 regex=regex,
                 adapter=adapter,
+                context=context,
                 watch=watch,
             )
 
@@ -178,6 +183,7 @@ class LLM:
         schema: Mapping[str, Any] | None = None,
         regex: str | None = None,
         adapter: str | None = None,
+        context: str | None = None,
     ) -> Iterator[TextDelta]:
         """How one prompt goes on, as it comes; the last delta has the whole `completion`. Arguments as for `generate`.
         Whoever stops reading ends it."""
@@ -191,6 +197,7 @@ class LLM:
                 schema=schema,
                 regex=regex,
                 adapter=adapter,
+                context=context,
             )
         )
 
@@ -208,6 +215,7 @@ class LLM:
         stop: Sequence[str] = (),
         logprobs: int | None = None,
         adapter: str | None = None,
+        context: str | None = None,
     ) -> Answer:
         """The answer to a conversation: text, reasoning and calls apart. `tools`: functions as OpenAI's API has them.
         `tool_choice`: auto, none, required, or the name of one that must be called. `schema`: the text is JSON that
@@ -223,6 +231,7 @@ class LLM:
             stop=stop,
             logprobs=logprobs,
             adapter=adapter,
+            context=context,
         )
 
     def stream_chat(
@@ -237,6 +246,7 @@ class LLM:
         stop: Sequence[str] = (),
         logprobs: int | None = None,
         adapter: str | None = None,
+        context: str | None = None,
     ) -> Iterator[ChatDelta]:
         """The same as it comes; the last delta has the whole `answer`."""
         return self._stream(
@@ -250,6 +260,7 @@ class LLM:
                 stop=stop,
                 logprobs=logprobs,
                 adapter=adapter,
+                context=context,
             )
         )
 
@@ -328,32 +339,6 @@ class LLM:
                 told.cancel()
 
         return read()
-
-
-class Cache:
-    """What an LLM's cache holds, and why prompts were computed."""
-
-    def __init__(self, llm: AsyncLLM, run: Callable[..., Any]) -> None:
-        self._llm = llm
-        self._run = run
-
-    def usage(self) -> CacheUsage:
-        """Blocks and bytes in use, by codec, tenant and tier."""
-        found: CacheUsage = self._run(self._llm.cache.usage)
-        return found
-
-    def prefixes(self) -> dict[str, tuple[PrefixNode, ...]]:
-        """The tree of what is computed, by namespace; the library's own has the name ""."""
-        found: dict[str, tuple[PrefixNode, ...]] = self._run(self._llm.cache.prefixes)
-        return found
-
-    def explain(self) -> Explanation | None:
-        """What of the last prompt was computed, and why; None before there is one, and where nothing can be told."""
-        return self._llm.cache.explain()
-
-    def check(self) -> None:
-        """Raises `InvariantError` unless the cache is consistent."""
-        self._run(self._llm.cache.check)
 
 
 @contextlib.contextmanager
