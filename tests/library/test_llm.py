@@ -237,7 +237,7 @@ def test_prompts_begin_with_a_kept_context(tiny: str, tmp_path: Path) -> None:
         llm.contexts.make("handbook", text)
         llm.contexts.make("manners", text, chat=True)
         assert [one["name"] for one in llm.contexts.list()] == ["handbook", "manners"]
-        plain = llm.generate(text + PROMPTS[0], max_tokens=9)
+        plain = llm.generate([*llm.tokenize(text), *llm.tokenize(PROMPTS[0])], max_tokens=9)
     with kvist.LLM(tiny, **kept) as llm:  # type: ignore[arg-type]
         answer = llm.generate(PROMPTS[0], context="handbook", max_tokens=9)
         assert answer.tokens == plain.tokens, "as if the text stood there"
