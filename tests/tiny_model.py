@@ -68,4 +68,4 @@ def open_serving(directory: Path, *, blocks: int = 256, running: int = 4, **opti
     torch.set_num_threads(1)
     loaded = open_model(str(directory))
     budget = loaded.budget(loaded.layout.store_bytes(blocks, 0, 0), running)
-    return Serving(loaded, loaded.serving_engine(budget), name="tiny", **options)
+    return Serving(loaded, loaded.engine(budget), name="tiny", **options)

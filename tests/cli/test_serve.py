@@ -17,8 +17,8 @@ import pytest
 from command import Kvist, Outcome
 
 from kvist.base.errors import KvistError
+from kvist.base.units import parse_bytes
 from kvist.cli.keys import api_keys
-from kvist.cli.options import size
 from kvist.service.tenants import Tenant
 from tiny_model import write_tiny_model
 
@@ -35,10 +35,10 @@ def refused(outcome: Outcome, *said: str) -> None:
 
 def test_sizes() -> None:
     known = {"1": 1, "1k": 1024, "2GiB": 2**31, "2g": 2**31, "2 GB": 2 * 10**9, "1.5MiB": 3 * 2**19, " 3kb ": 3000}
-    assert {text: size(text, "--x") for text in known} == known
+    assert {text: parse_bytes(text, "--x") for text in known} == known
     for text in ("", "0", "-1", "2XB", "GiB", "1e3", "0.1", "1" * 20, "½k", "1 2"):
         with pytest.raises(KvistError, match=r"--x takes a size, as in 512MiB or 2GiB; got "):
-            size(text, "--x")
+            parse_bytes(text, "--x")
 
 
 def test_keys_come_from_three_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

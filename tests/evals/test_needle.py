@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kvist.base.errors import RequestError, TextError
 from kvist.cache.view import PagedView
-from kvist.evals.forced import feed
 from kvist.evals.needle import DEPTHS, QUESTION, WORDS, Haystack, NeedleEval, NeedleReport, _ask, plot
+from kvist.runtime.feed import feed
 from kvist.service.loaded import RECALL, Loaded, open_model
 from kvist.text.reading import read_text
 from kvist.text.recall import VOCAB_SIZE
@@ -114,7 +114,7 @@ def test_a_model_that_copies_finds_the_needle(copier: Loaded, haystack: Haystack
 
 
 def test_exactness_is_that_of_greedy_decoding(copier: Loaded, haystack: Haystack) -> None:
-    runner = copier.engine(256).runner
+    runner = copier.engine(copier.room(256)).runner
 
     def next_logits(tokens: list[int]) -> Tensor:
         lease = runner.manager.open()

@@ -15,9 +15,10 @@ from kvist.cache.manager import Lease
 from kvist.cache.store import Store
 from kvist.cache.view import PagedView
 from kvist.evals import recall as recall_eval
-from kvist.evals.forced import feed, kl_divergences
+from kvist.evals.divergence import kl_divergences
 from kvist.evals.recall import RecallEval, RecallReport, plot
 from kvist.models.plain import PlainView
+from kvist.runtime.feed import feed
 from kvist.runtime.runner import Runner
 from kvist.service.loaded import RECALL, Loaded, open_model
 from kvist.text.recall import recall_batch
@@ -63,7 +64,7 @@ def test_every_question_is_counted_once_at_its_depth(full: Loaded, measure: Reca
 
 def test_answers_are_those_of_plain_attention(full: Loaded, measure: RecallEval) -> None:
     batch = recall_batch(2, 256, 32, torch.Generator().manual_seed(8))
-    ours = recall_eval._ask(full.engine(256).runner, batch)
+    ours = recall_eval._ask(full.engine(full.room(256)).runner, batch)
     assert ours.cached_tokens == 191
     with torch.inference_mode():
         for row, logits in zip(batch.tokens, ours.logits, strict=True):
@@ -121,7 +122,7 @@ def test_divergences() -> None:
 
 
 def test_fed_in_pieces_the_last_logits_come_back(full: Loaded) -> None:
-    runner = full.engine(1024, sequences=2).runner
+    runner = full.engine(full.room(1024, sequences=2)).runner
     tokens = recall_batch(1, 1024, 128, torch.Generator().manual_seed(2)).tokens[0].tolist()
     lease, twin = runner.manager.open(), runner.manager.open()
     whole = feed(runner, lease, tokens, len(tokens))

@@ -70,7 +70,7 @@ def test_packed_weights_show_what_others_do_and_the_same_bits(
                 min(7, weight.form.rows - first), weight.columns, generator=torch.Generator().manual_seed(first)
             )
             packed.put_rows(weight.codes, weight.form, first, rows)
-    runner = loaded.engine(8, sequences=2).runner
+    runner = loaded.engine(loaded.room(8, sequences=2)).runner
     fused = runner.run([Work(runner.manager.open(), [1, 2, 3])])[0]
     seen = []
     run = Runner.run

@@ -118,7 +118,7 @@ def test_nothing_cached_is_shared_between_adapters(written: Callable[[str], Writ
     theirs = written("qwen3-80")
     adapter = write_adapter(theirs, TARGETS["qwen3-80"], tmp_path / "a", 1)
     loaded = open_model(str(theirs.directory), adapters={"a": adapter})
-    engine = loaded.engine(300, sequences=3)
+    engine = loaded.engine(loaded.room(300, sequences=3))
     prompt = tuple(tokens_of(random.Random(1), 150, VOCAB))
     engine.runner.manager.make_public(prompt)
     request = Request(prompt, 4, Sampling())

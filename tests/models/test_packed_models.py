@@ -168,9 +168,9 @@ def test_kept_on_disk_and_made_anew(written: Callable[[str], Written], tmp_path,
     def logits():
         loaded = open_model(str(directory), weights="int8")
         assert loaded.model.packing_loss == pytest.approx(first.model.packing_loss, rel=1e-3)
-        return fresh(loaded.engine(100).runner, tokens)
+        return fresh(loaded.engine(loaded.room(100)).runner, tokens)
 
-    expected = fresh(first.engine(100).runner, tokens)
+    expected = fresh(first.engine(first.room(100)).runner, tokens)
     assert torch.equal(logits(), expected)
     assert path.stat().st_ino == made
     whole = path.read_bytes()

@@ -39,7 +39,7 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     adapters = {name: write_adapter(folder / name, seed) for seed, name in enumerate(("poems", "code"))}
     loaded = open_model(str(tiny_model), adapters=adapters)
     budget = loaded.budget(loaded.layout.store_bytes(256, 0, 0), 4)
-    settings, serving = ServerSettings(), Serving(loaded, loaded.serving_engine(budget), name="tiny")
+    settings, serving = ServerSettings(), Serving(loaded, loaded.engine(budget), name="tiny")
     with live(create_app(serving, settings), serving, settings) as running:
         yield running
 

@@ -30,7 +30,7 @@ def keeping_server(model: Path, folder: Path, public: str | None = None) -> Iter
         loaded = open_model(str(model))
         kept = stack.enter_context(open_kept(loaded, KeepSettings(folder, 1 << 28)))
         budget = loaded.budget(loaded.layout.store_bytes(256, 0, 0), 4)
-        engine = loaded.serving_engine(budget, kept=kept.cache, identity=kept.identity.digest)
+        engine = loaded.engine(budget, kept)
         settings = ServerSettings(api_keys=tuple(TENANTS), tenants=TENANTS)
         serving = Serving(loaded, engine, name="tiny", tenants=tuple(TENANTS.values()), kept=kept)
         if public is not None:

@@ -54,7 +54,7 @@ def test_an_engine_of_a_budget_takes_just_its_bytes(kv: str) -> None:
     model = randomize(build(CONFIG, backend, torch.float32), seed=1)
     loaded = Loaded("random", CONFIG, model, layout, backend, Path())
     budget = loaded.budget(8 << 20, 4)
-    engine = loaded.serving_engine(budget)
+    engine = loaded.engine(budget)
     assert engine.runner.store.nbytes == budget.nbytes <= 8 << 20
     assert engine.scheduler.most_running == budget.running == 4
     assert engine.runner.manager.pool.capacity * layout.block_size == budget.tokens

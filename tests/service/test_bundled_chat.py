@@ -25,7 +25,7 @@ OPTIONS = Options(max_tokens=400, sampling=Sampling(temperature=0.7, seed=1))
 def serving() -> Serving:
     """Not started until it is asked."""
     loaded = open_model(None)
-    return Serving(loaded, loaded.serving_engine(loaded.budget(running=1)))
+    return Serving(loaded, loaded.engine(loaded.budget(running=1)))
 
 
 def test_a_conversation_is_a_play(serving: Serving) -> None:

@@ -22,7 +22,6 @@ from kvist.runtime.request import Request
 from kvist.service import calibration as calibration_module
 from kvist.service.context_check import LEAST, SHARE, Check, drawn
 from kvist.service.context_file import export_context, import_context
-from kvist.service.context_making import engine_for
 from kvist.service.contexts import TEXT, Context, Contexts, describe, finish, read_context
 from kvist.service.keeping import KeepSettings, Kept, open_kept
 from kvist.service.loaded import Loaded, select_backend
@@ -68,7 +67,7 @@ def exported(loaded: Loaded, folder: Path, blocks: int = BLOCKS) -> Iterator[tup
     """A context's file, honestly made."""
     with open_kept(loaded, KeepSettings(folder, BUDGET)) as kept:
         tokens, layout = tokens_of(blocks * 64 + 5), loaded.layout
-        engine = engine_for(loaded, kept, len(tokens) + 1)
+        engine = loaded.engine(loaded.room(len(tokens) + 1, prefixes=True), kept)
         engine.add(Request(tokens, 1))
         while not engine.idle:
             engine.step()
@@ -99,7 +98,9 @@ def forged(file: Path, made: Context, blocks: set[int]) -> Path:
 def logits_of(loaded: Loaded, kept: Kept | None, request: Request) -> tuple[Tensor, int]:
     """What its first token is drawn from, and how many tokens came from the disk."""
     engine = (
-        loaded.engine(len(request.prompt) + 8) if kept is None else engine_for(loaded, kept, len(request.prompt) + 8)
+        loaded.engine(loaded.room(len(request.prompt) + 8))
+        if kept is None
+        else loaded.engine(loaded.room(len(request.prompt) + 8, prefixes=True), kept)
     )
     run, logits = engine.runner.run, list[Tensor]()
 

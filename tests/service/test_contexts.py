@@ -20,7 +20,7 @@ from kvist.runtime.sequence import Sequence
 from kvist.service.calibration import TEXT as WORDS
 from kvist.service.context_check import Check
 from kvist.service.context_file import export_context, import_context
-from kvist.service.context_making import context_tokens, engine_for, make_context, usable
+from kvist.service.context_making import context_tokens, make_context, usable
 from kvist.service.contexts import Context, Contexts, all_contexts, pin_all
 from kvist.service.keeping import KeepSettings, Kept, open_kept
 from kvist.service.loaded import Loaded, open_model
@@ -55,7 +55,11 @@ def opened(loaded: Loaded, tmp_path: Path) -> Iterator[Kept]:
 
 def ask(loaded: Loaded, kept: Kept | None, tokens: tuple[int, ...]) -> tuple[Sequence, list[Tensor], int]:
     """Continue these tokens; the sequence, the logits it drew from, and how many tokens were computed."""
-    engine = loaded.engine(len(tokens) + 8) if kept is None else engine_for(loaded, kept, len(tokens) + 8)
+    engine = (
+        loaded.engine(loaded.room(len(tokens) + 8))
+        if kept is None
+        else loaded.engine(loaded.room(len(tokens) + 8, prefixes=True), kept)
+    )
     run, logits = engine.runner.run, list[Tensor]()
 
     def noted(works):  # type: ignore[no-untyped-def]
@@ -148,7 +152,7 @@ def test_contexts_are_pinned_until_they_are_removed(
 
 
 def ask_and_keep(loaded: Loaded, kept: Kept, tokens: tuple[int, ...]) -> None:
-    engine = engine_for(loaded, kept, len(tokens) + 1)
+    engine = loaded.engine(loaded.room(len(tokens) + 1, prefixes=True), kept)
     engine.add(Request(tokens, 1))
     while not engine.idle:
         engine.step()

@@ -73,7 +73,7 @@ def text(deltas: list[Delta], choice: int = 0) -> str:
 
 def alone(serving: Serving, job: Job) -> Generation:
     """The same request on an engine of its own."""
-    engine = serving.loaded.engine(CONTEXT)
+    engine = serving.loaded.engine(serving.loaded.room(CONTEXT))
     generation = Generation(engine, serving.tokenizer, job.request, job.stops)
     list(generation)
     return generation

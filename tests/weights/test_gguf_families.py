@@ -143,7 +143,7 @@ def both(folder: Path, case: str, kind: Kind) -> tuple[Path, Path]:
 
 
 def logits(loaded: Loaded) -> torch.Tensor:
-    runner = loaded.engine(100).runner
+    runner = loaded.engine(loaded.room(100)).runner
     return runner.run([Work(runner.manager.open(), tokens_of(random.Random(0), 90, VOCAB), 90)])[0]
 
 

@@ -77,7 +77,7 @@ def both(folder: Path, config: dict[str, Any], kinds: Any = Kind.F32, **more: An
 
 
 def logits(loaded: Loaded) -> torch.Tensor:
-    runner = loaded.engine(100).runner
+    runner = loaded.engine(loaded.room(100)).runner
     tokens = tokens_of(random.Random(0), 90, VOCAB)
     return runner.run([Work(runner.manager.open(), tokens, 90)])[0]
 

@@ -95,6 +95,10 @@ class TimedOut(KvistError):
     """A request that took longer than it may."""
 
 
+class Closed(KvistError):
+    """An `LLM` that is closed, or that belongs to another process."""
+
+
 class OutOfBlocks(KvistError):
     """The pool has fewer free blocks than a reservation needs. Nothing was changed."""
 

@@ -1,4 +1,4 @@
-"""How far a piece of work is, on stderr: a bar in place on a terminal, elsewhere a line now and then."""
+"""How far a piece of work is, on stderr: a bar on a terminal or in a notebook, elsewhere a line now and then."""
 
 import contextlib
 import sys
@@ -29,11 +29,19 @@ def progress(work: str, unit: str, at_once: int = 0, clock: Clock = time.monoton
         seconds = (clock() - began) * (total - worked) / worked if done else 0.0
         return f", about {format_duration(seconds)} left" if seconds else ""
 
-    if console.is_terminal:
+    if console.is_terminal or console.is_jupyter:
         with _bar(console, work, unit, left) as watch:
             yield watch
     else:
         yield _lines(work, unit, left, clock)
+
+
+def is_watched() -> bool:
+    """Whether a bar would be seen: on a terminal, or in a notebook."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console.is_terminal or console.is_jupyter
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Tables that can be read at any width: where their columns do not fit side by side, their rows are written out."""
 
+import html
+import io
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -35,6 +37,38 @@ def show(console: Console, table: Table) -> None:
     for column, width in zip(table.columns, _shrunk(whole, least, room), strict=True):
         column.width = width
     console.print(table)
+
+
+class Tabular:
+    """A value that people look at as tables: as text where it is printed, as HTML in a notebook."""
+
+    def tables(self) -> list[Table]:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        console = Console(width=WIDE, file=io.StringIO(), color_system=None)
+        with console.capture() as shown:
+            for table in self.tables():
+                show(console, table)
+        return "\n".join(line.rstrip() for line in shown.get().splitlines())
+
+    def _repr_html_(self) -> str:
+        return "".join(map(as_html, self.tables()))
+
+
+def as_html(table: Table) -> str:
+    """The same as a table of a web page, as notebooks show it."""
+    columns = [[_text(cell).plain for cell in (column.header, *column.cells)] for column in table.columns]
+    rights = [' style="text-align:right"' if column.justify == "right" else "" for column in table.columns]
+    lines = ["<table>"]
+    if table.title is not None:
+        lines.append(f"<caption>{html.escape(_text(table.title).plain)}</caption>")
+    for number, cells in enumerate(zip(*columns, strict=True)):
+        tag = "td" if number else "th"
+        lines.append("<tr>")
+        lines += [f"<{tag}{right}>{html.escape(cell)}</{tag}>" for cell, right in zip(cells, rights, strict=True)]
+        lines.append("</tr>")
+    return "".join([*lines, "</table>"])
 
 
 def _shrunk(whole: Sequence[int], least: Sequence[int], room: int) -> list[int]:

@@ -1,6 +1,23 @@
 """Numbers and times as people, and clients, read them."""
 
+import re
 from datetime import UTC, datetime
+
+from kvist.base.errors import KvistError
+
+_UNITS = {
+    prefix + suffix: base**power
+    for power, prefix in enumerate(("", "k", "m", "g", "t"))
+    for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
+}
+
+
+def parse_bytes(text: str, what: str) -> int:
+    """`2GiB` and `2G` are 2^31, `2GB` is 2 * 10^9. Raises `KvistError` that begins with `what`."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in _UNITS or (number := int(float(found[1]) * _UNITS[found[2]])) < 1:
+        raise KvistError(f"{what} takes a size, as in 512MiB or 2GiB; got {text!r}")
+    return number
 
 
 def format_bytes(count: float) -> str:

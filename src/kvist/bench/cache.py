@@ -51,7 +51,7 @@ class _CacheBench:
         self._shape = shape
         self._loaded = loaded
         # Two sequences: the cached one, and the one that is computed again and again.
-        self._runner: Runner = loaded.engine(self.contexts[-1] + 1, sequences=2).runner
+        self._runner: Runner = loaded.engine(loaded.room(self.contexts[-1] + 1, sequences=2)).runner
         self._seconds: dict[str, list[float]] = {"cached": [], "recomputed": []}
 
     def one_token(self, context: int) -> None:

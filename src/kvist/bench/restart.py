@@ -34,7 +34,7 @@ from kvist.runtime.request import Request, Sampling
 from kvist.service.context_check import Check
 from kvist.service.context_file import export_context, import_context
 from kvist.service.contexts import TEXT, Contexts, describe, finish
-from kvist.service.keeping import KeepSettings, Kept, open_kept
+from kvist.service.keeping import KeepSettings, open_kept
 from kvist.service.loaded import Loaded
 
 PARTS = ("restart", "writing", "isolation")
@@ -204,14 +204,6 @@ def _forget(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _engine(loaded: Loaded, tokens: int, running: int, kept: Kept | None) -> Engine:
-    """An engine for `running` sequences of `tokens` tokens."""
-    budget = loaded.budget_of(running * -(-tokens // loaded.layout.block_size) + 1, running)
-    if kept is None:
-        return loaded.serving_engine(budget)
-    return loaded.serving_engine(budget, kept=kept.cache, identity=kept.identity.digest)
-
-
 def prompt_of(loaded: Loaded, tokens: int) -> tuple[int, ...]:
     """The prompt of every life."""
     rng = random.Random(_SEED)
@@ -223,7 +215,7 @@ def _live(name: str, shape: str, kv: str | None, prefix: int, folder: Path) -> L
     started = time.perf_counter()
     loaded = random_model(shape, "bf16", kv)
     with open_kept(loaded, KeepSettings(folder, _DISK)) as kept:
-        engine = _engine(loaded, prefix + _PROMPT, 1, kept)
+        engine = loaded.engine(loaded.room(prefix + _PROMPT, prefixes=True), kept)
         digest = _noted(engine)
         ready = time.perf_counter()
         sequence = engine.add(Request(prompt_of(loaded, prefix), _PROMPT, Sampling(temperature=1.0, seed=_SEED)))
@@ -266,7 +258,9 @@ def measure_writing(shape: str, loaded: Loaded, folder: Path, tokens: int, round
         engine.keeper.flush(600)
 
     with open_kept(loaded, KeepSettings(folder, _DISK)) as kept:
-        plain, behind = (_engine(loaded, _PROMPT + tokens, STREAMS, which) for which in (None, kept))
+        plain, behind = (
+            loaded.engine(loaded.room(_PROMPT + tokens, STREAMS, prefixes=True), which) for which in (None, kept)
+        )
         without, writing, read = interleave([lambda: decode(plain), lambda: decode(behind), memory.read], rounds)
         written = kept.cache.counters.written["disk"], kept.cache.counters.written_bytes["disk"]
     weights = loaded.model.weights
@@ -292,7 +286,7 @@ def measure_isolation(loaded: Loaded, folder: Path, trials: int) -> Isolation:
         return tuple(rng.randrange(loaded.config.vocab_size) for _ in range(length))
 
     with open_kept(loaded, KeepSettings(folder, _DISK)) as kept:
-        engine = _engine(loaded, 6 * length, STREAMS, kept)
+        engine = loaded.engine(loaded.room(6 * length, STREAMS, prefixes=True), kept)
 
         def ask(tokens: tuple[int, ...], tenant: str) -> float:
             sequence = engine.add(Request(tokens, 1, tenant=tenant))

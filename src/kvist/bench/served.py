@@ -25,7 +25,7 @@ class Served:
 @contextlib.contextmanager
 def served(loaded: Loaded, tokens: int, running: int, keys: Sequence[str] = ()) -> Iterator[Served]:
     """A server whose cache holds `tokens` tokens, for `running` answers at once. `keys`: API keys, of a tenant each."""
-    engine = loaded.serving_engine(loaded.budget_of(-(-tokens // loaded.layout.block_size) + running, running))
+    engine = loaded.engine(loaded.budget_of(-(-tokens // loaded.layout.block_size) + running, running))
     serving = Serving(loaded, engine)
     settings = ServerSettings(api_keys=tuple(keys), timeout=86_400.0, grace=0.0)
     ready = threading.Event()

@@ -90,7 +90,7 @@ def measure(loaded: Loaded, rounds: int, watch: Callable[[str], None]) -> Struct
     known = time.perf_counter()
     make = grammars.json_schema(SCHEMA)
     compiled = time.perf_counter()
-    engine, rng, spent = loaded.engine(1024, STREAMS), random.Random(0), list[float]()
+    engine, rng, spent = loaded.engine(loaded.room(1024, STREAMS)), random.Random(0), list[float]()
     sequences, seconds = [], 0.0
     for number in range(rounds):
         for stream in range(STREAMS):

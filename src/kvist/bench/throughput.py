@@ -31,7 +31,7 @@ def measure(
     rng, memory = random.Random(0), Memory()
     vocab = loaded.config.vocab_size
     tokenizer = loaded.tokenizer()
-    own = loaded.engine(PROMPT + tokens)
+    own = loaded.engine(loaded.room(PROMPT + tokens))
 
     def prompt() -> tuple[int, ...]:
         return tuple(rng.randrange(vocab) for _ in range(PROMPT))

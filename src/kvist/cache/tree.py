@@ -88,6 +88,14 @@ class PrefixTree:
             root = self._roots[namespace] = Node(root_key(self._identity, namespace))
         return root
 
+    def roots(self) -> Iterator[tuple[str, Node]]:
+        """All roots, each with its namespace."""
+        return iter(self._roots.items())
+
+    def is_idle(self, node: Node) -> bool:
+        """Whether nobody but the tree holds its block."""
+        return node in self._idle
+
     def child(self, node: Node, tokens: Tokens) -> Node | None:
         """The full block behind `node` that holds exactly `tokens`."""
         place = bisect_left(node.children, tokens, key=_tokens)

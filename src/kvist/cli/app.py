@@ -2,7 +2,7 @@
 
 import typer
 
-from kvist import __version__
+from kvist.base.version import __version__
 from kvist.cli import (
     bench,
     cache,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvist.base.errors import KvistError, install
-from kvist.cli.options import Json, Kv, Model, note, numbers, print_json
+from kvist.cli.options import Json, Kv, Model, Weights, note, numbers, print_json
 from kvist.cli.process import Threads, prepare
 
 if TYPE_CHECKING:
@@ -98,6 +98,30 @@ def decode(
     with Console(stderr=True).status("measuring", spinner="line") as status:
         observe = lambda what: status.update(f"measuring {what}")  # noqa: E731
         report = bench.run(models, numbers(context, "--context", "1024,4096"), kv or KVS, rounds, observe)
+    _print(report, as_json)
+
+
+@app.command()
+def library(
+    model: Model = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 256,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens behind each.")] = 64,
+    kv: Kv = None,
+    weights: Weights = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Measurements of each, in turns.")] = 11,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Prefill and decode through `kvist.LLM`, beside `kvist run`: the same prompts and tokens, in turns."""
+    prepare(threads)
+    from rich.console import Console
+
+    from kvist.bench import library as bench
+    from kvist.service.loaded import Opening
+
+    with Console(stderr=True).status("measuring", spinner="line") as status:
+        observe = lambda what: status.update(f"measuring {what}")  # noqa: E731
+        report = bench.run(Opening(model, kv=kv, weights=weights), prompt, tokens, rounds, observe)
     _print(report, as_json)
 
 

@@ -60,4 +60,4 @@ class Local:
 
 def local(loaded: Loaded) -> Local:
     """A model whose cache holds one conversation of the whole context, where half of the free memory does."""
-    return Local(Serving(loaded, loaded.serving_engine(loaded.budget(running=1))))
+    return Local(Serving(loaded, loaded.engine(loaded.budget(running=1))))

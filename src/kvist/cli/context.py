@@ -8,8 +8,8 @@ import typer
 
 from kvist.base.errors import KvistError
 from kvist.base.progress import progress
-from kvist.base.units import format_bytes, format_duration, plural
-from kvist.cli.options import CacheDir, CacheDisk, Dtype, Json, Kv, Weights, graceful_interrupt, note, print_json, size
+from kvist.base.units import format_bytes, format_duration, parse_bytes, plural
+from kvist.cli.options import CacheDir, CacheDisk, Dtype, Json, Kv, Weights, graceful_interrupt, note, print_json
 from kvist.cli.process import Threads, prepare
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def import_file(
 def _settings(folder: Path | None, disk: str | None) -> "KeepSettings":
     from kvist.service.keeping import KeepSettings
 
-    return KeepSettings(folder, None if disk is None else size(disk, "--cache-disk"))
+    return KeepSettings(folder, None if disk is None else parse_bytes(disk, "--cache-disk"))
 
 
 def _contexts(folder: Path | None) -> "Contexts":

@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvist.base.errors import KvistError, install
-from kvist.base.units import format_bytes
 from kvist.cli.options import Dtype, Json, Model, graceful_interrupt, note, print_json
 from kvist.cli.process import Threads, prepare
 from kvist.cli.run import INTERRUPTED
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from kvist.evals.fidelity import FidelityReport
 
 BUILT_IN = "built-in text"
@@ -87,63 +84,14 @@ def fidelity(
 
 
 def _print(report: "FidelityReport") -> None:
-    from rich.table import Table
-
     from kvist.base.tables import output, show
 
-    title = (
-        f"{report.model} · {report.text}: {report.predictions:,} predictions behind coded blocks, of "
-        f"{report.tokens:,} tokens · against {report.base}: {format_bytes(report.base_bytes_per_token)} a token, "
-        f"perplexity {report.base_ppl:.4g}"
-    )
-    table = Table(title=title, title_justify="left")
-    table.add_column("KV")
-    columns = ("bytes/token", "bits/value", "distortion", "bias", "worst logit corr.", "KLD mean", "median", "p99")
-    for column in (*columns, "p99.9", "max", "ppl ratio", "same top-1", "rms Δp"):
-        table.add_column(column, justify="right")
-    for row in report.rows:
-        vectors, found = row.vectors, row.divergence
-        kld = (found.kld_mean, found.kld_median, found.kld_p99, found.kld_p999, found.kld_max)
-        table.add_row(
-            row.kv,
-            f"{row.bytes_per_token:,.0f}",
-            f"{row.bits_per_value:.3g}",
-            f"{vectors.distortion:.2g}",
-            f"{vectors.bias:+.1%}",
-            f"{vectors.logit_correlation_worst:.4f} in {vectors.logit_correlation_layer}",
-            *(f"{value:.2g}" for value in kld),
-            f"{found.ppl_ratio:.4f} ± {found.ppl_ratio_error:.4f}",
-            f"{found.same_top1:.2%}",
-            f"{found.delta_p_rms:.2%}",
-        )
     console = output(180)
-    if report.packed:
-        show(console, _weights_table(report))
-    if report.rows:
+    for table in report.tables():
         show(console, table)
     for row in report.rows:
         if row.kv != row.choice:
             console.print(f"{row.kv}: {row.choice}")
-
-
-def _weights_table(report: "FidelityReport") -> "Table":
-    from rich.table import Table
-
-    table = Table("weights", title=f"packed weights, KV {report.base}", title_justify="left")
-    for column in ("bytes", "bits/weight", "loss", "KLD mean", "median", "p99", "ppl ratio", "same top-1"):
-        table.add_column(column, justify="right")
-    for row in report.packed:
-        found = row.divergence
-        table.add_row(
-            row.weights,
-            format_bytes(row.nbytes),
-            f"{row.bits_per_weight:.3g}",
-            f"{row.loss:.2%}",
-            *(f"{value:.2g}" for value in (found.kld_mean, found.kld_median, found.kld_p99)),
-            f"{found.ppl_ratio:.4f} ± {found.ppl_ratio_error:.4f}",
-            f"{found.same_top1:.2%}",
-        )
-    return table
 
 
 def _draw(report: "FidelityReport", path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kvist.base.errors import KvistError
-from kvist.cli.options import size
+from kvist.base.units import parse_bytes
 from kvist.service.tenants import Tenant
 
 KEY_VARIABLE = "KVIST_API_KEY"
@@ -58,7 +58,7 @@ def _tenant(facts: list[str], where: str) -> Tenant | None:
     return Tenant(
         found["name"],
         None if requests is None else int(requests),
-        size(found["disk"], f"{where}: disk=") if "disk" in found else None,
+        parse_bytes(found["disk"], f"{where}: disk=") if "disk" in found else None,
         "operator" in found,
     )
 

@@ -1,7 +1,6 @@
 """Options that several verbs share, and the ways they print."""
 
 import json
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -51,11 +50,6 @@ CacheDisk = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Keep the cache on disk, too, in at most so many bytes, as in 20GB."),
 ]
-_UNITS = {
-    prefix + suffix: base**power
-    for power, prefix in enumerate(("", "k", "m", "g", "t"))
-    for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
-}
 
 
 def print_json(value: Any) -> None:
@@ -77,14 +71,6 @@ def numbers(text: str, option: str, example: str, least: int = 1) -> list[int]:
     if not found or min(found) < least:
         raise KvistError(f"{option} takes numbers of tokens, as in {example}; got {text!r}")
     return found
-
-
-def size(text: str, option: str) -> int:
-    """Bytes: `2GiB` and `2G` are 2^31, `2GB` is 2 * 10^9. Raises `KvistError` that names the option."""
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([a-z]*)", text.strip().lower())
-    if found is None or found[2] not in _UNITS or (number := int(float(found[1]) * _UNITS[found[2]])) < 1:
-        raise KvistError(f"{option} takes a size, as in 512MiB or 2GiB; got {text!r}")
-    return number
 
 
 @dataclass

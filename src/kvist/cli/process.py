@@ -11,8 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from kvist.base.errors import KvistError
-
 Threads = Annotated[
     int | None,
     typer.Option("--threads", metavar="N", help="Compute with so many threads; by default one for each core."),
@@ -38,16 +36,9 @@ def starting() -> Iterator[None]:
 def prepare(threads: int | None) -> None:
     """Called by verbs that compute before they do anything else. Processes that they start have as many threads. Raises
     `KvistError` for a number of threads that does not fit the machine."""
-    most = os.cpu_count() or 1
-    if threads is not None and not 1 <= threads <= most:
-        raise KvistError(f"--threads takes a number from 1 to {most}, the cores of this machine; got {threads}")
     with starting():
-        import torch
-
-        import kvist.service.loaded  # noqa: F401
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        torch.set_num_threads(threads)
+        from kvist.library.opening import set_threads
+    set_threads(threads, "--threads")
 
 
 class _Pipe(io.FileIO):

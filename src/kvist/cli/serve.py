@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvist.base.errors import KvistError
+from kvist.base.units import parse_bytes
 from kvist.cli.keys import KEY_VARIABLE, api_keys
-from kvist.cli.options import Activations, CacheDir, CacheDisk, Dtype, Kv, Model, Weights, note, size
+from kvist.cli.options import Activations, CacheDir, CacheDisk, Dtype, Kv, Model, Weights, note
 from kvist.cli.process import Threads, prepare
 from kvist.cli.run import INTERRUPTED
 
@@ -109,8 +110,8 @@ def serve(
         raise KvistError(f"--timeout and --grace take a number of seconds, got {timeout:g} and {grace:g}")
     if tools not in ("auto", "template"):
         raise KvistError(f"--tools takes auto or template, got {tools!r}")
-    given = None if kv_memory is None else size(kv_memory, "--kv-memory")
-    body, keys = size(max_body, "--max-body"), api_keys(api_key or [], api_key_file)
+    given = None if kv_memory is None else parse_bytes(kv_memory, "--kv-memory")
+    body, keys = parse_bytes(max_body, "--max-body"), api_keys(api_key or [], api_key_file)
     adapters = adapter_folders(adapter or ())
     keep = keep_settings(cache_dir, cache_disk, cache_max_age, cache_remote)
 
@@ -175,7 +176,7 @@ def keep_settings(
     if not on_disk and remote is None:
         return None
     age = math.inf if max_age is None else duration(max_age, "--cache-max-age")
-    return KeepSettings(folder, None if disk is None else size(disk, "--cache-disk"), age, remote, on_disk)
+    return KeepSettings(folder, None if disk is None else parse_bytes(disk, "--cache-disk"), age, remote, on_disk)
 
 
 def adapter_folders(given: Iterable[str]) -> dict[str, Path]:
@@ -214,10 +215,9 @@ def _serving(
     from kvist.service.tenants import tenant_id
     from kvist.text.reading import read_text
 
-    tiers, identity = (None, b"") if kept is None else (kept.cache, kept.identity.digest)
     serving = Serving(
         loaded,
-        loaded.serving_engine(budget, kept=tiers, identity=identity),
+        loaded.engine(budget, kept),
         name=name,
         strict_model=strict_model,
         template=template,

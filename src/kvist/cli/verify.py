@@ -29,37 +29,26 @@ def verify(
     where a bit differs, with 3 where only the nearly one is far."""
     prepare(threads)
     from rich.console import Console
-    from rich.table import Table
 
     from kvist.base.tables import output, show
-    from kvist.evals.verify import Kind, Report, Verifier
+    from kvist.evals.verify import Report, Verifier
     from kvist.service.loaded import open_model
 
     loaded = open_model(model, dtype=dtype, kv=kv, weights=weights, activations=activations, adapter=adapter)
     verifier = Verifier(loaded, tokens, steps, trials, seed)
-    kinds = f"operators {loaded.backend.name} · weights {loaded.model.weights} · KV {loaded.layout.kv}"
-    title = f"{loaded.name} · {kinds}"
-    table = Table("check", "result", "compared", "evidence", title=title, title_justify="left")
     checks = []
     with Console(stderr=True).status("verifying", spinner="line") as status:
         for check in verifier.run():
             checks.append(check)
             status.update(f"verifying · {len(checks)} checks done, last: {check.name}")
-            evidence = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in check.evidence.items())
-            good, bad = ("equal", "DIFFERS") if check.kind is Kind.EXACT else ("near", "FAR")
-            result = f"[green]{good}[/]" if check.passed else f"[red]{bad}[/]"
-            table.add_row(check.name, result, f"{check.compared:,}", evidence)
-    report = Report(checks)
+    report = Report(verifier.title, checks)
     if as_json:
         print_json(report.to_json())
     else:
-        show(output(), table)
+        for table in report.tables():
+            show(output(), table)
     if not report.exact:
         raise typer.Exit(DIFFERS)
     if not report.passed:
         note("no bit differs with the cache; but the run itself is farther from plain attention than rounding takes it")
         raise typer.Exit(FAR)
-
-
-def _short(value: float | str) -> str:
-    return f"{value:.1e}" if isinstance(value, float) else str(value)

@@ -9,18 +9,26 @@ All caches go through a window side by side, step by step, so that one step's lo
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from kvist.base.errors import RequestError, TextError
-from kvist.evals.forced import feed, kl_divergences
+from kvist.base.tables import Tabular
+from kvist.base.units import format_bytes
+from kvist.evals.divergence import kl_divergences
 from kvist.models.linear import weights_of
+from kvist.runtime.feed import feed
 from kvist.runtime.runner import Runner
 from kvist.service.calibration import observe
 from kvist.service.loaded import Loaded
 from kvist.service.vectors import VectorMeter, VectorScore
 from kvist.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DEFAULT_KV = ("int8", "int4", "int4-rot", "turbo4", "turbo3.5", "turbo3", "turbo2.5", "turbo2")
 TOKENS = 4096
@@ -87,7 +95,7 @@ class WeightsRow:
 
 
 @dataclass(frozen=True)
-class FidelityReport:
+class FidelityReport(Tabular):
     """`rows` by bytes per token, most first; `packed` as they were asked for. `tokens`: fed; `predictions`: counted.
     `to_json`: see docs/json.md."""
 
@@ -101,9 +109,67 @@ class FidelityReport:
     rows: list[Row]
     packed: list[WeightsRow]
 
+    def tables(self) -> list[Table]:
+        found = [_weights_table(self)] if self.packed else []
+        return [*found, _kv_table(self)] if self.rows else found
+
+    def figure(self) -> "Figure | None":
+        """Quality against bytes, a named point for each choice; None where none of them changes anything. Takes
+        matplotlib."""
+        from kvist.evals.tradeoff import figure
+
+        return figure(self)
+
     def to_json(self) -> dict[str, object]:
         rows, packed = ([row.to_json() for row in rows] for rows in (self.rows, self.packed))
         return asdict(self) | {"rows": rows, "packed": packed}
+
+
+def _kv_table(report: FidelityReport) -> Table:
+    title = (
+        f"{report.model} · {report.text}: {report.predictions:,} predictions behind coded blocks, of "
+        f"{report.tokens:,} tokens · against {report.base}: {format_bytes(report.base_bytes_per_token)} a token, "
+        f"perplexity {report.base_ppl:.4g}"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("KV")
+    columns = ("bytes/token", "bits/value", "distortion", "bias", "worst logit corr.", "KLD mean", "median", "p99")
+    for column in (*columns, "p99.9", "max", "ppl ratio", "same top-1", "rms Δp"):
+        table.add_column(column, justify="right")
+    for row in report.rows:
+        vectors, found = row.vectors, row.divergence
+        kld = (found.kld_mean, found.kld_median, found.kld_p99, found.kld_p999, found.kld_max)
+        table.add_row(
+            row.kv,
+            f"{row.bytes_per_token:,.0f}",
+            f"{row.bits_per_value:.3g}",
+            f"{vectors.distortion:.2g}",
+            f"{vectors.bias:+.1%}",
+            f"{vectors.logit_correlation_worst:.4f} in {vectors.logit_correlation_layer}",
+            *(f"{value:.2g}" for value in kld),
+            f"{found.ppl_ratio:.4f} ± {found.ppl_ratio_error:.4f}",
+            f"{found.same_top1:.2%}",
+            f"{found.delta_p_rms:.2%}",
+        )
+    return table
+
+
+def _weights_table(report: FidelityReport) -> Table:
+    table = Table("weights", title=f"packed weights, KV {report.base}", title_justify="left")
+    for column in ("bytes", "bits/weight", "loss", "KLD mean", "median", "p99", "ppl ratio", "same top-1"):
+        table.add_column(column, justify="right")
+    for row in report.packed:
+        found = row.divergence
+        table.add_row(
+            row.weights,
+            format_bytes(row.nbytes),
+            f"{row.bits_per_weight:.3g}",
+            f"{row.loss:.2%}",
+            *(f"{value:.2g}" for value in (found.kld_mean, found.kld_median, found.kld_p99)),
+            f"{found.ppl_ratio:.4f} ± {found.ppl_ratio_error:.4f}",
+            f"{found.same_top1:.2%}",
+        )
+    return table
 
 
 def windows(loaded: Loaded, text: str, tokens: int, length: int) -> list[list[int]]:
@@ -155,7 +221,9 @@ def run(
     """
     layouts, length, tokens = [other.layout for other in others.values()], max(map(len, parts)), 0
     vectors = VectorMeter(layouts) if layouts else None
-    predictions = _Predictions([loaded.engine(length).runner for loaded in (base, *others.values(), *packed)])
+    predictions = _Predictions(
+        [loaded.engine(loaded.room(length)).runner for loaded in (base, *others.values(), *packed)]
+    )
     for number, window in enumerate(parts, start=1):
         if stop():
             break

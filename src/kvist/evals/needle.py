@@ -14,8 +14,8 @@ from statistics import fmean
 import torch
 
 from kvist.base.errors import RequestError, TextError
-from kvist.evals.forced import feed
 from kvist.evals.heatmap import Heatmap, Panel, draw
+from kvist.runtime.feed import feed
 from kvist.runtime.runner import Runner
 from kvist.service.loaded import Loaded
 from kvist.text.tokenizer import Tokenizer
@@ -197,7 +197,7 @@ class NeedleEval:
 
     def score(self, loaded: Loaded, kv: str, observe: Callable[[str], None] = lambda what: None) -> NeedleRow:
         """The trials over the cache of `loaded`, named `kv`. `observe` is told what begins."""
-        runner = loaded.engine(max(self._lengths)).runner
+        runner = loaded.engine(loaded.room(max(self._lengths))).runner
         cells = []
         for length in self._lengths:
             numbers = range(self._trials)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kvist.base.errors import RequestError
-from kvist.evals.forced import feed, kl_divergences
+from kvist.evals.divergence import kl_divergences
 from kvist.evals.heatmap import Heatmap, Panel, draw
+from kvist.runtime.feed import feed
 from kvist.runtime.runner import Runner
 from kvist.service.loaded import Loaded
 from kvist.text.recall import VOCAB_SIZE, RecallBatch, recall_batch
@@ -189,7 +190,7 @@ class RecallEval:
         return KvScore(kv, layout.bits_per_value, layout.bytes_per_token, every.score(), by_length, every.by_depth())
 
     def _run(self, loaded: Loaded, observe: Callable[[int], None]) -> list[_Answers]:
-        runner = loaded.engine(max(batch.tokens.shape[1] for batch in self._batches)).runner
+        runner = loaded.engine(loaded.room(max(batch.tokens.shape[1] for batch in self._batches))).runner
         answers = []
         for batch in self._batches:
             observe(batch.tokens.shape[1])

@@ -78,7 +78,7 @@ class _RecordingView:
 def trace(loaded: Loaded, prompt: Sequence[int]) -> list[StepTrace]:
     """Prefill `prompt` (at most one step's worth of its last tokens is shown) and decode one token greedily."""
     events: list[CacheEvent] = []
-    engine = loaded.engine(len(prompt) + 1, listener=events.append)
+    engine = loaded.engine(loaded.room(len(prompt) + 1), listener=events.append)
     runner = engine.runner
     lease = runner.manager.open()
     most = runner.widths.most

@@ -10,6 +10,7 @@ from kvist.evals.fidelity import FidelityReport, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
 _INCHES, _DPI = (7.5, 5), 200
@@ -22,18 +23,28 @@ _MARGIN = 3  # pixels kept free around a name
 
 
 def plot(report: FidelityReport, path: Path) -> bool:
-    """Mean KL divergence over bytes per token, as PNG, with the line that no choice is below in both. Choices that
-    change nothing have no place on a logarithmic axis; False, and no file, where that leaves none."""
+    """The figure as PNG; False, and no file, where there is none."""
+    drawn = figure(report)
+    if drawn is None:
+        return False
+    with atomic_file(path) as temporary:
+        drawn.savefig(temporary, format="png")
+    return True
+
+
+def figure(report: FidelityReport) -> "Figure | None":
+    """Mean KL divergence over bytes per token, with the line that no choice is below in both. Choices that change
+    nothing have no place on a logarithmic axis; None where that leaves none."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
     rows = [row for row in report.rows if row.divergence.kld_mean > 0]
     if not rows:
-        return False
-    figure = Figure(figsize=_INCHES, dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+        return None
+    drawn = Figure(figsize=_INCHES, dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(drawn)
+    axes = drawn.add_subplot()
     frontier = _frontier(rows)
     axes.plot(*zip(*map(_place, frontier), strict=True), color="0.75", linewidth=1, zorder=1)
     for color, kind in (("C0", "turbo"), ("C1", "baselines"), ("C2", "mixed")):
@@ -49,12 +60,10 @@ def plot(report: FidelityReport, path: Path) -> bool:
     top = axes.secondary_xaxis("top", functions=(lambda x: x * bits, lambda x: x / bits))
     top.set_xlabel("bits per value, scales included")
     axes.set_title(f"{report.model} · {report.predictions:,} predictions over compressed prefixes", fontsize=10)
-    figure.canvas.draw()
-    figure.set_layout_engine("none")  # as laid out now, so that names stay where they are found to be free
+    drawn.canvas.draw()
+    drawn.set_layout_engine("none")  # as laid out now, so that names stay where they are found to be free
     _name_points(axes, rows, frontier)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png")
-    return True
+    return drawn
 
 
 def _place(row: Row) -> tuple[float, float]:

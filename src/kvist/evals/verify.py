@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from kvist.base.errors import RequestError
 from kvist.base.events import CacheEvent, Reserved
+from kvist.base.tables import Tabular
 from kvist.cache.manager import Lease
 from kvist.evals.plain_attention import nearness
 from kvist.runtime.batch import Work
@@ -47,9 +49,10 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Report:
-    """`to_json` is documented in docs/json.md."""
+class Report(Tabular):
+    """`title`: what was verified. `to_json` is documented in docs/json.md."""
 
+    title: str
     checks: list[Check]
 
     @property
@@ -61,8 +64,21 @@ class Report:
         """Whether no bit differed where bits are compared."""
         return all(check.passed for check in self.checks if check.kind is Kind.EXACT)
 
+    def tables(self) -> list[Table]:
+        table = Table("check", "result", "compared", "evidence", title=self.title, title_justify="left")
+        for check in self.checks:
+            evidence = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in check.evidence.items())
+            good, bad = ("equal", "DIFFERS") if check.kind is Kind.EXACT else ("near", "FAR")
+            result = f"[green]{good}[/]" if check.passed else f"[red]{bad}[/]"
+            table.add_row(check.name, result, f"{check.compared:,}", evidence)
+        return [table]
+
     def to_json(self) -> dict[str, object]:
         return {"passed": self.passed, "exact": self.exact, "checks": [asdict(check) for check in self.checks]}
+
+
+def _short(value: float | str) -> str:
+    return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
 class Comparison:
@@ -103,8 +119,15 @@ class Verifier:
         self.loaded = loaded
         self.random = random.Random(seed)
         self.copies = 0
-        self.engine = loaded.engine(self.length + self.steps, sequences=6, listener=self._count)
+        self.engine = loaded.engine(loaded.room(self.length + self.steps, sequences=6), listener=self._count)
         self.runner: Runner = self.engine.runner
+
+    @property
+    def title(self) -> str:
+        """The model, and what it runs on."""
+        loaded = self.loaded
+        kinds = f"operators {loaded.backend.name} · weights {loaded.model.weights} · KV {loaded.layout.kv}"
+        return f"{loaded.name} · {kinds}"
 
     def run(self) -> Iterator[Check]:
         """The checks, one by one as they end."""

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.responses import Response
 
-from kvist import __version__
+from kvist.base.version import __version__
 from kvist.server import anthropic, cache, contexts, llamacpp, ollama, openai
 from kvist.server.errors import ApiError, install
 from kvist.server.limits import guard

@@ -96,6 +96,13 @@ def budget_of(layout: Layout, blocks: int, running: int, passing: int, step_toke
     return KvBudget(layout, layout.store_bytes(blocks, kept, passing, windows), blocks, running, tails, windows)
 
 
+def room_of(layout: Layout, blocks: int, running: int, passing: int, step_tokens: int = 512) -> KvBudget:
+    """What so many blocks take where nothing is kept of sequences that ended: neither tails nor ends of prefixes."""
+    kept = OPEN_BLOCKS * running if layout.open_bytes else 0
+    windows = tuple(layout.window_blocks(running, step_tokens))
+    return KvBudget(layout, layout.store_bytes(blocks, kept, passing, windows), blocks, running, 0, windows)
+
+
 def free_memory(root: Path = Path("/")) -> int:
     """Bytes that this process may still take: of the machine, and of each control group that it runs in. `root`: under
     which `proc` and `sys` lie."""

@@ -67,7 +67,7 @@ class ToolChoice(StrEnum):
 class Options:
     """How any answer is drawn, chat or not. `max_tokens` None: as many as the context leaves room for. `session`: the
     client's name for requests that belong together; `stop_ids`: tokens that end it, beside the model's own;
-    `min_tokens`, `kept`, `ttl`, `adapter`, `imported`: see `Request`; `progress`: see `Job`."""
+    `min_tokens`, `kept`, `ttl`, `adapter`, `imported`: see `Request`; `progress`, `streamed`: see `Job`."""
 
     max_tokens: int | None
     sampling: Sampling
@@ -86,6 +86,7 @@ class Options:
     stop_ids: frozenset[int] = frozenset()
     min_tokens: int = 0
     progress: bool = False
+    streamed: bool = True
 
 
 @dataclass(frozen=True)
@@ -452,7 +453,9 @@ def text_job(
         imported=options.imported,
         min_tokens=options.min_tokens,
     )
-    return Job(request, options.choices, options.stops, keep_special, origin, options.progress, warnings)
+    return Job(
+        request, options.choices, options.stops, keep_special, origin, options.progress, warnings, options.streamed
+    )
 
 
 def _check_tools(request: ChatRequest) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 from kvist.base.errors import ConfigError, KvistError
-from kvist.runtime.engine import Engine
 from kvist.runtime.request import FinishReason, Request
 from kvist.service.contexts import CHAT, Context, Contexts, chat_tokens, check_room, describe, finish
 from kvist.service.keeping import Kept
@@ -33,7 +32,7 @@ def make_context(
     layout = loaded.layout
     context = describe(name, "", form, text, tokens, sources, kept.identity, layout.block_size, layout.block_bytes)
     check_room(context, loaded.config.max_positions, kept.disk)
-    engine = engine_for(loaded, kept, len(tokens) + 1)
+    engine = loaded.engine(loaded.room(len(tokens) + 1, prefixes=True), kept)
     sequence = engine.add(Request(tuple(tokens), 1, durable=True))
     while not engine.idle:
         if cancelled():
@@ -52,12 +51,6 @@ def make_context(
 def context_tokens(form: str, text: str, template: ChatTemplate | None, tokenizer: Tokenizer) -> list[int]:
     """The tokens of a context of that form. Raises `KvistError`."""
     return chat_tokens(text, template, tokenizer) if form == CHAT else tokenizer.encode(text)
-
-
-def engine_for(loaded: Loaded, kept: Kept, tokens: int) -> Engine:
-    """An engine over the kept cache, for one sequence of so many tokens, at most the context's."""
-    blocks = -(-min(tokens, loaded.config.max_positions) // loaded.layout.block_size) + 1
-    return loaded.serving_engine(loaded.budget_of(blocks, 1), kept=kept.cache, identity=kept.identity.digest)
 
 
 def usable(context: Context, kept: Kept) -> Context:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from kvist.cache.layout import OPEN_BLOCKS, Layout
 from kvist.runtime.engine import Engine
 from kvist.runtime.request import FinishReason, Request, Sampling
-from kvist.service.context_making import engine_for
 from kvist.service.contexts import Context
 from kvist.service.keeping import Kept
 from kvist.service.loaded import Loaded
@@ -134,10 +133,10 @@ def generate(
     tokenizer = loaded.tokenizer()
     if opened is None:
         request = Request(tuple(tokenizer.encode(prompt)), max_tokens, sampling, tokenizer.eos_ids)
-        engine = loaded.engine(len(request.prompt) + max_tokens)
+        engine = loaded.engine(loaded.room(len(request.prompt) + max_tokens))
     else:
         tokens = (*opened.context.tokens, *tokenizer.encode(prompt, add_special=False))
         imported = opened.context.imported
         request = Request(tokens, max_tokens, sampling, tokenizer.eos_ids, kept=False, imported=imported)
-        engine = engine_for(loaded, opened.kept, len(tokens) + max_tokens)
+        engine = loaded.engine(loaded.room(len(tokens) + max_tokens, prefixes=True), opened.kept)
     return Generation(engine, tokenizer, request, stops, cancelled)

@@ -4,12 +4,13 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from kvist.base.errors import KvistError, TimedOut
 from kvist.runtime.request import FinishReason, TokenLogprobs
-from kvist.runtime.sequence import Sequence
+from kvist.runtime.sequence import Sequence, Times
 from kvist.service.explain import Explainer
 from kvist.service.explanation import Explanation
 from kvist.service.facts import Explained, FactListener
@@ -32,7 +33,8 @@ class Host(Protocol):
 
 
 class LiveSession:
-    """A `Session` of a `Serving`. What begins with `_` is the event loop's, `choices` the engine's."""
+    """A `Session` of a `Serving`. What begins with `_` is the event loop's; `choices`, `unfinished`, `held` and `begun`
+    are the engine's."""
 
     def __init__(self, host: Host, job: Job) -> None:
         self.job = job
@@ -45,6 +47,8 @@ class LiveSession:
         self.explanation: Explanation | None = None
         self.choices: list[tuple[Sequence, TextStream]] = []
         self.unfinished = job.choices
+        self.held: list[list[Delta]] = [[] for _ in range(job.choices)]  # of each choice, what is not told yet
+        self.begun = [False] * job.choices  # whether anything is told of it
         self._host = host
         self._deltas: deque[Delta] = deque()
         self._arrived = asyncio.Event()
@@ -57,6 +61,14 @@ class LiveSession:
         self._ids = ids
         if self._asked is not None and ids:
             self._asked.now.id = ids[0]
+
+    @property
+    def cached(self) -> Mapping[str, int]:
+        return {tier: count for tier, count in self.choices[0][0].cached.tiers.items() if count} if self.choices else {}
+
+    @property
+    def times(self) -> Times:
+        return self.choices[0][0].times if self.choices else Times()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         try:
@@ -76,6 +88,19 @@ class LiveSession:
             self._timer.cancel()
         if self._left:
             self._host.end(self)
+
+    def gather(self, delta: Delta) -> Delta | None:
+        """On the engine's thread: what is told now that a choice has this to say; None where all of it waits."""
+        if self.job.streamed or delta.progress is not None:
+            return delta
+        held = self.held[delta.choice]
+        held.append(delta)
+        if delta.finish_reason is None and (self.begun[delta.choice] or not delta.tokens):
+            return None
+        self.begun[delta.choice] = True
+        text, tokens = "".join(one.text for one in held), tuple(token for one in held for token in one.tokens)
+        held.clear()
+        return replace(delta, text=text, tokens=tokens)
 
     def arrive(self, delta: Delta) -> None:
         """On the event loop's thread: one more delta for the reader."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,7 +14,6 @@ from kvist.base.errors import ConfigError, TextError, UnknownFamily, WeightsErro
 from kvist.base.events import Listener
 from kvist.cache.choice import parse_choice
 from kvist.cache.codecs import BF16, FP16, FP32
-from kvist.cache.kept import KeptCache
 from kvist.cache.layout import BLOCK_SIZE, Layout, plan_layout
 from kvist.hf import config as hf_config
 from kvist.models.config import ModelConfig
@@ -26,7 +26,7 @@ from kvist.ops.backend import Backend, select
 from kvist.runtime.engine import Engine
 from kvist.runtime.runner import Runner
 from kvist.runtime.widths import probe, widths_folder
-from kvist.service.budget import KvBudget, budget_of, plan_budget
+from kvist.service.budget import KvBudget, budget_of, plan_budget, room_of
 from kvist.service.calibration import AUTO, planned
 from kvist.service.digest import known_digest
 from kvist.service.packing import BITS, check_memory, open_packed
@@ -35,7 +35,11 @@ from kvist.weights.checkpoint import Checkpoint, Stamp, settled_stamp, stamp_of
 from kvist.weights.hub import resolve, resolve_file
 from kvist.weights.parts import part_names
 
+if TYPE_CHECKING:
+    from kvist.service.keeping import Kept
+
 BUNDLED = Path(__file__).parent.parent / "bundled"
+BUNDLED_NAME = "kvist-shakespeare"
 RECALL = BUNDLED / "recall"
 _FULL = {codec.dtype: codec for codec in (FP32, BF16, FP16)}
 ACTIVATIONS = ("int8", "bf16")  # what rows are made of before they meet packed weights
@@ -102,16 +106,19 @@ class Loaded:
         """Of all their bytes. All of them are read, unless it is remembered."""
         return known_digest(self.model, self.files, self.stamp, self.adapter)
 
-    def engine(self, tokens: int, sequences: int = 1, listener: Listener | None = None) -> Engine:
-        """An engine whose cache holds `sequences` sequences of `tokens` tokens each, at most the context's."""
-        tokens = min(tokens, self.config.max_positions)
-        blocks = sequences * -(-tokens // self.layout.block_size)
-        return Engine(Runner(self.model, self.layout, blocks, self.backend, listener, sequences))
-
     def budget(self, nbytes: int | None = None, running: int | None = None) -> KvBudget:
         """What `nbytes` of KV memory buy for this model; see `plan_budget`. Nothing is allocated."""
         passing, most = self._steps()
         return plan_budget(self.layout, nbytes, running, passing, self.config.max_positions, most)
+
+    def room(self, tokens: int, sequences: int = 1, *, prefixes: bool = False) -> KvBudget:
+        """What `sequences` sequences of `tokens` tokens each, at most the context's, need, and no more. `prefixes`:
+        with room for the ends of those that others go on from, as where blocks are kept. Nothing is allocated."""
+        passing, most = self._steps()
+        blocks = sequences * -(-min(tokens, self.config.max_positions) // self.layout.block_size)
+        if prefixes:
+            return budget_of(self.layout, blocks + 1, sequences, passing, most)
+        return room_of(self.layout, blocks, sequences, passing, most)
 
     def budget_of(self, blocks: int, running: int) -> KvBudget:
         """What so many blocks take for this model, for `running` sequences at once. Nothing is allocated."""
@@ -123,14 +130,8 @@ class Loaded:
         most = probe(self.model.linears(), folder=widths_folder()).most
         return most // self.layout.block_size if self.layout.open_bytes else 0, most
 
-    def serving_engine(
-        self,
-        budget: KvBudget,
-        listener: Listener | None = None,
-        kept: KeptCache | None = None,
-        identity: bytes = b"",
-    ) -> Engine:
-        """An engine whose cache is that of the budget. `kept`: the tiers behind it, under `identity`."""
+    def engine(self, budget: KvBudget, kept: "Kept | None" = None, listener: Listener | None = None) -> Engine:
+        """An engine whose cache is that of the budget, over the tiers that `open_kept` opened, if any."""
         runner = Runner(
             self.model,
             self.layout,
@@ -139,10 +140,10 @@ class Loaded:
             listener,
             sequences=budget.running,
             tails=budget.tails,
-            identity=identity,
+            identity=b"" if kept is None else kept.identity.digest,
             windows=budget.windows,
         )
-        return Engine(runner, kept=kept)
+        return Engine(runner, kept=None if kept is None else kept.cache)
 
 
 def open_model(
@@ -227,7 +228,7 @@ def open_model(
 
         warn(model, origin.directory, layout, weights_digest())
     return Loaded(
-        "kvist-shakespeare" if name is None else plain_name(name),
+        BUNDLED_NAME if name is None else plain_name(name),
         config,
         model,
         layout,

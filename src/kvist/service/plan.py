@@ -5,8 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rich.table import Table
 
 from kvist.base.errors import ConfigError
+from kvist.base.tables import Tabular
+from kvist.base.units import format_bytes, plural
 from kvist.cache.choice import parse_choice
 from kvist.cache.layout import Layout, plan_layout
 from kvist.cache.spec import LayerSpec, Reading, Window
@@ -32,6 +35,12 @@ class LayerKind:
     numbers: int
     tokens: int
 
+    def __str__(self) -> str:
+        if not self.numbers:
+            return f"{plural(self.layers, 'layer')} · {self.what}"
+        kept = f"of the last {self.tokens:,} tokens" if self.tokens else "of every token"
+        return f"{plural(self.layers, 'layer')} · {self.what} · {self.numbers:,} numbers {kept}"
+
 
 @dataclass(frozen=True)
 class ContextRow:
@@ -49,7 +58,7 @@ class ContextRow:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Tabular):
     """`weights`: bytes by type, a GGUF file's own as `gguf`. `left_out`: codecs that cannot hold this model's keys and
     values, and why."""
 
@@ -59,6 +68,21 @@ class Plan:
     rows: list[ContextRow]
     weights: dict[str, int]
     left_out: dict[str, str]
+
+    def tables(self) -> list[Table]:
+        if not self.rows:
+            return []
+        contexts = list(dict.fromkeys(row.context for row in self.rows))
+        table = Table(title="KV of one sequence, and how many times smaller than a naive one", title_justify="left")
+        table.add_column("KV")
+        for tokens in contexts:
+            table.add_column(f"{tokens:,} tokens", justify="right")
+        naive = {row.context: row.naive_bytes for row in self.rows}
+        table.add_row("naive bf16", *(format_bytes(naive[tokens]) for tokens in contexts))
+        for kv in dict.fromkeys(row.kv for row in self.rows):
+            own = {row.context: row for row in self.rows if row.kv == kv}
+            table.add_row(kv, *(f"{format_bytes(own[n].nbytes)} · {own[n].times_smaller:.1f}x" for n in contexts))
+        return [table]
 
     def to_json(self) -> dict[str, object]:
         """See docs/json.md."""

@@ -6,6 +6,7 @@ yet, which is no more than its request may draw.
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import queue
@@ -13,7 +14,9 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from kvist.base.errors import KvistError, Overloaded, RequestError, Stopping
 from kvist.base.units import plural
@@ -40,6 +43,8 @@ from kvist.text.grammar import GrammarCompiler
 from kvist.text.response import ResponseFormat
 
 _log = logging.getLogger("kvist.serving")
+
+T = TypeVar("T")
 
 _WRITING = 0.05  # seconds between two looks at the writers, where nothing else is to be done
 _FLUSH = 30.0  # seconds in which a shut-down writes what is not yet written of the cache
@@ -126,6 +131,9 @@ class Serving:
             await asyncio.sleep(0.02)
         self._commands.put(self._end_all)
         await asyncio.to_thread(self._thread.join)
+        with contextlib.suppress(queue.Empty):  # whoever came at the very end is told, too
+            while True:
+                self._commands.get_nowait()()
         # The engine's thread has ended, so what was computed and is not yet written may be handed over from here.
         if self.failure is None and not await asyncio.to_thread(self._engine.keeper.flush, _FLUSH):
             _log.warning("part of the cache was not written within %g s; it will be computed again", _FLUSH)
@@ -219,11 +227,25 @@ class Serving:
 
     async def check(self) -> None:
         """Raises `InvariantError` unless the engine and the cache are consistent. Looks between two steps."""
-        done: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
-        self._commands.put(lambda: self._check(done))
-        error = await done
-        if error is not None:
-            raise error
+        await self.call(Engine.check)
+
+    async def call(self, work: Callable[[Engine], T]) -> T:
+        """What `work` returns or raises on the engine's thread, between two steps. Raises `Stopping` when there is
+        none."""
+        if not self.alive:
+            raise Stopping("the engine does not run")
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+
+        def carry_out() -> None:
+            try:
+                told = partial(_settle, done, work(self._engine), None)
+            except Exception as error:
+                told = partial(_settle, done, None, error)
+            loop.call_soon_threadsafe(told)
+
+        self._commands.put(carry_out)
+        return await done
 
     def load(self) -> Load:
         """What is under way at this moment, as far as it can be seen from another thread."""
@@ -478,24 +500,25 @@ class Serving:
         for session in {session for session, _ in self._sessions.values()}:
             self._end(session, Stopping(reason))
 
-    def _check(self, done: "asyncio.Future[BaseException | None]") -> None:
-        error: BaseException | None = None
-        try:
-            self._engine.check()
-        except Exception as found:
-            error = found
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(done.set_result, error)
-
     def _send(self, deliveries: list[tuple[LiveSession, Delta]]) -> None:
-        if not deliveries or self._loop is None:
+        told = [(session, whole) for session, delta in deliveries if (whole := session.gather(delta)) is not None]
+        if not told or self._loop is None:
             return
 
         def arrive() -> None:
-            for session, delta in deliveries:
+            for session, delta in told:
                 session.arrive(delta)
 
         try:
             self._loop.call_soon_threadsafe(arrive)
         except RuntimeError:  # the loop is closed: nobody reads any more
             _log.debug("nobody is left to tell")
+
+
+def _settle(done: "asyncio.Future[T]", value: Any, error: Exception | None) -> None:
+    if done.cancelled():
+        return
+    if error is None:
+        done.set_result(value)
+    else:
+        done.set_exception(error)

@@ -1,11 +1,12 @@
 """What a client of the engine's thread asks for, and the stream that answers it. No HTTP, no wire format."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from kvist.base.errors import KvistError
 from kvist.runtime.request import FinishReason, Request, TokenLogprobs
+from kvist.runtime.sequence import Times
 from kvist.service.explanation import NOWHERE, Explanation, Origin
 
 
@@ -27,6 +28,7 @@ class Job:
     origin: Origin = NOWHERE
     progress: bool = False
     warnings: tuple[str, ...] = ()
+    streamed: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,25 @@ class Delta:
 class Session(Protocol):
     """One job under way. Iterate once over its deltas, of all choices as they come; it ends when all have ended.
 
-    `cached_tokens`: how many of the prompt's tokens were read from the cache; known from the first delta on.
+    `cached_tokens`: how many of the prompt's tokens were read from the cache, `cached`: from which tier how many; known
+    from the first delta on. `times`: of the first choice, complete from its last delta on.
     `prompt_logprobs`: one entry for each token of the prompt, None for the first; complete from the first delta on.
     `explanation`: of what was computed, known from the last delta on; None where there is nothing to explain.
     """
 
+    job: Job
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int  # of all choices, so far
     warnings: tuple[str, ...]  # see `Job`
     prompt_logprobs: list[TokenLogprobs | None]
     explanation: Explanation | None
+
+    @property
+    def cached(self) -> Mapping[str, int]: ...
+
+    @property
+    def times(self) -> Times: ...
 
     def name(self, *ids: str) -> None:
         """What clients call the answer: they may ask for its explanation under each of these."""

@@ -43,6 +43,11 @@ class Shelf:
         self._kept = kept
         self._pinning = threading.Lock()  # held by who changes which contexts there are, and with them what is pinned
 
+    @property
+    def used(self) -> int:
+        """Bytes on disk of all that is kept there, other models' included."""
+        return self._kept.disk.used
+
     async def make(self, tenant: str, name: str, form: str, text: str) -> Context:
         """Compute a context and keep it. Raises `KvistError` for a name, or a text, that cannot be one, and `NoRoom`
         where its tenant has none on disk."""

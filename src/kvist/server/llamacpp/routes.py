@@ -7,8 +7,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from kvist import __version__
 from kvist.base.errors import RequestError
+from kvist.base.version import __version__
 from kvist.runtime.request import Grammar
 from kvist.runtime.request import Sampling as Drawing
 from kvist.server.anytype import AnyType

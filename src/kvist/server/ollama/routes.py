@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from kvist import __version__
+from kvist.base.version import __version__
 from kvist.server.anytype import AnyType
 from kvist.server.clock import Clock
 from kvist.server.errors import OLLAMA_RESPONSES, ApiError, ollama_error

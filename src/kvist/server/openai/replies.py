@@ -10,7 +10,7 @@ from typing import Any, Literal, NotRequired
 from fastapi.responses import Response
 from typing_extensions import TypedDict
 
-from kvist import __version__
+from kvist.base.version import __version__
 from kvist.cache.layout import BLOCK_SIZE
 from kvist.service.session import PrefillProgress, Session
 

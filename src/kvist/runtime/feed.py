@@ -1,4 +1,4 @@
-"""Known tokens run through a cache in pieces, and how far the predictions of two such runs are apart."""
+"""Known tokens run through a cache in pieces."""
 
 from collections.abc import Sequence
 
@@ -21,12 +21,3 @@ def feed(runner: Runner, lease: Lease, tokens: Sequence[int], logits: int = 0) -
         wanted = max(0, start + len(part) - max(start, len(tokens) - logits))
         parts += runner.run([Work(lease, part, wanted)])
     return torch.cat(parts)
-
-
-def kl_divergences(base: Tensor, other: Tensor) -> Tensor:
-    """D(base ‖ other) in nats of each pair of rows of logits, `[..., vocab]` → `[...]` float64.
-
-    Not below 0, and exactly 0 where the logits have the same bits.
-    """
-    ours, theirs = base.double().log_softmax(-1), other.double().log_softmax(-1)
-    return (ours.exp() * (ours - theirs)).sum(-1).clamp_min(0)

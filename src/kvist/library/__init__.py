@@ -1,0 +1,1 @@
+"""The library: a model, its cache and its engine as values of a program. `kvist` itself has the names."""
