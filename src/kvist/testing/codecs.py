@@ -65,7 +65,7 @@ def check_error(codec: Codec, error: float | None = None) -> None:
 
 
 def check_determinism(codec: Codec) -> None:
-    """The same block has the same bytes every time: whatever was coded in between, and with nobody's tensors changed."""
+    """The same block has the same bytes every time: whatever was coded in between; and no tensor is changed."""
     for of in _streams(codec, heads=2):
         x, frame, where = _block(of.dim, 2), Frame.plain(2, of.dim), _where(codec, of)
         given = x.clone()
