@@ -61,7 +61,7 @@ def test_names_that_are_taken(install: Install, monkeypatch: pytest.MonkeyPatch)
         kvist.register_codec(CodedCodec("int3", codec("int4").code), version="1")
     install("branch", "3", codecs={"int3": "plugged_branch:INT3"}, modules={"plugged_branch": INT3})
     for ask in (lambda: codec("int3"), lambda: list(CODECS), lambda: codec("int5")):
-        with pytest.raises(kvist.PluginError, match=r"'int3' is offered by (branch 3 and by twig|twig 1\.2 and by br)"):
+        with pytest.raises(kvist.PluginError, match=r"'int3' is offered by branch 3 and by twig 1\.2; uninstall one"):
             ask()
     assert not any(name.startswith("plugged") for name in sys.modules)
 

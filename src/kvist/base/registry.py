@@ -68,8 +68,7 @@ class Registry(Mapping[str, T]):
         if not offers:
             return None
         if len(offers) > 1:
-            several = " and by ".join(map(_origin, offers))
-            raise PluginError(f"the {self._what} {name!r} is offered by {several}; uninstall one of them")
+            raise self._several(name, offers)
         return self._known.setdefault(name, self._load(offers[0]))
 
     def versions(self, names: Iterable[str]) -> dict[str, str]:
@@ -83,15 +82,15 @@ class Registry(Mapping[str, T]):
         return found.value
 
     def __iter__(self) -> Iterator[str]:
-        offers = {point.name: point for point in self._offered()}
-        counts = Counter(point.name for point in self._offered())
-        for name, point in offers.items():
-            if counts[name] > 1:
-                self.find(name)
-            known = self._known.get(name)
+        points = self._offered()
+        counts = Counter(point.name for point in points)
+        for point in points:
+            known = self._known.get(point.name)
             if known is not None and known.package is None:
-                raise self._taken(name, known.origin, _origin(point))
-        return iter([*self._known, *sorted(offers.keys() - self._known.keys())])
+                raise self._taken(point.name, known.origin, _origin(point))
+            if counts[point.name] > 1:
+                raise self._several(point.name, points)
+        return iter([*self._known, *sorted(counts.keys() - self._known.keys())])
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -121,6 +120,10 @@ class Registry(Mapping[str, T]):
             ) from error
         if reason is not None:
             raise PluginError(f"the {self._what} {brief(name)} of {new.origin} is refused: {reason}")
+
+    def _several(self, name: str, points: Iterable[metadata.EntryPoint]) -> PluginError:
+        makers = " and by ".join(sorted(_origin(point) for point in points if point.name == name))
+        return PluginError(f"the {self._what} {brief(name)} is offered by {makers}; uninstall one of them")
 
     def _taken(self, name: str, by: str, whose: str = "this program") -> PluginError:
         return PluginError(
