@@ -97,13 +97,14 @@ def check_independence(codec: Codec) -> None:
 
 
 def check_zeros(codec: Codec) -> None:
-    """A vector of zeros comes back as zeros, and of any size within reason no number is infinite, or none."""
+    """A vector of zeros comes back as zeros, and one of large or small numbers as numbers."""
     for of in _streams(codec, heads=2):
         x, where = _block(of.dim, 2), _where(codec, of)
         x[3] = 0
         require(not bool(_round_trip(codec, x, of)[3].any()), f"{where}: zeros do not come back as zeros")
         for scale in (1e-3, 1e3):
-            _within(codec, of, x * scale, _round_trip(codec, x * scale, of), 1.0, f"values of about {scale:g}")
+            finite = bool(_round_trip(codec, x * scale, of).isfinite().all())
+            require(finite, f"{where}: values of about {scale:g} come back as numbers that are not finite")
 
 
 def check_frame(codec: Codec, error: float | None = None) -> None:
