@@ -15,7 +15,7 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     modules = set(sys.modules)
     yield
     for name in set(sys.modules) - modules:
-        if name.startswith("plugged"):
+        if name.startswith(("plugged", "kvist_example")):
             del sys.modules[name]
 
 

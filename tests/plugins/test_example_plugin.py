@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,9 @@ from typing import Any
 import pytest
 from packages import INT3, Install
 
+from kvist.base.errors import ConfigError
 from kvist.cache.tiers import open_tier
 from kvist.cli import main
-from kvist.testing import check_tier
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("--tokens", "150", "--threads", "1", "--json")
@@ -32,14 +33,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def run(installed: Path, *arguments: str, module: str = "kvist") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), *sys.path]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=installed)
-
-
 def answered(installed: Path, *arguments: str) -> Any:
-    done = run(installed, *arguments)
+    """What a command of a process of its own prints."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), *sys.path]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "kvist", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=installed)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -56,25 +54,23 @@ def test_it_is_used_from_the_command_line(installed: Path) -> None:
     assert 0 < row["kld_mean"] < 1
 
 
-def test_its_own_tests_pass(installed: Path) -> None:
-    tests = str(ROOT / "examples" / "plugin" / "tests")
-    done = run(installed, "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", tests, tests, module="pytest")
-    assert done.returncode == 0, done.stdout
-    assert "2 passed" in done.stdout
-
-
-def test_its_tier_keeps_blocks_for_another_process(
+def test_its_own_tests_pass_and_its_tier_is_shared(
     installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(installed))
-    url = f"sqlite://{tmp_path}/blocks.db?mib=1"
+    tests = runpy.run_path(str(ROOT / "examples" / "plugin" / "tests" / "test_plugin.py"))
+    tests["test_int3"]()
+    tests["test_sqlite"](tmp_path)
+    assert sys.modules["kvist_example"].__file__ == str(installed / "kvist_example" / "__init__.py")
+    url, name = f"sqlite://{tmp_path}/shared.db?mib=1", f"{'a' * 32}/{'b' * 64}"
     one, two = open_tier(url), open_tier(url)
-    name = f"{'a' * 32}/{'b' * 64}"
-    assert one.put(name, (b"record",), 0.0)
+    assert one.put(name, (b"rec", b"ord"), 0.0)
     assert two.get(name, 6) == b"record"
     for tier in (one, two):
         tier.close()
-    check_tier(lambda: open_tier(f"sqlite://{tmp_path}/others.db?mib=1"), budget=1 << 20)
+    for wrong in ("sqlite://", "sqlite:///x?mib=-1", "sqlite://host/x", f"sqlite://{tmp_path}/none/x"):
+        with pytest.raises(ConfigError, match=r"sqlite:///a/path\?mib=512|cannot be opened: unable to open"):
+            open_tier(wrong)
 
 
 @pytest.mark.parametrize(
