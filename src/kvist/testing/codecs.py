@@ -157,7 +157,8 @@ def check_exactness(codec: Codec) -> None:
     )
     backend = select_backend(config, torch.float32)
     model = randomize(build(config, backend, torch.float32), seed=3, std=0.2)
-    verify(Loaded("random", config, model, plan_layout(config.layer_specs(), codec), backend, Path()), codec.name)
+    loaded = Loaded("random", config, model, plan_layout(config.layer_specs(), codec), backend, Path())
+    verify(loaded, codec.name, length=136, steps=2, trials=1)
 
 
 CHECKS: tuple[Check, ...] = (
