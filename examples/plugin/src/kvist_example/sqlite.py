@@ -34,6 +34,7 @@ class SqliteTier:
         try:
             self._file = sqlite3.connect(parts.path, timeout=_SECONDS, check_same_thread=False, isolation_level=None)
             self._file.execute("PRAGMA journal_mode = WAL")
+            self._file.execute("PRAGMA synchronous = NORMAL")  # what a power failure takes is computed again
             self._file.execute(_TABLE)
             self._file.execute(_INDEX)
         except sqlite3.Error as error:
