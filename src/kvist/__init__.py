@@ -29,8 +29,12 @@ _PLACES = {
     "verify": "kvist.evals.studies",
     "FinishReason": "kvist.runtime.request",
     "Sampling": "kvist.runtime.request",
+    "register_codec": "kvist.cache.codecs",
+    "register_family": "kvist.models.families",
+    "register_tier": "kvist.cache.tiers",
     "Closed": "kvist.base.errors",
     "KvistError": "kvist.base.errors",
+    "PluginError": "kvist.base.errors",
     "RequestError": "kvist.base.errors",
     "LateImport": "kvist.base.process",
 }
@@ -39,8 +43,11 @@ __all__ = ["__version__", *_PLACES]
 if TYPE_CHECKING:
     from kvist.base.errors import Closed as Closed
     from kvist.base.errors import KvistError as KvistError
+    from kvist.base.errors import PluginError as PluginError
     from kvist.base.errors import RequestError as RequestError
     from kvist.base.process import LateImport as LateImport
+    from kvist.cache.codecs import register_codec as register_codec
+    from kvist.cache.tiers import register_tier as register_tier
     from kvist.evals.studies import fidelity as fidelity
     from kvist.evals.studies import plan as plan
     from kvist.evals.studies import verify as verify
@@ -52,6 +59,7 @@ if TYPE_CHECKING:
     from kvist.library.results import Score as Score
     from kvist.library.results import TextDelta as TextDelta
     from kvist.library.results import ToolCall as ToolCall
+    from kvist.models.families import register_family as register_family
     from kvist.runtime.request import FinishReason as FinishReason
     from kvist.runtime.request import Sampling as Sampling
 

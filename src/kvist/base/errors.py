@@ -95,6 +95,10 @@ class TimedOut(KvistError):
     """A request that took longer than it may."""
 
 
+class PluginError(KvistError):
+    """A plug-in that cannot be imported, does not do what its protocol asks, or whose name is taken."""
+
+
 class Closed(KvistError):
     """An `LLM` that is closed, or that belongs to another process."""
 

@@ -5,8 +5,9 @@ q.mean, so the weights do not change, and the codes need not spend their range o
 energy of each channel says which channels deserve more bits.
 """
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -38,13 +39,15 @@ class Calibration:
     """`model`: digest of the model it was measured on, of all its weights; `tokens`: on how many; `streams`: layer by
     layer, by name.
 
-    `proposal`: the assignment that `--kv auto` stands for, when it has been worked out.
+    `proposal`: the assignment that `--kv auto` stands for, when it has been worked out; `plugins`: who made the codecs
+    in it that are not ours, by name.
     """
 
     model: str
     tokens: int
     streams: tuple[Mapping[str, StreamStatistics], ...]
     proposal: str | None = None
+    plugins: Mapping[str, str] = field(default_factory=dict)
 
 
 def save_calibration(path: Path, calibration: Calibration) -> None:
@@ -60,6 +63,7 @@ def save_calibration(path: Path, calibration: Calibration) -> None:
         "tokens": str(calibration.tokens),
         "layers": str(len(calibration.streams)),
         "proposal": calibration.proposal or "",
+        "plugins": json.dumps(dict(calibration.plugins)),
     }
     with atomic_file(path) as target:
         save_file(tensors, target, metadata)
@@ -88,8 +92,9 @@ def load_calibration(path: Path, model: str) -> Calibration:
             index, stream, kind = name.split(".")
             if kind == "mean":
                 streams[int(index)][stream] = StreamStatistics(mean, tensors[f"{index}.{stream}.energy"])
-        return Calibration(model, int(facts["tokens"]), tuple(streams), facts.get("proposal") or None)
-    except (KeyError, ValueError, IndexError) as error:
+        plugins = {str(name): str(origin) for name, origin in json.loads(facts.get("plugins", "{}")).items()}
+        return Calibration(model, int(facts["tokens"]), tuple(streams), facts.get("proposal") or None, plugins)
+    except (KeyError, ValueError, IndexError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({error!r}); run kvist calibrate again") from None
 
 

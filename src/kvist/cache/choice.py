@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvist.base.errors import ConfigError
-from kvist.cache.codecs import Codec, codec
+from kvist.cache.codecs import CODECS, Codec, codec
 from kvist.cache.spec import LayerSpec
 
 _PART = re.compile(r"(?:(\d{1,5})(?:-(\d{1,5}))?:)?(?:(\w+)=)?([\w.-]+)")
@@ -58,6 +58,11 @@ class KvChoice:
             if part.covers(layer, stream):
                 return part.codec
         raise ConfigError(f"--kv {self.name} says nothing of stream {stream!r} of layer {layer}; begin it with a codec")
+
+    @property
+    def plugins(self) -> dict[str, str]:
+        """Who made the codecs that are not ours, by name."""
+        return CODECS.versions(part.codec.name for part in self.parts)
 
     def check(self, specs: Sequence[LayerSpec]) -> None:
         """Raises `ConfigError` when a part names a stream or a layer that the model does not have."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvist.base.errors import ConfigError
 from kvist.cache.calibration import Calibration
 from kvist.cache.choice import KvChoice
-from kvist.cache.codecs import FP32, Codec, DenseCodec, Plane
+from kvist.cache.codecs import CODECS, FP32, Codec, DenseCodec, Plane
 from kvist.cache.spec import SLACK, Full, LayerSpec, Reading, Retention, Role, Stream, Window, check_sources
 from kvist.ops.coding import Frame
 
@@ -155,7 +155,7 @@ class Layout:
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of everything that decides what the bytes of a block mean."""
-        facts = {
+        facts: dict[str, object] = {
             "format": FORMAT_VERSION,
             "block_size": self.block_size,
             "full": self.full.name if self.open_bytes else None,
@@ -169,6 +169,8 @@ class Layout:
                 for layer in self.layers
             ],
         }
+        if plugins := CODECS.versions(stream.codec.name for layer in self.layers for stream in layer.streams):
+            facts["plugins"] = plugins
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

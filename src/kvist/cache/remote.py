@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PREFIX = "kvist:1:"
 _KEPT = 7 * 86_400  # seconds after which the store forgets what nobody uses
 _MOST_CONNECTIONS = 4
-_SCHEMES = ("redis", "rediss", "unix")
+SCHEMES = ("redis", "rediss", "unix")
 
 
 class RemoteTier:
@@ -40,8 +40,8 @@ class RemoteTier:
             raise ConfigError(f"--cache-remote needs the redis package; {install('remote')} brings it") from None
         self._error = redis.RedisError
         self._clock = clock
-        shown = _without_password(url)
-        if url.partition("://")[0] not in _SCHEMES or "://" not in shown:
+        shown = without_secrets(url)
+        if url.partition("://")[0] not in SCHEMES or "://" not in shown:
             raise ConfigError(f"--cache-remote takes a redis://, rediss:// or unix:// URL, not {shown!r}")
         try:
             self._client: redis.Redis = redis.Redis.from_url(
@@ -60,6 +60,10 @@ class RemoteTier:
     def budget(self) -> str:
         """What it may take, in words."""
         return f"its own settings say how much it keeps, and {_KEPT // 86_400} days unused are the most"
+
+    def close(self) -> None:
+        """See `SharedTier.close`."""
+        self._client.close()
 
     def contains(self, block: str) -> bool | None:
         """Not known without asking around."""
@@ -114,7 +118,8 @@ def _as_tier_error(what: str, kind: type[Exception]) -> "Iterator[None]":
         raise TierError(f"{what}: {type(error).__name__}") from None
 
 
-def _without_password(url: str) -> str:
+def without_secrets(url: str) -> str:
+    """A URL as it may be told: without its password, and without what stands behind its path."""
     try:
         parts = urlsplit(url)
         place = parts.netloc.rpartition("@")[2]

@@ -48,3 +48,18 @@ class Tier(Protocol):
     def remove(self, block: str) -> None:
         """Forget a record, if there is one."""
         ...
+
+
+class SharedTier(Tier, Protocol):
+    """A tier that a URL names (`--cache-remote`). `place`: where it is, without what is secret in the URL; `budget`:
+    what it may take, in words, as "1 GB"."""
+
+    @property
+    def place(self) -> str: ...
+
+    @property
+    def budget(self) -> str: ...
+
+    def close(self) -> None:
+        """Nothing is asked of it any more."""
+        ...

@@ -44,7 +44,8 @@ def serve(
         typer.Option(metavar="TIME", help="Delete from the disk what was not used for so long, as in 12h or 30d."),
     ] = None,
     cache_remote: Annotated[
-        str | None, typer.Option(metavar="URL", help="Share the cache through a Redis or Valkey, as in redis://host.")
+        str | None,
+        typer.Option(metavar="URL", help="Share the cache through a Redis, a Valkey or a plug-in, as in redis://host."),
     ] = None,
     dtype: Dtype = None,
     adapter: Annotated[

@@ -147,10 +147,9 @@ def calibrate(
         for name, stream in finding.streams.items():
             assignment.setdefault(name, {})[finding.layer] = stream.chosen.codec
     proposal = compact(assignment)
-    calibration = replace(calibration, proposal=proposal)
-    layout = plan_layout(
-        loaded.config.layer_specs(), parse_choice(proposal), full=loaded.layout.full, calibration=calibration
-    )
+    choice = parse_choice(proposal)
+    calibration = replace(calibration, proposal=proposal, plugins=choice.plugins)
+    layout = plan_layout(loaded.config.layer_specs(), choice, full=loaded.layout.full, calibration=calibration)
     return calibration, CalibrationReport(
         model=loaded.name,
         text=text,

@@ -1,7 +1,7 @@
 """A model's calibration: measured once, kept beside the kernels in the cache folder, read from then on."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +124,16 @@ def planned(model: Decoder, directory: Path, kv: str, full: DenseCodec, weights:
             f"--kv {AUTO} stands for what kvist calibrate proposes; run kvist calibrate on this model first"
         )
     choice = parse_choice(calibration.proposal or "" if kv == AUTO else kv)
+    if kv == AUTO and choice.plugins != calibration.plugins:
+        raise ConfigError(
+            f"--kv {AUTO} stands for {choice.name}, which was measured with {_told(calibration.plugins)}; here is "
+            f"{_told(choice.plugins)}: run kvist calibrate again"
+        )
     return plan_layout(specs, choice, full=full, calibration=calibration)
+
+
+def _told(plugins: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} of {origin}" for name, origin in plugins.items()) or "Kvist's own codecs"
 
 
 def calibrated(model: Decoder, directory: Path, weights: str) -> Calibration:
@@ -159,7 +168,7 @@ def read_calibration(path: Path, model: Decoder, digest: str) -> Calibration:
         for stream in spec.streams:
             if not _is_sound(found[stream.name], (stream.heads, stream.dim)):
                 raise damage
-    if calibration.proposal is not None:
+    if calibration.proposal is not None and not calibration.plugins:  # others' codecs may be gone: `planned` asks
         parse_choice(calibration.proposal).check(specs)
     return calibration
 

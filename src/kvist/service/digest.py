@@ -12,6 +12,7 @@ import torch
 from kvist.base.errors import KvistError
 from kvist.base.files import atomic_file, read_json, writable_cache_folder
 from kvist.models.decoder import Decoder
+from kvist.models.families import described
 from kvist.models.linear import tensors_of, weights_of
 from kvist.weights.checkpoint import Stamp, stamp_of
 
@@ -55,13 +56,13 @@ def known_digest(model: Decoder, files: Path | None, stamp: Stamp, adapter: str 
 
 def model_digest(model: Decoder, weights: str) -> str:
     """SHA-256 (hex) of the config and of the `weights`' digest: what decides which keys and values a model makes."""
-    return hashlib.sha256(f"{weights}\n{model.config!r}".encode()).hexdigest()
+    return hashlib.sha256(f"{weights}\n{described(model.config)}".encode()).hexdigest()
 
 
 def _place(model: Decoder, files: Path, stamp: Stamp, adapter: str) -> tuple[Path, str]:
     """Where the digest of a model is remembered, and what has to stand there: of which files, read in which form."""
     forms = [f"{name} {weight.form}" for name, weight in weights_of(model).items()]
     types = [f"{name} {tensor.dtype}" for name, tensor in tensors_of(model).items()]
-    facts = [_VERSION, str(files.resolve()), stamp, adapter, repr(model.config), forms, types]
+    facts = [_VERSION, str(files.resolve()), stamp, adapter, described(model.config), forms, types]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return writable_cache_folder() / "weights" / f"{key[:32]}.json", key

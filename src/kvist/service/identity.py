@@ -1,8 +1,9 @@
 """What made a model's KV, as a digest: whatever is kept outside of memory is found again under the same one only.
 
-Most of it is described: the weights' own bytes, config, tokenizer, layout with codecs and calibration, the operators'
-source. The arithmetic is measured: a few tokens are run, and the bits of their KV and logits are part of the identity.
-So another PyTorch, processor or number of threads is another identity exactly where its sums come out differently."""
+Most of it is described: the weights' own bytes, the config and who made its family, the tokenizer, the layout with
+calibration, codecs and who made them, the operators' source. The arithmetic is measured: a few tokens are run, and the
+bits of their KV and logits are part of the identity. So another PyTorch, processor or number of threads is another
+identity exactly where its sums come out differently."""
 
 import hashlib
 import json
@@ -16,6 +17,7 @@ import torch
 
 from kvist.base.errors import KvistError
 from kvist.cache import record
+from kvist.models.families import described
 from kvist.runtime.batch import Work
 from kvist.runtime.runner import Runner
 from kvist.service.loaded import Loaded
@@ -73,7 +75,7 @@ def identify(loaded: Loaded) -> Identity:
     return Identity(
         model=loaded.name,
         weights=loaded.weights_digest(),
-        config=_digest(repr(loaded.config).encode()),
+        config=_digest(described(loaded.config).encode()),
         tokenizer=_digest(*_contents(loaded.directory / name for name in _TOKENIZER)),
         kv=loaded.layout.kv,
         layout=loaded.layout.fingerprint,

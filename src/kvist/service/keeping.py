@@ -16,9 +16,9 @@ from kvist.cache.disk import DiskTier
 from kvist.cache.kept import KeptCache
 from kvist.cache.manager import CacheManager
 from kvist.cache.record import Loss, record_bytes
-from kvist.cache.remote import RemoteTier
 from kvist.cache.shares import Share
-from kvist.cache.tier import Tier
+from kvist.cache.tier import SharedTier, Tier
+from kvist.cache.tiers import open_tier
 from kvist.runtime.request import ADAPTER
 from kvist.service.contexts import FOLDER, pin_all
 from kvist.service.identity import Identity, identify
@@ -73,7 +73,7 @@ class Kept:
     cache: KeptCache
     identity: Identity
     folder: DiskTier | None
-    remote: RemoteTier | None
+    remote: SharedTier | None
 
     @property
     def disk(self) -> DiskTier:
@@ -113,7 +113,9 @@ def open_kept(loaded: Loaded, settings: KeepSettings) -> Iterator[Kept]:
     that cannot be."""
     identity = identify(loaded)
     with contextlib.ExitStack() as stack:
-        remote = None if settings.remote is None else RemoteTier(settings.remote)
+        remote = None
+        if settings.remote is not None:
+            remote = stack.enter_context(contextlib.closing(open_tier(settings.remote)))
         disk = stack.enter_context(contextlib.closing(_open_folder(loaded, settings))) if settings.on_disk else None
         tiers: list[Tier] = [tier for tier in (disk, remote) if tier is not None]
         cache = stack.enter_context(contextlib.closing(KeptCache(tiers, loaded.layout.block_bytes)))

@@ -19,7 +19,7 @@ from kvist.base.files import writable_cache_folder
 from kvist.base.units import format_bytes
 from kvist.models.config import ModelConfig
 from kvist.models.decoder import Decoder
-from kvist.models.families import describe
+from kvist.models.families import describe, described
 from kvist.models.linear import tensors_of, uniform
 from kvist.models.load import Operators, Source, allocate, fill, slots_in
 from kvist.service.budget import free_memory
@@ -58,7 +58,7 @@ def open_packed(model: Decoder, checkpoint: Source, how: str, stamp: Stamp, tell
 
 def packed_path(source: Path, config: ModelConfig, how: str, stamp: Stamp) -> Path:
     """Where the packed weights of a checkpoint lie."""
-    facts = [_VERSION, str(source.resolve()), repr(config), how, stamp]
+    facts = [_VERSION, str(source.resolve()), described(config), how, stamp]
     name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     return writable_cache_folder() / "packed" / f"{name}.safetensors"
 

@@ -1,7 +1,9 @@
-"""How a stream's vectors become bytes. One small file per codec, one line here."""
+"""How a stream's vectors become bytes. One small file per codec, one line here; docs/plugins.md for those of others."""
 
 from kvist.base.errors import ConfigError
+from kvist.base.registry import Registry
 from kvist.cache.codecs.base import Codec, Plane
+from kvist.cache.codecs.conformance import refusal
 from kvist.cache.codecs.dense import BF16, FP16, FP32, DenseCodec
 from kvist.cache.codecs.int4 import INT4, INT4_ROT
 from kvist.cache.codecs.int8 import INT8
@@ -16,11 +18,22 @@ _ALL: tuple[Codec, ...] = (
     *(TURBO4, TURBO3_5, TURBO3, TURBO2_5, TURBO2),
     *PAPER,
 )
-CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}
+CODECS: Registry[Codec] = Registry("KV codec", "kvist.codecs", refusal)
+for _codec in _ALL:
+    CODECS.register(_codec.name, _codec)
+
+
+def register_codec(codec: Codec, *, version: str) -> None:
+    """Have it chosen by its name, as in `--kv` and `LLM(kv=...)`, for as long as this process lives.
+
+    `version`: another one whenever the same vectors become other bytes; what was kept under another is not found.
+    Raises `PluginError` for a name that is taken, and for what is no codec.
+    """
+    CODECS.register(getattr(codec, "name", ""), codec, version)
 
 
 def codec(name: str) -> Codec:
-    """The codec of that name. Raises `ConfigError` listing those that exist."""
+    """Raises `ConfigError` listing those that exist, and `PluginError` for one of somebody else that cannot be used."""
     try:
         return CODECS[name]
     except KeyError:
@@ -33,4 +46,15 @@ def bits_per_value(codec: Codec, stream: Stream, block_size: int) -> float:
     return 8 * nbytes / (block_size * stream.heads * stream.dim)
 
 
-__all__ = ["BF16", "CODECS", "FP16", "FP32", "Codec", "DenseCodec", "Plane", "bits_per_value", "codec"]
+__all__ = [
+    "BF16",
+    "CODECS",
+    "FP16",
+    "FP32",
+    "Codec",
+    "DenseCodec",
+    "Plane",
+    "bits_per_value",
+    "codec",
+    "register_codec",
+]
