@@ -49,7 +49,7 @@ def server_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerOf]:
         def opened(context: int) -> Recorded:
             torch.set_num_threads(1)
             loaded = open_model(str(write_answering_model(tmp_path_factory.mktemp("models") / "tiny", context)))
-            serving = Serving(loaded, loaded.serving_engine(loaded.budget(_KV_BYTES, 4)), name="tiny")
+            serving = Serving(loaded, loaded.engine(loaded.budget(_KV_BYTES, 4)), name="tiny")
             settings, exchanges = ServerSettings(), list[Exchange]()
             app = create_app(serving, settings)
             app.add_middleware(Recorder, exchanges=exchanges)

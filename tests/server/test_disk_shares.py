@@ -32,7 +32,7 @@ def server(model: Path, folder: Path, shared: bool) -> Iterator[tuple[str, Kept]
         size = record_bytes(loaded.layout.block_size, loaded.layout.block_bytes)
         kept = stack.enter_context(open_kept(loaded, KeepSettings(folder, BLOCKS * size)))
         budget = loaded.budget(loaded.layout.store_bytes(256, 0, 0), 4)
-        engine = loaded.serving_engine(budget, kept=kept.cache, identity=kept.identity.digest)
+        engine = loaded.engine(budget, kept)
         settings = ServerSettings(api_keys=tuple(TENANTS), tenants=TENANTS)
         serving = Serving(loaded, engine, name="tiny", tenants=tuple(TENANTS.values()), kept=kept)
         if shared:

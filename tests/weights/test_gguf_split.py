@@ -76,7 +76,8 @@ def split(whole: Path, groups: list[list[str]], folder: Path, count: int | None 
 
 
 def logits(path: Path) -> torch.Tensor:
-    runner = open_model(str(path)).engine(100).runner
+    loaded = open_model(str(path))
+    runner = loaded.engine(loaded.room(100)).runner
     return runner.run([Work(runner.manager.open(), tokens_of(random.Random(0), 90, VOCAB), 90)])[0]
 
 
