@@ -346,6 +346,8 @@ def test_memory_that_is_not_there_is_refused(tiny: str) -> None:
         kvist.LLM(tiny, memory="much")
     with pytest.raises(kvist.KvistError, match="threads takes a number"):
         kvist.LLM(tiny, threads=10**6)
+    with pytest.raises(kvist.KvistError, match="cache_disk says how much"):
+        kvist.LLM(tiny, cache_dir="somewhere")
     assert threading.active_count() == before
 
 

@@ -3,6 +3,7 @@
 import html
 import io
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
@@ -39,11 +40,11 @@ def show(console: Console, table: Table) -> None:
     console.print(table)
 
 
-class Tabular:
+class Tabular(ABC):
     """A value that people look at as tables: as text where it is printed, as HTML in a notebook."""
 
-    def tables(self) -> list[Table]:
-        raise NotImplementedError
+    @abstractmethod
+    def tables(self) -> list[Table]: ...
 
     def __str__(self) -> str:
         console = Console(width=WIDE, file=io.StringIO(), color_system=None)

@@ -33,6 +33,7 @@ from kvist.runtime.request import Grammar, Sampling
 from kvist.service.aside import LIGHT
 from kvist.service.chat import Chat, ChatRequest, Options, Tool
 from kvist.service.contexts import CHAT, Context
+from kvist.service.loaded import Opening
 from kvist.service.serving import Serving
 from kvist.service.session import Job, Session
 
@@ -68,9 +69,8 @@ class AsyncLLM:
         cache_dir: str | None = None,
     ) -> None:
         self._stack = contextlib.ExitStack()
-        wanted = Wanted(
-            model, kv, weights, dtype, activations, adapter, adapters, memory, threads, cache_disk, cache_dir
-        )
+        opening = Opening(model, dtype, kv, weights, activations, adapter)
+        wanted = Wanted(opening, adapters, memory, threads, cache_disk, cache_dir)
         with contextlib.ExitStack() as stack:
             self._serving: Serving | None = open_serving(wanted, stack)
             self._stack = stack.pop_all()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from kvist.base.tables import as_html
+from kvist.base.tables import Tabular
 from kvist.base.units import format_bytes
 from kvist.cache.manager import PUBLIC
 from kvist.cache.tier import MEMORY
@@ -31,7 +31,7 @@ class PrefixNode:
 
 
 @dataclass(frozen=True)
-class CacheUsage:
+class CacheUsage(Tabular):
     """How much of what is there is in use.
 
     `kv`: the codecs, as they were chosen; `block_tokens`: tokens of a block; `capacity`, `used`, `idle`: blocks, and of
@@ -50,16 +50,13 @@ class CacheUsage:
     by_tenant: Mapping[str, int]
     by_tier: Mapping[str, int]
 
-    def __rich__(self) -> Table:
+    def tables(self) -> list[Table]:
         table = Table("cache", "in use", box=None, pad_edge=False)
         table.add_row("blocks", f"{self.used:,} of {self.capacity:,}, {self.idle:,} of them idle")
         for title, parts in (("codec", self.by_codec), ("tenant", self.by_tenant), ("tier", self.by_tier)):
             for name, nbytes in parts.items():
                 table.add_row(f"{title} {name or '(own)'}", format_bytes(nbytes))
-        return table
-
-    def _repr_html_(self) -> str:
-        return as_html(self.__rich__())
+        return [table]
 
 
 def usage(engine: Engine, disk: int | None) -> CacheUsage:

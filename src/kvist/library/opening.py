@@ -11,7 +11,7 @@ import torch
 from kvist.base.errors import KvistError
 from kvist.base.units import parse_bytes
 from kvist.service.keeping import KeepSettings, open_kept
-from kvist.service.loaded import open_model
+from kvist.service.loaded import Opening
 from kvist.service.serving import Serving
 
 Bytes = int | str  # 2147483648 or "2GiB"
@@ -21,12 +21,7 @@ Bytes = int | str  # 2147483648 or "2GiB"
 class Wanted:
     """What an `LLM` is made of; see there."""
 
-    model: str | None = None
-    kv: str | None = None
-    weights: str | None = None
-    dtype: str | None = None
-    activations: str | None = None
-    adapter: str | None = None
+    model: Opening
     adapters: Mapping[str, str] = field(default_factory=dict)
     memory: Bytes | None = None
     threads: int | None = None
@@ -37,15 +32,9 @@ class Wanted:
 def open_serving(wanted: Wanted, stack: contextlib.ExitStack) -> Serving:
     """Opened, and not started; what has to be closed in the end is the stack's. Raises `KvistError`."""
     set_threads(wanted.threads, "threads")
-    loaded = open_model(
-        wanted.model,
-        dtype=wanted.dtype,
-        kv=wanted.kv,
-        weights=wanted.weights,
-        activations=wanted.activations,
-        adapter=None if wanted.adapter is None else Path(wanted.adapter),
-        adapters={name: Path(folder) for name, folder in wanted.adapters.items()},
-    )
+    if wanted.cache_dir is not None and wanted.cache_disk is None:
+        raise KvistError("cache_dir says where the cache is kept on disk; cache_disk says how much of it, as in '20GB'")
+    loaded = wanted.model.open({name: Path(folder) for name, folder in wanted.adapters.items()})
     budget = loaded.budget(_bytes(wanted.memory, "memory"))
     kept = None
     if wanted.cache_disk is not None:

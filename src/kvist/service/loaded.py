@@ -59,8 +59,8 @@ class Opening:
     activations: str | None = None
     adapter: str | None = None
 
-    def open(self) -> "Loaded":
-        """Raises as `open_model` does."""
+    def open(self, adapters: Mapping[str, Path] = _NONE) -> "Loaded":
+        """Raises as `open_model` does, which says what `adapters` are."""
         return open_model(
             self.model,
             dtype=self.dtype,
@@ -68,6 +68,7 @@ class Opening:
             weights=self.weights,
             activations=self.activations,
             adapter=None if self.adapter is None else Path(self.adapter),
+            adapters=adapters,
         )
 
 
